@@ -1,0 +1,172 @@
+"""What every script shares: flags from a dataclass, errors a user can act on, text that is safe to print.
+
+A script's knobs are the fields of a dataclass: the name is the flag, the annotation its kind, the trailing comment its
+help. Nothing heavy is imported here, so `--help` and a mistyped flag answer at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import math
+import os
+import re
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+MAX_LINE = 2000
+
+
+class UserError(ValueError):
+    """A mistake of the caller: one line that says what came, what was expected and what to do."""
+
+
+def printable(text: object) -> str:
+    """`text` with control and bidirectional-override characters escaped, so that data cannot drive the terminal."""
+    return "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def note(text: str) -> None:
+    """One line for the person, on stderr."""
+    print(printable(text)[:MAX_LINE], file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    note(f"warning: {text}")
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Run a script's main: a user's mistake becomes one line and exit code 2, Ctrl-C 130, a closed pipe a quiet end."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character is no reason to stop
+    try:
+        code = main(sys.argv[1:]) or 0
+        sys.stdout.flush()
+    except UserError as e:
+        note(f"error: {e}")
+        code = 2
+    except KeyboardInterrupt:
+        note("stopped")
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more on its way out
+        code = 141
+    sys.exit(code)
+
+
+# Kinds of numbers: the annotation of a knob says what it may be.
+Count = Annotated[int, 1, 1 << 31]
+Whole = Annotated[int, 0, 1 << 31]
+Seed = Annotated[int, 0, (1 << 63) - 1]
+Positive = Annotated[float, 1e-30, 1e30]
+NonNegative = Annotated[float, 0.0, 1e30]
+Fraction = Annotated[float, 0.0, 1.0]
+
+
+def convert(flag: str, kind: Any, value: Any) -> Any:
+    """A flag's text or a recipe's value as `kind`, or UserError."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):  # X | None
+        if value is None:
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if typing.get_origin(kind) is tuple:
+        items = value if isinstance(value, (list, tuple)) else str(value).split(",")
+        return tuple(convert(flag, typing.get_args(kind)[0], item) for item in items)
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise UserError(f"{flag}: {value!r} is not one of {', '.join(map(str, typing.get_args(kind)))}; choose one")
+        return value
+    low, high = (kind.__metadata__ if typing.get_origin(kind) is Annotated else (-math.inf, math.inf))
+    kind = typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
+    if kind in (int, float):
+        try:
+            number = kind(value) if not isinstance(value, bool) and not (kind is int and isinstance(value, float)) else None
+        except ValueError:
+            number = None
+        name = {int: "a whole number", float: "a number"}[kind]
+        if number is None or not low <= number <= high or not math.isfinite(number):
+            bounds = f" from {low:g} up" if low > -math.inf and high >= 1 << 31 else f" from {low:g} to {high:g}" if low > -math.inf else ""
+            raise UserError(f"{flag}: {value!r} is not {name}{bounds}; give one")
+        return number
+    if not isinstance(value, kind):
+        raise UserError(f"{flag}: {value!r} is not {'true or false' if kind is bool else 'text'}; correct it")
+    return value
+
+
+class Once(argparse.Action):
+    def __call__(self, parser, namespace, value, option=None):
+        if self.dest in parser.seen:
+            raise UserError(f"{option}: given twice; give it once")
+        parser.seen.add(self.dest)
+        setattr(namespace, self.dest, value)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors in our form, a guess for a mistyped flag, and no flag given twice."""
+
+    def __init__(self, **other):
+        super().__init__(allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100), **other)
+        self.seen: set[str] = set()
+
+    def error(self, message: str):
+        if unknown := re.search(r"unrecognized arguments: (--?[^\s=]+)", message):
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
+            message = f"{unknown[1]}: no such option; " + (f"did you mean {near[0]}?" if near else "see --help")
+        else:
+            message = message.removeprefix("argument ") + "; see --help"
+        raise UserError(message)
+
+
+def comments(knobs: type) -> dict[str, str]:
+    """The trailing comment of each field of a dataclass."""
+    return {m[1]: m[2] for line in inspect.getsource(knobs).splitlines() if (m := re.match(r"    (\w+):[^#]*#\s*(.*)", line))}
+
+
+def parse(knobs: type, argv: list[str], description: str, positional: str | None = None, recipes: Path | None = None) -> Any:
+    """`argv` as an instance of the dataclass `knobs`; flags win over the recipe, the recipe over the defaults.
+
+    `positional` names a field of type list that takes what is not a flag. Raises UserError for whatever does not fit.
+    """
+    help_of, kinds = comments(knobs), typing.get_type_hints(knobs, include_extras=True)
+    parser = Parser(description=description)
+    parser.register("action", "once", Once)
+    if positional:
+        parser.add_argument(positional, nargs="*", metavar=positional.upper().rstrip("S"), help=help_of.get(positional))
+    for f in dataclasses.fields(knobs):
+        if f.name == positional:
+            continue
+        flag, text = "--" + f.name.replace("_", "-"), help_of.get(f.name, "").replace("%", "%%")
+        default = "" if f.default in (None, "", dataclasses.MISSING) else f" ({f.default if not isinstance(f.default, tuple) else ','.join(map(str, f.default))})"
+        if kinds[f.name] is bool or kinds[f.name] == bool | None:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            choices = typing.get_args(kinds[f.name]) if typing.get_origin(kinds[f.name]) is Literal else None
+            meta = "{" + ",".join(map(str, choices)) + "}" if choices else "X"
+            parser.add_argument(flag, action="once", default=None, metavar=meta, help=text + default)
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None and v != []}
+    if recipes is not None and (name := given.get("recipe", getattr(knobs, "recipe", None))):
+        given = {**read_recipe(name, recipes, kinds), **given}
+    return knobs(**{k: v if k == positional else convert("--" + k.replace("_", "-"), kinds[k], v) for k, v in given.items()})
+
+
+def read_recipe(name: str, folder: Path, kinds: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a recipe: a name of `folder`, or the path of a .toml file."""
+    path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
+    if not path.is_file():
+        names = sorted(p.stem for p in folder.glob("*.toml"))
+        near = difflib.get_close_matches(name, names, n=1)
+        raise UserError(f"--recipe {printable(name)}: no such recipe or .toml file; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"))
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as e:
+        raise UserError(f"{path}: {printable(e)}; correct the file") from None
+    for key in data:
+        if key not in kinds or key == "recipe":
+            near = difflib.get_close_matches(key, kinds, n=1)
+            raise UserError(f"{path}: {printable(key)} is not a setting; " + (f"did you mean {near[0]}?" if near else "see --help"))
+    return data

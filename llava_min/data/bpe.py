@@ -1,0 +1,221 @@
+"""Byte-pair encoding in plain Python: text → ids, and ids → text as they come.
+
+One merge loop serves both families. SentencePiece style (Llama, Mistral): symbols are characters, a space is
+`▁`, and a character that has no piece is spelled in byte tokens `<0x..>`. Byte level (GPT-2, Qwen, Llama-3):
+a regex cuts the text into words, and symbols are the bytes of a word. The reference is HF `tokenizers`.
+
+Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2019 (GPT-2) for the byte alphabet.
+"""
+
+import codecs
+import heapq
+import re
+import unicodedata
+
+Pairs = dict[tuple[int, int], tuple[int, int]]    # (left id, right id) → (rank, merged id); lowest rank first
+
+
+def merge(ids: list[int], pairs: Pairs) -> list[int]:
+    """Merges neighbours, lowest rank first and leftmost among equals, until none is left: O(n log n)."""
+    n = len(ids)
+    ids, left, right = ids[:], list(range(-1, n - 1)), list(range(1, n + 1))
+    heap = []
+
+    def offer(i: int) -> None:
+        if i >= 0 and right[i] < n and (pair := pairs.get((ids[i], ids[right[i]]))):
+            heapq.heappush(heap, (pair[0], i))
+
+    for i in range(n - 1):
+        offer(i)
+    while heap:
+        rank, i = heapq.heappop(heap)
+        j = right[i]
+        pair = pairs.get((ids[i], ids[j])) if j < n else None
+        if pair is None or pair[0] != rank:             # one of the two has merged with another since
+            continue
+        ids[i], ids[j] = pair[1], -1                    # -1: gone, and in no pair
+        right[i] = right[j]
+        if right[i] < n:
+            left[right[i]] = i
+        offer(left[i])
+        offer(i)
+    return [i for i in ids if i >= 0]
+
+
+class Words(dict):
+    """word → ids, remembered: most words of a text have been seen before. Bounded: a long run stays small."""
+
+    def __init__(self, encode):
+        self.encode = encode
+
+    def __missing__(self, word: str) -> list[int]:
+        ids = self.encode(word)
+        if len(word) <= 64:
+            if len(self) >= 1 << 16:
+                self.clear()
+            self[word] = ids
+        return ids
+
+
+def without(pairs: Pairs, ids: set[int]) -> Pairs:
+    """`pairs` less those that merge into one of `ids`."""
+    if any(new in ids for _, new in pairs.values()):
+        return {pair: (rank, new) for pair, (rank, new) in pairs.items() if new not in ids}
+    return pairs
+
+
+class SentencePieceBPE:
+    """BPE over characters with `▁` for the space; what transformers makes of Llama's `tokenizer.model`."""
+
+    def __init__(self, vocab: dict[str, int], pairs: Pairs, *, byte_fallback: bool, unk_id: int | None,
+                 fuse_unk: bool, strip: bool):
+        self.vocab, self.pairs, self.unk_id, self.fuse_unk, self.strip = vocab, pairs, unk_id, fuse_unk, strip
+        self.bytes = [vocab.get(f"<0x{b:02X}>") for b in range(256)] if byte_fallback else [None] * 256
+        self.byte_fallback = byte_fallback
+        # Where no piece carries a ▁ behind another character, no merge crosses that border, and the text may
+        # be encoded (and remembered) word by word.
+        by_word = not any("▁" in piece.lstrip("▁") for piece in vocab)
+        self.split = re.compile("▁*[^▁]+|▁+" if by_word else ".+", re.S).findall
+        self.words = Words(self.encode_word)
+
+    def encode_word(self, word: str) -> list[int]:
+        ids = []
+        for char in word:
+            if char in self.vocab:
+                ids.append(self.vocab[char])
+            elif None not in (spelled := [self.bytes[b] for b in char.encode()]):
+                ids += spelled
+            elif self.unk_id is not None:
+                ids.append(self.unk_id)
+        return merge(ids, self.pairs)
+
+    def encode(self, text: str) -> list[int]:
+        ids = [i for word in self.split(text) for i in self.words[word]]
+        if self.fuse_unk and self.unk_id in ids:
+            ids = [i for i, before in zip(ids, [None] + ids) if not i == before == self.unk_id]
+        return ids
+
+    def forget(self, ids: set[int]) -> None:
+        """From here on no text is encoded to one of `ids`."""
+        self.pairs = without(self.pairs, ids)
+        self.words.clear()
+
+    def decoder(self) -> "SentencePieceDecoder":
+        return SentencePieceDecoder(self.byte_fallback, self.strip)
+
+
+class SentencePieceDecoder:
+    """A run of byte tokens is text only if the whole of it is UTF-8 (else one U+FFFD a byte, as `tokenizers`
+    decides), so it is held back until a token that is no byte ends it."""
+
+    def __init__(self, byte_fallback: bool, strip: bool):
+        self.byte = re.compile("<0x([0-9A-Fa-f]{2})>").fullmatch if byte_fallback else lambda token: None
+        self.strip, self.run = strip, b""
+
+    def push(self, token: str) -> str:
+        if byte := self.byte(token):
+            self.run += bytes.fromhex(byte[1])
+            return ""
+        return self.out(self.end_run() + token.replace("▁", " "))
+
+    def flush(self) -> str:
+        return self.out(self.end_run())
+
+    def end_run(self) -> str:
+        run, self.run = self.run, b""
+        try:
+            return run.decode()
+        except UnicodeDecodeError:
+            return "\N{REPLACEMENT CHARACTER}" * len(run)
+
+    def out(self, text: str) -> str:
+        if self.strip and text:                         # the dummy space before the first word
+            self.strip, text = False, text.removeprefix(" ")
+        return text
+
+
+# The byte alphabet of GPT-2: printable Latin-1 stands for itself, the other bytes for U+0100 and on.
+PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHER = sorted({*range(256)} - {*PLAIN})
+BYTE_TO_CHAR = {b: chr(b) for b in PLAIN} | {b: chr(256 + n) for n, b in enumerate(OTHER)}
+CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
+
+
+class Kinds(dict):
+    r"""Character → an ASCII character of the same kind, for str.translate: `a` for \p{L}, `0` for \p{N}, tab
+    for \s, `!` for the rest. The regexes of the checkpoints ask for nothing else outside ASCII, so on translated
+    text the standard library's `re` finds their words. Filled as characters are met."""
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        kind = unicodedata.category(char)[0]
+        if code < 128:
+            kind = "!" if "\x1c" <= char <= "\x1f" else char    # space to Python, not to Unicode
+        elif char == "ſ":
+            kind = "S"                                  # the one other letter that a case-blind 's matches
+        elif kind in "LN":
+            kind = "a" if kind == "L" else "0"
+        else:
+            kind = "\t" if char.isspace() else "!"
+        self[code] = kind
+        return kind
+
+
+KINDS = Kinds()
+
+# Pre-tokenizer regex, as the files write it → the same over kinds.
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPLITS = {
+    GPT2_SPLIT: r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+",
+    QWEN2_SPLIT: r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+[\r\n]*"
+                 r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    LLAMA3_SPLIT: r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]{1,3}"
+                  r"| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+
+
+class ByteLevelBPE:
+    """BPE over the bytes of the words that the pre-tokenizer's regex finds (GPT-2, Qwen, Llama-3)."""
+
+    def __init__(self, vocab: dict[str, int], pairs: Pairs, *, split: str, ignore_merges: bool):
+        self.vocab, self.pairs, self.ignore_merges = vocab, pairs, ignore_merges
+        self.bytes = [vocab[BYTE_TO_CHAR[b]] for b in range(256)]
+        self.split = re.compile(SPLITS[split], re.ASCII).finditer
+        self.words = Words(self.encode_word)
+
+    def encode_word(self, word: str) -> list[int]:
+        data = word.encode()
+        if self.ignore_merges and (token := "".join(BYTE_TO_CHAR[b] for b in data)) in self.vocab:
+            return [self.vocab[token]]
+        return merge([self.bytes[b] for b in data], self.pairs)
+
+    def encode(self, text: str) -> list[int]:
+        return [i for m in self.split(text.translate(KINDS)) for i in self.words[text[m.start():m.end()]]]
+
+    def forget(self, ids: set[int]) -> None:
+        """From here on no text is encoded to one of `ids`."""
+        self.pairs = without(self.pairs, ids)
+        self.vocab = {token: id for token, id in self.vocab.items() if id not in ids}
+        self.words.clear()
+
+    def decoder(self) -> "ByteLevelDecoder":
+        return ByteLevelDecoder()
+
+
+class ByteLevelDecoder:
+    """Bytes of tokens → text, whole characters only; what is no UTF-8 becomes U+FFFD."""
+
+    def __init__(self):
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: str) -> str:
+        if all(c in CHAR_TO_BYTE for c in token):
+            return self.utf8.decode(bytes(CHAR_TO_BYTE[c] for c in token))
+        return self.utf8.decode(token.encode())         # an added token outside the byte alphabet
+
+    def flush(self) -> str:
+        return self.utf8.decode(b"", final=True)

@@ -1,0 +1,314 @@
+"""Chat templates as code: role/content messages → pieces, each with its supervised mark.
+
+Second station of the data flow: `data/processor.py` turns the pieces into ids and labels in the same pass, so
+nothing is ever searched for in a finished text. A piece is text, or a token that is put in by id; text of
+users and data is never scanned for special strings. What is supervised is each answer with its end token.
+
+Sources: `vicuna_v1` and `plain`, LLaVA's conversation.py, preprocess_v1 and preprocess_plain; `llava_hf`, the
+jinja text of the llava-hf checkpoints; `chatml`, `mistral`, `llama3`, the jinja texts of Qwen1.5-Chat,
+Mistral-7B-Instruct-v0.2 and Meta-Llama-3-Instruct, with the pictures put first as LLaVA does. A jinja text of
+a checkpoint is never executed.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from llava_min.cli import UserError, printable
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+QWEN_SYSTEM = "You are a helpful assistant"  # no full stop in Qwen1.5's own template
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text, or a token: "bos", "eos", "image" (a whole picture), or the content of a special token."""
+
+    text: str | None = None
+    token: str | None = None
+    supervised: bool = False
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One exchange: pictures and texts of the user, then the answer (None where generation starts)."""
+
+    pictures: int
+    texts: list[str]
+    answers: list[str] | None
+
+    def question(self) -> str:
+        """LLaVA's preprocess_multimodal leaves this text beside a picture: stripped, and put after it."""
+        text = "".join(self.texts)
+        return text.strip() if self.pictures else text
+
+    def answer(self) -> str:
+        return "".join(self.answers)
+
+
+@dataclass(frozen=True)
+class Template:
+    """`pieces` renders (system, turns). `stop` is the content of the token that ends an answer. `rule` says
+    how text is tokenized beside a picture: "own" = as the checkpoint's tokenizer does after a special token,
+    "chunk" = the original's way, each chunk between pictures by itself, so that a `▁` stands on both sides of
+    the picture."""
+
+    pieces: Callable[[str | None, list[Turn]], Iterator[Piece]]
+    stop: str
+    rule: str
+
+
+def _pictures(turn: Turn) -> Iterator[Piece]:
+    """Each picture on its own line. LLaVA collapses several in one message to one; here all are kept."""
+    for i in range(turn.pictures):
+        yield Piece(token="image")
+        if turn.question() or i + 1 < turn.pictures:  # preprocess_multimodal strips the last newline
+            yield Piece("\n")
+
+
+def vicuna_v1(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
+    system = VICUNA_SYSTEM if system is None else system
+    if system:
+        yield Piece(system + " ")
+    for t in turns:
+        yield Piece("USER: ")
+        yield from _pictures(t)
+        yield Piece(t.question() + " ASSISTANT:")
+        if t.answers is not None:
+            yield Piece(" " + t.answer(), supervised=True)
+            yield Piece(token="eos", supervised=True)  # nothing between </s> and the next USER
+
+
+def llava_hf(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
+    """The jinja text of llava-hf, but for `</s>` where that one ends an answer in a space, and so never
+    teaches the model to stop."""
+    if system is not None:
+        yield Piece(system + " ")
+    for t in turns:
+        yield Piece("USER: ")
+        for _ in range(t.pictures):
+            yield Piece(token="image")
+            yield Piece("\n")
+        yield Piece("".join(text + " " for text in t.texts) + "ASSISTANT:")
+        if t.answers is not None:
+            yield Piece("".join(" " + text for text in t.answers), supervised=True)
+            yield Piece(token="eos", supervised=True)
+
+
+def plain(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
+    """Projector pretraining: the picture and its caption. The question is discarded, as the original does."""
+    if system or len(turns) != 1 or not turns[0].pictures:
+        raise UserError("template plain: takes one picture and its caption, no system message, no further "
+                        "turns; use another template for conversations")
+    for _ in range(turns[0].pictures):
+        yield Piece(token="image")
+    if turns[0].answers is not None:
+        yield Piece(turns[0].answer() + "\n", supervised=True)
+
+
+def chatml(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
+    yield Piece(token="<|im_start|>")
+    yield Piece("system\n" + (QWEN_SYSTEM if system is None else system))
+    yield Piece(token="<|im_end|>")
+    for t in turns:
+        yield Piece("\n")
+        yield Piece(token="<|im_start|>")
+        yield Piece("user\n")
+        yield from _pictures(t)
+        yield Piece(t.question())
+        yield Piece(token="<|im_end|>")
+        yield Piece("\n")
+        yield Piece(token="<|im_start|>")
+        yield Piece("assistant\n")
+        if t.answers is not None:
+            yield Piece(t.answer(), supervised=True)
+            yield Piece(token="<|im_end|>", supervised=True)
+
+
+def mistral(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
+    yield Piece(token="bos")
+    for i, t in enumerate(turns):
+        # The jinja text writes " [INST]"; after BOS the tokenizer's own dummy prefix is that space.
+        yield Piece("[INST] " if i == 0 else " [INST] ")
+        if i == 0 and system is not None:
+            yield Piece(system + "\n\n")
+        yield from _pictures(t)
+        yield Piece(t.question() + " [/INST]")
+        if t.answers is not None:
+            yield Piece(" " + t.answer(), supervised=True)
+            yield Piece(token="eos", supervised=True)
+
+
+def llama3(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
+    def header(role: str) -> Iterator[Piece]:
+        yield Piece(token="<|start_header_id|>")
+        yield Piece(role)
+        yield Piece(token="<|end_header_id|>")
+        yield Piece("\n\n")
+
+    yield Piece(token="bos")
+    if system is not None:
+        yield from header("system")
+        yield Piece(system.strip())
+        yield Piece(token="<|eot_id|>")
+    for t in turns:
+        yield from header("user")
+        yield from _pictures(t)
+        yield Piece(t.question().strip())
+        yield Piece(token="<|eot_id|>")
+        yield from header("assistant")
+        if t.answers is not None:
+            yield Piece(t.answer().strip(), supervised=True)
+            yield Piece(token="<|eot_id|>", supervised=True)
+
+
+TEMPLATES = {
+    "vicuna_v1": Template(vicuna_v1, "</s>", "chunk"),
+    "llava_hf": Template(llava_hf, "</s>", "own"),
+    "plain": Template(plain, "\n", "chunk"),  # the newline is the end, as text: there is no end token
+    "chatml": Template(chatml, "<|im_end|>", "own"),
+    "mistral": Template(mistral, "</s>", "own"),
+    "llama3": Template(llama3, "<|eot_id|>", "own"),
+}
+
+
+def template(name: str) -> Template:
+    if not isinstance(name, str) or name not in TEMPLATES:
+        known = ", ".join(TEMPLATES)
+        raise UserError(f"template: {printable(name)[:100]} is not known; choose one of {known}")
+    return TEMPLATES[name]
+
+
+# ---- messages ----------------------------------------------------------------------------------------------
+
+
+def check(messages: list[dict]) -> None:
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise UserError("messages: expected a non-empty list of {role, content} objects; mend the record")
+
+
+def parts(message: dict, where: str = "message") -> tuple[int, list[str]]:
+    """(number of pictures, texts) of one message; its content is a string or text and image parts."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return 0, [content] if content else []
+    if not isinstance(content, list):
+        kind = type(content).__name__
+        raise UserError(f"{where}: content is {kind}, expected a string or a list of parts; mend it")
+    pictures, texts = 0, []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image":
+            pictures += 1
+        elif kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            raise UserError(f"{where}: unknown part {printable(part)[:100]}; "
+                            'expected {"type": "text", "text": "…"} or {"type": "image"}')
+    return pictures, texts
+
+
+def exchanges(messages: list[dict], *, answer: bool) -> tuple[str | None, list[Turn]]:
+    """(system text or None, turns) of messages that alternate user/assistant after an optional system
+    message.
+
+    `answer`: the last message is the assistant's (training); without it the user's (generation). `UserError`
+    names the message that breaks the order, has nothing in it, or puts a picture where none can stand.
+    """
+    check(messages)
+    system, rest = None, list(enumerate(messages))
+    if messages and messages[0].get("role") == "system":
+        pictures, texts = parts(messages[0], "message 0 (system)")
+        if pictures:
+            raise UserError("message 0 (system): holds a picture; put it into a user message")
+        system, rest = "".join(texts), rest[1:]
+    turns, question = [], None
+    for i, m in rest:
+        role = "user" if question is None else "assistant"
+        where = f"message {i} ({printable(m.get('role'))[:20]})"
+        if m.get("role") != role:
+            raise UserError(f"{where}: expected role {role} here; user and assistant alternate, user first")
+        pictures, texts = parts(m, where)
+        blank = not "".join(texts).strip()
+        if role == "user":
+            if blank and not pictures:
+                raise UserError(f"{where}: is empty; write a question or add a picture")
+            question = pictures, texts
+        else:
+            if pictures:
+                raise UserError(f"{where}: holds a picture, but only user messages can; move it")
+            if blank:  # it would leave nothing to learn from, and in LLaVA voids the whole record
+                raise UserError(f"{where}: the answer is empty; give it text or drop the record")
+            turns.append(Turn(*question, texts))
+            question = None
+    if answer and (question is not None or not turns):
+        raise UserError("messages: end without an answer, which training needs; add an assistant message")
+    if not answer:
+        if question is None:
+            raise UserError("messages: nothing to answer; end with a user message")
+        turns.append(Turn(*question, None))
+    return system, turns
+
+
+def render(name: str, messages: list[dict], *, answer: bool) -> list[Piece]:
+    """The pieces of a conversation in template `name`, neighbouring texts of one mark joined.
+
+    What `answer=False` gives (the generation prompt) is a prefix of what `answer=True` gives once the answer
+    is added, piece for piece: the unsupervised text before an answer always ends where the answer begins.
+    """
+    out: list[Piece] = []
+    for p in template(name).pieces(*exchanges(messages, answer=answer)):
+        if p.text == "":
+            continue
+        if p.text is not None and out and out[-1].text is not None and out[-1].supervised == p.supervised:
+            p = Piece(out.pop().text + p.text, supervised=p.supervised)
+        out.append(p)
+    return out
+
+
+# ---- which template a checkpoint wants ---------------------------------------------------------------------
+
+_ROLE_MARKS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", "[INST]": "mistral",
+               "ASSISTANT:": None}  # vicuna_v1 or llava_hf, by the layout
+
+
+def choose(config: dict, processor_config: dict | None = None, chat_template: str | None = None,
+           tokenizer=None) -> str:
+    """The template name for a checkpoint.
+
+    `config` is its config.json, `processor_config` its processor_config.json (where we record the name),
+    `chat_template` the jinja text it ships, which is only looked at for known role marks, `tokenizer`
+    anything with `token_id(content)`.
+    """
+    recorded = (processor_config or {}).get("llava_min_template")
+    if recorded is not None:
+        template(recorded)
+        return recorded
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    vicuna = "vicuna_v1" if text is config else "llava_hf"  # the original's config.json is flat
+    if isinstance(chat_template, str):
+        found = [name for mark, name in _ROLE_MARKS.items() if mark in chat_template]
+        if len(found) == 1:
+            return found[0] or vicuna
+    kind = str(text.get("model_type", "llama"))
+    if "qwen" in kind:
+        return "chatml"
+    if "mistral" in kind:
+        return "mistral"
+    vocab = text.get("vocab_size", 32000)
+    if isinstance(vocab, int) and vocab >= 128256:
+        if tokenizer is None or tokenizer.token_id("<|eot_id|>") is not None:
+            return "llama3"
+    return vicuna
+
+
+LLAVA_HF_JINJA = (  # what llava_hf does, for transformers' users of a folder that we save
+    "{% for message in messages %}"
+    "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ part['text'] + ' ' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)

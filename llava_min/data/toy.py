@@ -1,0 +1,261 @@
+"""The toy world: small pictures of coloured shapes, questions about them, captions of them.
+
+Where it sits: `python -m llava_min toy` writes it as LLaVA JSON + images; `tiny` is trained on `questions` and
+`python train.py` LoRA-tunes it on `captions`. In the manner of CLEVR (Johnson et al. 2017, arXiv 1612.06890): a scene
+is drawn at random, then everything that is asked or told follows from the scene, so the answers are exact.
+
+A picture is a function of (task, split, seed, index) alone. A digest of what it shows, not of how it is drawn,
+decides whether it may be trained on or is kept for validation: no scene is ever on both sides, whatever the
+task, the seed or the number of pictures.
+"""
+
+import hashlib
+import math
+import os
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator
+
+from PIL import Image, ImageDraw
+
+from llava_min.cli import UserError
+from llava_min.files import check_free, write_json
+
+TASKS = ("questions", "captions", "captions-text")
+KINDS = ("colour", "shape", "count", "position", "reading", "open")
+SIZE = 64                                   # pixels a side
+CELL = SIZE / 3                             # a shape fills most of one cell of a 3 x 3 grid
+HELD_OUT = 8                                # one scene in eight is kept for validation
+
+SHAPES = {"circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars", "cross": "crosses",
+          "ring": "rings"}
+COLORS = {"red": (220, 30, 35), "orange": (250, 135, 20), "yellow": (240, 210, 0), "green": (30, 165, 60),
+          "blue": (40, 90, 235), "purple": (145, 50, 190), "pink": (250, 130, 190)}
+PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+AT = [f"{'in' if p == 'center' else 'on' if p in ('left', 'right') else 'at'} the {p}" for p in PLACES]
+
+# Five bits a row, seven rows a glyph. Look-alikes (0/O, 1/I, 2/Z, 5/S, 8/B, Q) have no place at 64 pixels.
+GLYPHS = {
+    "A": "0e11111f111111", "B": "1e11111e11111e", "C": "0e11101010110e", "D": "1e11111111111e",
+    "E": "1f10101e10101f", "F": "1f10101e101010", "G": "0e11101713110f", "H": "1111111f111111",
+    "J": "0702020202120c", "K": "11121418141211", "L": "1010101010101f", "M": "111b1515111111",
+    "N": "11191513111111", "P": "1e11111e101010", "R": "1e11111e141211", "T": "1f040404040404",
+    "U": "1111111111110e", "V": "1111110a0a0a04", "W": "1111111515150a", "X": "11110a040a1111",
+    "Y": "11110a04040404", "2": "0e11010204081f", "3": "1f02040201110e", "4": "02060a121f0202",
+    "6": "0608101e11110e", "7": "1f010204080808", "9": "0e11110f01020c"}
+LETTERS = [c for c in GLYPHS if c.isalpha()]
+
+
+@dataclass(frozen=True)
+class Shape:
+    color: str
+    name: str
+    cell: int                               # 0..8 in reading order
+
+    def __str__(self) -> str:
+        return f"{'an' if self.color[0] in 'aeiou' else 'a'} {self.color} {self.name}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    shapes: tuple[Shape, ...]               # in reading order; no two have both colour and shape in common
+    text: str = ""                          # the printed string
+    row: int = 0                            # the row of cells that the string fills
+    look: int = 0                           # seed of shades, sizes and small offsets
+
+    @property
+    def held_out(self) -> bool:
+        shown = repr((self.shapes, self.text, self.text and self.row))
+        return int(hashlib.sha256(shown.encode()).hexdigest(), 16) % HELD_OUT == 0
+
+
+def scene(rng: random.Random, most: int = 4, text: float = 0.4) -> Scene:
+    """A scene of one to `most` shapes, with a printed string in a share `text` of the cases."""
+    count = rng.choices(range(1, most + 1), weights=(2, 4, 4, 3)[:most])[0]
+    string, row = "", 0
+    if rng.random() < text:
+        string = rng.choice(LETTERS) + "".join(rng.choices(list(GLYPHS), k=rng.choice((1, 2))))
+        row = rng.randrange(3)
+    free = [c for c in range(9) if not string or c // 3 != row]
+    pairs = []
+    while len(pairs) < count:
+        pair = rng.choice(list(COLORS)), rng.choice(list(SHAPES))
+        if pairs and rng.random() < 0.3:    # twins in colour or in shape make counting worth asking about
+            pair = (pairs[-1][0], pair[1]) if rng.random() < 0.5 else (pair[0], pairs[-1][1])
+        if pair not in pairs:
+            pairs.append(pair)
+    cells = sorted(rng.sample(free, count))
+    return Scene(tuple(Shape(*p, c) for p, c in zip(pairs, cells)), string, row, rng.getrandbits(32))
+
+
+def draw(scene: Scene, size: int = SIZE) -> Image.Image:
+    """The scene as an RGB picture of `size` x `size`, drawn four times as large and averaged down."""
+    rng = random.Random(scene.look)
+    k = 4 * size / SIZE                     # canvas units per pixel of the 64-pixel picture
+    base = rng.choice((28, 240))
+    background = tuple(base + rng.randint(-14, 14) for _ in range(3))
+    image = Image.new("RGB", (4 * size, 4 * size), background)
+    pen = ImageDraw.Draw(image)
+    for s in scene.shapes:
+        x = (s.cell % 3 + 0.5) * CELL + rng.uniform(-1.2, 1.2)
+        y = (s.cell // 3 + 0.5) * CELL + rng.uniform(-1.2, 1.2)
+        r = rng.uniform(7.6, 9.0)
+        fill = tuple(min(255, max(0, v + rng.randint(-12, 12))) for v in COLORS[s.color])
+        if s.name in ("circle", "ring"):
+            pen.ellipse([k * (x - r), k * (y - r), k * (x + r), k * (y + r)], fill=fill)
+        if s.name == "ring":
+            h = 0.5 * r
+            pen.ellipse([k * (x - h), k * (y - h), k * (x + h), k * (y + h)], fill=background)
+        if s.name in OUTLINES:
+            pen.polygon([(k * (x + r * u), k * (y + r * v)) for u, v in OUTLINES[s.name]], fill=fill)
+    if scene.text:
+        ink, plate = rng.choice(((10, 245), (245, 10)))
+        dot = 2.5                           # pixels of one dot of a glyph; a glyph is 5 x 7 dots, 1 dot apart
+        w, h = dot * (6 * len(scene.text) - 1), dot * 7
+        x = (SIZE - w) / 2 + rng.uniform(-3, 3)
+        y = (scene.row + 0.5) * CELL - h / 2 + rng.uniform(-0.5, 0.5)
+        pen.rectangle([k * (x - 1.7), k * (y - 1.4), k * (x + w + 1.7), k * (y + h + 1.4)], fill=(plate,) * 3)
+        for i, c in enumerate(scene.text):
+            for j, bits in enumerate(bytes.fromhex(GLYPHS[c])):
+                for b in range(5):
+                    if bits >> (4 - b) & 1:
+                        u, v = x + dot * (6 * i + b), y + dot * j
+                        pen.rectangle([k * u, k * v, k * (u + dot) - 1, k * (v + dot) - 1], fill=(ink,) * 3)
+    return image.reduce(4)
+
+
+def star(points: int, inner: float) -> list[tuple[float, float]]:
+    turns = [math.pi * i / points for i in range(2 * points)]
+    return [((1, inner)[i % 2] * math.sin(t), -(1, inner)[i % 2] * math.cos(t)) for i, t in enumerate(turns)]
+
+
+OUTLINES = {                                # corners about (0, 0), y downwards, reach about 1
+    "square": [(-.88, -.88), (.88, -.88), (.88, .88), (-.88, .88)],
+    "triangle": [(0, -1), (1, .85), (-1, .85)],
+    "star": [(1.08 * u, 1.08 * v + .06) for u, v in star(5, 0.42)],
+    "cross": [(u * x, v * y) for u, v, corners in ((1, -1, (0, 1, 2)), (1, 1, (2, 1, 0)), (-1, 1, (0, 1, 2)),
+              (-1, -1, (2, 1, 0))) for x, y in [((.34, 1), (.34, .34), (1, .34))[c] for c in corners]]}
+
+
+def phrase(scene: Scene) -> str:
+    """"a red circle, a blue square and a pink ring": the answer to the open question."""
+    *head, last = map(str, scene.shapes)
+    return f"{', '.join(head)} and {last}" if head else last
+
+
+def caption(scene: Scene) -> str:
+    """Every shape with colour and place in reading order, then the printed string, in full sentences."""
+    told = [f"There is {s} {AT[s.cell]}." for s in scene.shapes]
+    if scene.text:
+        told.append(f'The text "{scene.text}" is {AT[3 * scene.row + 1]}.')
+    return " ".join(told)
+
+
+def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
+    """Everything that can be asked about the scene and has one answer: (kind, question, answer), shuffled."""
+    asked = []
+    color = rng.choice(("color", "color", "colour"))
+    add = lambda kind, question, answer: asked.append((kind, question, str(answer)))
+    colors, names = [s.color for s in scene.shapes], [s.name for s in scene.shapes]
+    for s in scene.shapes:
+        place = PLACES[s.cell]
+        add("colour", f"What {color} is the shape {AT[s.cell]}?", s.color)
+        add("shape", f"What shape is {AT[s.cell]}?", s.name)
+        add("position", f"Where is the {s.color} {s.name}?", place)
+        add("position", f"What is {AT[s.cell]}?", s)
+        if names.count(s.name) == 1:
+            add("colour", f"What {color} is the {s.name}?", s.color)
+            add("position", f"Where is the {s.name}?", place)
+        if colors.count(s.color) == 1:
+            add("shape", f"What shape is {s.color}?", s.name)
+            add("shape", f"What is the {s.color} shape?", s.name)
+            add("position", f"Where is the {s.color} shape?", place)
+    for name in {*names, rng.choice(list(SHAPES))}:             # the one drawn at random may well be absent: 0
+        add("count", f"How many {SHAPES[name]} are there?", names.count(name))
+    for c in {*colors, rng.choice(list(COLORS))}:
+        add("count", f"How many {c} shapes are there?", colors.count(c))
+    add("count", "How many shapes are there?", len(names))
+    if scene.text:
+        add("reading", rng.choice(("What is written?", "What does the text say?", "Read the text.")), scene.text)
+        add("position", "Where is the text?", PLACES[3 * scene.row + 1])
+    add("open", "What is in the picture?", phrase(scene))
+    asked.sort()                            # the sets above come in another order in every process
+    rng.shuffle(asked)
+    return asked
+
+
+def generate(task: str, n: int, seed: int = 0, split: str = "train", turns: int = 8,
+             ) -> Iterator[tuple[dict, Image.Image]]:
+    """`n` pictures with their LLaVA records, made as they are asked for.
+
+    `questions`: up to `turns` questions a picture in `train`; in `val` one, of a `kind` that goes round KINDS.
+    Within `val` no scene comes twice (`train` is drawn with replacement: there are few one-shape scenes).
+    """
+    if task not in TASKS or split not in ("train", "val"):
+        raise ValueError(f"task {task!r}, split {split!r}; there are {TASKS} and train, val")
+    seen = set()
+    for index in range(n):
+        rng = random.Random(f"{task}/{split}/{seed}/{index}")
+        kind = KINDS[index % len(KINDS)] if task == "questions" and split == "val" else None
+        while True:
+            if task == "questions":
+                s = scene(rng, text=1.0 if kind == "reading" else 0.4)
+            else:
+                s = scene(rng, most=3, text=float(task == "captions-text"))
+            content = s.shapes, s.text, s.row
+            if s.held_out == (split == "val") and content not in seen:
+                break
+        if split == "val":
+            seen.add(content)
+        record = {"id": f"{task}-{split}-{index:06d}", "image": f"images/{split}-{index:06d}.png"}
+        if task != "questions":
+            pairs = [("Describe this image in detail.", caption(s))]
+        elif kind:
+            pairs = [next(q for q in questions(s, rng) if q[0] == kind)[1:]]
+            record["kind"] = kind
+        else:
+            pairs = conversation(s, rng, turns)
+        record["conversations"] = [{"from": who, "value": v} for pair in pairs for who, v in zip(("human", "gpt"), pair)]
+        first = record["conversations"][0]
+        first["value"] = "<image>\n" + first["value"]
+        yield record, draw(s)
+
+
+def conversation(scene: Scene, rng: random.Random, turns: int) -> list[tuple[str, str]]:
+    """The open and the reading question always, the other kinds in turn, in any order."""
+    asked = questions(scene, rng)
+    pool = {kind: [q for q in asked if q[0] == kind] for kind in KINDS}
+    chosen = pool.pop("reading") + pool.pop("open")
+    if not scene.text and rng.random() < 0.15:
+        chosen.append(("reading", "What is written?", "nothing"))
+    while len(chosen) < turns and any(pool.values()):
+        for kind in rng.sample(list(pool), len(pool)):
+            if pool[kind] and len(chosen) < turns:
+                chosen.append(pool[kind].pop())
+    rng.shuffle(chosen)
+    return [(question, answer) for _, question, answer in chosen[:turns]]
+
+
+def write(out: str | Path, task: str = "questions", train: int = 2000, val: int = 200, seed: int = 0) -> None:
+    """`out`/train.json, `out`/val.json and `out`/images/*.png: complete or absent, and never over something.
+
+    Not `new_folder`: it syncs every file to disk, which takes ten times as long as drawing, and toys are soon remade.
+    """
+    out = Path(out)
+    check_free(out)
+    aside = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    try:
+        (aside / "images").mkdir(parents=True)
+        for split, n in (("train", train), ("val", val)):
+            records = []
+            for record, image in generate(task, n, seed, split):
+                image.save(aside / record["image"])
+                records.append(record)
+            write_json(aside / f"{split}.json", records)
+        os.rename(aside, out)               # an empty folder gives way
+    except OSError as e:
+        raise UserError(f"{out}: cannot be written ({e.strerror}); free space or give another path") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

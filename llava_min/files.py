@@ -1,0 +1,85 @@
+"""Files in and out, one careful way each: JSON that errors by name, and folders that appear whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llava_min.cli import UserError, printable
+
+LFS = b"version https://git-lfs"
+
+
+def check_file(path: Path) -> None:
+    """`path` is a readable regular file and not a git-lfs pointer, or UserError."""
+    if not path.is_file():
+        raise UserError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}; check the path")
+    try:
+        with open(path, "rb") as f:
+            head = f.read(len(LFS))
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); check its permissions") from None
+    if head == LFS:
+        raise UserError(f"{path}: a git-lfs pointer and not the file itself; run `git lfs pull` in its folder")
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in `path`. Raises UserError naming the file, line and column."""
+    check_file(path)
+    try:
+        data = json.loads(path.read_bytes())
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}: line {e.lineno} column {e.colno}: {e.msg}; the file must hold JSON") from None
+    except (ValueError, RecursionError) as e:  # not text, a number of 5000 digits, 1000 brackets
+        raise UserError(f"{path}: not readable as JSON ({type(e).__name__}); download the file again") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: holds a JSON {type(data).__name__}, expected an object; check that it is the right file")
+    return data
+
+
+def write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_free(target: Path) -> None:
+    """`target` may be written: absent, or an empty folder."""
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{target}: exists already and is never overwritten; give another path or remove it")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill that takes the name `target` only when the block ends well: written aside, synced, renamed.
+
+    Raises UserError when `target` exists already, or the disk is full or not writable; then nothing is left behind.
+    """
+    aside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    try:
+        check_free(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+        yield aside
+        for path in (*(p for p in aside.rglob("*")), aside):
+            sync(path)
+        if target.is_dir():
+            target.rmdir()
+        os.rename(aside, target)
+        sync(target.parent)
+    except OSError as e:
+        raise UserError(f"{target}: cannot be written ({e.strerror or printable(e)}); free space or give another path") from None
+    finally:
+        if aside.exists():
+            shutil.rmtree(aside)
+
+
+def sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

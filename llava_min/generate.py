@@ -1,0 +1,456 @@
+"""From a prompt with pictures to new tokens: greedy, sampling, beam search and streaming.
+
+What each option means, and the order in which options act on the scores, is `generate` of Hugging Face transformers
+5.23; given the same logits the ids are equal, sampled ones included.
+
+The pictures and the prompt are read once into a `KVCache`, whatever follows. Greedy decoding and sampling then yield a
+column of ids per step, so that a batch and a stream are one loop; beams and several answers per prompt are branches of
+the cache. On a GPU nothing in the loops waits for the device, except a look at every CHECK_EVERY-th step.
+
+Shapes: B prompts, N answers or beams per prompt, R = B * N rows, T prompt tokens, V vocabulary, M max_new_tokens.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llava_min.cli import UserError, warn
+from llava_min.llama import KVCache
+from llava_min.llava import Llava
+
+CHECK_EVERY = 16  # steps between two looks at whether all rows have ended, where a look waits for the device
+ROOM = 256  # slots: the least of a cache that outlives one call, or is compiled for
+NEVER = -1e9  # the score of what is not there, as transformers writes it
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to choose the new tokens. `temperature` 0 is greedy; above it, sampling (with beams: beam sampling)."""
+
+    max_new_tokens: int = 256
+    min_new_tokens: int = 0  # no end token before so many others
+    num_beams: int = 1
+    num_return_sequences: int = 1  # answers per prompt
+    length_penalty: float = 1.0  # beams are ranked by log probability / length ** length_penalty
+    early_stopping: bool | str = False  # True, False or "never": when beams stop looking for better answers
+    temperature: float = 0.0
+    top_k: int = 0  # sample among so many best tokens; 0 is all
+    top_p: float = 1.0  # sample among the fewest tokens that hold so much probability
+    repetition_penalty: float = 1.0  # above 1: less of what the prompt or the answer already has
+    seed: int | None = None
+    eos_token_id: int | Sequence[int] | None = None  # what ends an answer; None: what the model's config says
+    suppress_tokens: Sequence[int] | None = None  # ids never chosen
+
+    def __post_init__(self):
+        def need(name: str, kind: type, ok: Callable[[Any], bool], expected: str) -> None:
+            value = getattr(self, name)
+            number = type(value) is int or kind is float and type(value) is float and math.isfinite(value)
+            if not number or not ok(value):
+                raise UserError(f"{name}: {value!r:.40} was given, expected {expected}")
+
+        need("max_new_tokens", int, lambda n: n >= 1, "an integer of at least 1")
+        need("min_new_tokens", int, lambda n: 0 <= n <= self.max_new_tokens, f"an integer from 0 to max_new_tokens {self.max_new_tokens}")
+        need("num_beams", int, lambda n: n >= 1, "an integer of at least 1")
+        need("num_return_sequences", int, lambda n: n >= 1, "an integer of at least 1")
+        need("length_penalty", float, lambda x: True, "a finite number")
+        need("temperature", float, lambda x: x >= 0, "a number of at least 0 (0 is greedy)")
+        need("top_k", int, lambda n: n >= 0, "an integer of at least 0 (0 is all tokens)")
+        need("top_p", float, lambda x: 0 < x <= 1, "a number above 0 and at most 1")
+        need("repetition_penalty", float, lambda x: x > 0, "a number above 0 (1 is no penalty)")
+        if self.seed is not None:
+            need("seed", int, lambda n: 0 <= n < 2**63, "an integer from 0 to 2**63 - 1")
+        if type(self.early_stopping) is not bool and self.early_stopping != "never":
+            raise UserError(f"early_stopping: {self.early_stopping!r:.40} was given, expected True, False or 'never'")
+        n, beams = self.num_return_sequences, self.num_beams
+        if n > beams > 1:
+            raise UserError(f"num_return_sequences: {n} answers were asked of {beams} beams; ask for at most {beams}, or raise num_beams")
+        if n > 1 and beams == 1 and not self.temperature:
+            raise UserError(f"num_return_sequences: {n} greedy answers would be the same; set temperature above 0, or num_beams to at least {n}")
+        if not self.temperature and (self.top_k or self.top_p < 1):
+            warn("top_k and top_p have no effect at temperature 0, which is greedy")
+        if beams == 1 and (self.length_penalty != 1 or self.early_stopping):
+            warn("length_penalty and early_stopping have no effect without num_beams above 1")
+
+    def stops(self, model: Llava) -> Tensor:
+        """The ids that end an answer, on the model's device."""
+        ids = model.config.text.eos_token_ids if self.eos_token_id is None else self.eos_token_id
+        return id_tensor(model, "eos_token_id", [ids] if isinstance(ids, int) else ids)
+
+
+def id_tensor(model: Llava, name: str, ids: Sequence[int]) -> Tensor:
+    vocabulary = model.config.text.vocab_size
+    for i in ids:
+        if type(i) is not int or not 0 <= i < vocabulary:
+            raise UserError(f"{name}: {i!r:.40} was given, expected a token id from 0 to {vocabulary - 1}")
+    return torch.tensor(list(ids), dtype=torch.long, device=model.device)
+
+
+# The prompt
+
+
+def read_batch(model: Llava, batch: dict) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The processor's dict -> ids (B, T), which of them are real (B, T) bool, pictures (N, 3, S, S) or None.
+
+    Padding may stand on either side; it is moved to the left, where it lies between no two tokens of an answer.
+    """
+    ids = batch["input_ids"].to(model.device)
+    mask = batch.get("attention_mask")
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(model.device).bool()
+    if ids.ndim != 2 or real.shape != ids.shape:
+        raise UserError(f"input_ids: shape {tuple(ids.shape)} with attention_mask {tuple(real.shape)}, expected (rows, tokens) for both")
+    lengths = real.sum(-1).tolist()
+    if not lengths or min(lengths) == 0:
+        raise UserError("input_ids: a row without a token; give every row a prompt")
+    order = real.int().argsort(dim=-1, stable=True)[:, ids.shape[1] - max(lengths) :]
+    ids, real = ids.gather(1, order), real.gather(1, order)
+    pixels = batch.get("pixel_values")
+    if pixels is not None and not len(pixels):
+        pixels = None
+    if pixels is None and (ids == model.config.image_token_id).any():
+        raise UserError("pixel_values: the prompt has image tokens and no pictures came; give the processor images=")
+    return ids, real, pixels
+
+
+def new_cache(model: Llava) -> KVCache:
+    """A cache for one conversation: give it to `generate` or `stream` at every turn, and it grows as it must.
+
+    It remembers the ids and pictures it has read (`ids`, `pixels`), so that the next prompt is fed only from where it
+    differs. It knows nothing of weights: when those change, make a new one.
+    """
+    cache = KVCache(model.config.text, 1, 0, model.dtype, model.device)
+    cache.ids, cache.pixels = [], None
+    return cache
+
+
+def roomy(slots: int) -> int:
+    """The next power of two: few sizes to grow through, and to compile for."""
+    return max(ROOM, 1 << (slots - 1).bit_length())
+
+
+def make_room(cache: KVCache, slots: int) -> None:
+    if slots > cache.slots:
+        more = roomy(slots) - cache.slots
+        for i, pair in enumerate(cache.trunk):
+            cache.trunk[i] = tuple(F.pad(x, (0, 0, 0, more)) for x in pair)
+        cache.filled = F.pad(cache.filled, (0, more))
+
+
+def known(model: Llava, ids: list[int], pixels: Tensor | None, cache: KVCache) -> tuple[int, int]:
+    """How many tokens, and how many pictures among them, the cache has read exactly as this prompt has them."""
+    n = min(len(cache.ids), len(ids) - 1)  # one token at least is fed: its logits are wanted
+    n = next((i for i in range(n) if cache.ids[i] != ids[i]), n)
+    places = [i for i in range(n) if ids[i] == model.config.image_token_id]
+    both = [] if pixels is None or cache.pixels is None else list(zip(cache.pixels, pixels))
+    whole = min(len(both), len(places) // model.config.tokens_per_image)
+    pictures = next((i for i in range(whole) if not torch.equal(both[i][0], both[i][1].cpu())), whole)
+    read = pictures * model.config.tokens_per_image
+    return (n if read == len(places) else places[read]), pictures
+
+
+def prefill(model: Llava, ids: Tensor, real: Tensor | None, pixels: Tensor | None, cache: KVCache) -> Tensor:
+    """Read ids (B, T), padded on the left where `real` says so, and their pictures -> logits (B, V) after the last."""
+    x = model.embed(ids, pixels)
+    cache.grow(ids.shape[1])
+    positions, mask = cache.place(ids.shape[1], real)
+    x = model.language_model(x, positions, mask, cache)
+    return model.lm_head(x[:, -1]).float()
+
+
+def read_prompt(model: Llava, ids: Tensor, real: Tensor, pixels: Tensor | None, o: Options, cache: KVCache | None, compile: bool) -> tuple[KVCache, Tensor]:
+    """The cache with the prompt in it, its rows branched as the options want, and logits (R, V) for the first token."""
+    rows, tokens = ids.shape
+    model.check_length(tokens + o.max_new_tokens)
+    branches = max(o.num_beams, o.num_return_sequences)
+    slots = tokens if branches > 1 else tokens + o.max_new_tokens
+    if compile and branches > 1:
+        raise UserError("compile: works for one answer per prompt; leave it out with num_beams or num_return_sequences above 1")
+    if cache is None:
+        cache = KVCache(model.config.text, rows, roomy(slots) if compile else slots, model.dtype, model.device, static=compile)
+        logits = prefill(model, ids, None if real.all() else real, pixels, cache)
+    else:
+        if rows != 1 or cache.config != model.config.text or not hasattr(cache, "ids"):
+            raise UserError(f"cache: came with {rows} prompts, expected one, and new_cache(model) of this model")
+        prompt = ids[0].tolist()
+        start, pictures = known(model, prompt, pixels, cache)
+        cache.crop(start)
+        cache.ids, cache.pixels = prompt[:start], None if pixels is None else pixels.cpu().clone()  # the caller may reuse it
+        make_room(cache, slots)
+        cache.static = compile
+        logits = prefill(model, ids[:, start:], None, None if pixels is None or pictures == len(pixels) else pixels[pictures:], cache)
+        cache.ids = prompt
+    if branches > 1:
+        cache.branch(branches, o.max_new_tokens)
+        logits = logits.repeat_interleave(branches, dim=0)
+    return cache, logits
+
+
+# One step
+
+
+def step(model: Llava, ids: Tensor, cache: KVCache) -> Tensor:
+    """ids (R,), already counted by `cache.grow(1)` -> logits (R, V) of what follows."""
+    positions, mask = cache.place(1)
+    x = model.language_model(model.language_model.embed_tokens(ids[:, None]), positions, mask, cache)
+    return model.lm_head(x[:, -1]).float()
+
+
+@functools.cache
+def compiled_step() -> Callable[[Llava, Tensor, KVCache], Tensor]:
+    torch._dynamo.config.recompile_limit = 64  # one program per batch size and cache size, never per token
+    return torch.compile(step, fullgraph=True, dynamic=False)
+
+
+def captured_step(model: Llava, cache: KVCache, rows: int) -> Callable[[Llava, Tensor, KVCache], Tensor]:
+    """The compiled step as one CUDA graph: a launch per token instead of hundreds."""
+    into = torch.zeros(rows, dtype=torch.long, device=model.device)
+    counters = cache.positions, cache.next_slot
+    before = [x.clone() for x in counters]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    cache.grow(1)  # not fresh: what is captured is a step, not a prompt
+    with torch.cuda.stream(stream):  # once for real: compiles, and sets up what may not be set up while capturing
+        compiled_step()(model, into, cache)
+        for x, old in zip(counters, before):
+            x.copy_(old)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = compiled_step()(model, into, cache)
+    cache.length -= 1
+
+    def replay(model: Llava, ids: Tensor, cache: KVCache) -> Tensor:
+        into.copy_(ids)
+        graph.replay()
+        return out
+
+    return replay
+
+
+# Choosing
+
+
+def process(scores: Tensor, i: int, o: Options, stops: Tensor, suppress: Tensor | None, seen: Tensor | None) -> Tensor:
+    """The i-th new token's scores (R, V), fp32 logits or log probabilities, after every option that acts on them."""
+    if seen is not None:
+        scores = torch.where(seen, torch.where(scores < 0, scores * o.repetition_penalty, scores / o.repetition_penalty), scores)
+    if i < o.min_new_tokens:
+        scores = scores.index_fill(1, stops, -math.inf)
+    if suppress is not None:
+        scores = scores.index_fill(1, suppress, -math.inf)
+    if not o.temperature:
+        return scores
+    least = 1 if o.num_beams == 1 else max(2, 1 + len(stops))  # so that beams have something to go on with
+    scores = scores / o.temperature
+    if o.top_k:
+        scores = scores.masked_fill(scores < scores.topk(min(max(o.top_k, least), scores.shape[-1]))[0][:, -1:], -math.inf)
+    if o.top_p < 1:
+        ascending, order = scores.sort()
+        drop = ascending.softmax(-1).cumsum(-1) <= 1 - o.top_p
+        drop[:, -least:] = False
+        scores = scores.masked_fill(drop.scatter(1, order, drop), -math.inf)
+    return scores
+
+
+def draw(scores: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
+    """n different indices a row (R, n) with the probabilities softmax(scores).
+
+    The draw of `torch.multinomial` without its look at the values, which waits for the device and, on CUDA, ends the
+    process at the first NaN.
+    """
+    probabilities = scores.softmax(-1)
+    noise = torch.empty_like(probabilities).exponential_(1, generator=generator)
+    return (probabilities / noise).topk(n)[1] if n > 1 else (probabilities / noise).argmax(-1, keepdim=True)
+
+
+def seen_tokens(ids: Tensor, real: Tensor, o: Options, vocabulary: int) -> Tensor | None:
+    """What the repetition penalty acts on (R, V) bool: the prompt's tokens, those of its pictures included."""
+    if o.repetition_penalty == 1:
+        return None
+    counts = torch.zeros(len(ids), vocabulary, device=ids.device).scatter_add_(1, ids, real.float())
+    return (counts > 0).repeat_interleave(max(o.num_beams, o.num_return_sequences), dim=0)
+
+
+class Watch:
+    """Asks the device now and then whether to stop, and whether the numbers are still numbers."""
+
+    def __init__(self, model: Llava):
+        self.every = 1 if model.device.type == "cpu" else CHECK_EVERY
+        self.finite = torch.ones((), dtype=torch.bool, device=model.device)
+
+    def logits(self, logits: Tensor) -> Tensor:
+        self.finite &= logits.isfinite().all()
+        return logits
+
+    def over(self, i: int, last: bool, ended: Tensor) -> bool:
+        """`ended` (R,) bool: rows that need no further step."""
+        if not last and (i + 1) % self.every:
+            return False
+        if not self.finite:
+            raise UserError("the logits are not finite: the weights are damaged, or fp16 overflowed; try dtype bf16 or fp32")
+        return last or bool(ended.all())
+
+
+@torch.no_grad()
+def columns(model: Llava, batch: dict, o: Options, cache: KVCache | None = None, compile: bool = False) -> Iterator[Tensor]:
+    """Greedy decoding and sampling: the new ids, a column (R,) per step. A row that has ended goes on unheard."""
+    ids, real, pixels = read_batch(model, batch)
+    stops, suppress, generator = setup(model, o)
+    kept, (cache, logits) = cache, read_prompt(model, ids, real, pixels, o, cache, compile)
+    seen = seen_tokens(ids, real, o, logits.shape[-1])
+    advance = step
+    if compile and o.max_new_tokens > 1:
+        advance = captured_step(model, cache, len(logits)) if model.device.type == "cuda" else compiled_step()
+    watch, fed = Watch(model), []
+    ended = torch.zeros(len(logits), dtype=torch.bool, device=model.device)
+    try:
+        for i in range(o.max_new_tokens):
+            scores = process(watch.logits(logits), i, o, stops, suppress, seen)
+            ids = draw(scores, 1, generator)[:, 0] if o.temperature else scores.argmax(-1)  # (R,)
+            ended |= (ids[:, None] == stops).any(-1)
+            over = watch.over(i, i + 1 == o.max_new_tokens, ended)
+            yield ids
+            if over:
+                return
+            if seen is not None:
+                seen.scatter_(1, ids[:, None], True)
+            cache.grow(1)
+            logits = advance(model, ids, cache)
+            fed.append(ids)
+    finally:  # also when the reader of a stream goes away
+        if kept is not None:
+            settle(cache, fed)
+
+
+def settle(cache: KVCache, fed: list[Tensor]) -> None:
+    """Write down what the conversation's cache has read; branches are forgotten."""
+    if cache.tail is None and fed:
+        cache.ids = cache.ids + torch.cat(fed).tolist()
+    cache.crop(len(cache.ids))
+
+
+def setup(model: Llava, o: Options) -> tuple[Tensor, Tensor | None, torch.Generator | None]:
+    """Ids that end an answer, ids never chosen, and the source of randomness."""
+    suppress = None if o.suppress_tokens is None else id_tensor(model, "suppress_tokens", o.suppress_tokens)
+    generator = None if o.seed is None else torch.Generator(model.device).manual_seed(o.seed)
+    return o.stops(model), suppress, generator
+
+
+@torch.no_grad()
+def beam_search(model: Llava, batch: dict, o: Options, cache: KVCache | None = None, compile: bool = False) -> Tensor:
+    """The best answers' ids (B * num_return_sequences, M), -1 after their end.
+
+    N beams go on; the best N answers that have ended wait aside. Enough candidates are looked at each step that N are
+    left to go on even if all the rest end. The arithmetic is that of transformers, so that ties fall the same way.
+    """
+    ids, real, pixels = read_batch(model, batch)
+    stops, suppress, generator = setup(model, o)
+    b, n, m, device = len(ids), o.num_beams, o.max_new_tokens, model.device
+    kept, (cache, logits) = cache, read_prompt(model, ids, real, pixels, o, cache, compile)
+    v = logits.shape[-1]
+    seen = seen_tokens(ids, real, o, v)
+    width = max(2, 1 + len(stops)) * n
+    among_best = torch.arange(width, device=device) < n
+    first_row = torch.arange(b, device=device)[:, None] * n
+    running = torch.full((b, n, m), -1, device=device)  # ids
+    running_scores = torch.zeros(b, n, device=device)
+    running_scores[:, 1:] = NEVER  # all beams start alike: only the first counts
+    finished, finished_scores = running.clone(), torch.full((b, n), NEVER, device=device)
+    is_finished = torch.zeros(b, n, dtype=torch.bool, device=device)
+    improvable = torch.ones(b, 1, dtype=torch.bool, device=device)
+    take = lambda x, rows: x.gather(1, rows if x.ndim == 2 else rows[..., None].expand(-1, -1, m))
+    watch = Watch(model)
+    try:
+        for i in range(m):
+            scores = process(watch.logits(logits).log_softmax(-1), i, o, stops, suppress, seen)
+            scores = (scores.view(b, n, v) + running_scores[:, :, None]).view(b, n * v)
+            index = draw(scores, width, generator) if o.temperature else scores.topk(width)[1]  # (B, width), as all below
+            top, beam, token = scores.gather(1, index), index // v, index % v
+            candidates = take(running, beam)
+            candidates[:, :, i] = token
+            ends = (token[..., None] == stops).any(-1) if i + 1 < m else torch.ones_like(token, dtype=torch.bool)
+
+            alive = top + ends.float() * NEVER
+            best = alive.topk(n)[1]  # (B, N)
+            running, running_scores = take(candidates, best), take(alive, best)
+
+            ending = ends & among_best
+            top = top / (i + 1) ** o.length_penalty
+            full = is_finished.all(-1, keepdim=True) & (o.early_stopping is True)
+            for closed in (full, ~improvable, ~ending):
+                top = top + closed.float() * NEVER
+            finished_scores, best_ended = torch.cat([finished_scores, top], 1).topk(n)
+            finished = take(torch.cat([finished, candidates], 1), best_ended)
+            is_finished = take(torch.cat([is_finished, ending], 1), best_ended)
+
+            longest = m if o.early_stopping == "never" and o.length_penalty > 0 else i + 1
+            hope = running_scores[:, :1] / longest**o.length_penalty
+            worst = torch.where(is_finished, finished_scores.min(1, keepdim=True)[0], NEVER)
+            improvable = improvable & (hope > worst).any(-1, keepdim=True)
+            # A row that is through keeps its answers, so it is no matter when the others let it stop.
+            through = ~improvable | is_finished.all(-1, keepdim=True) & (o.early_stopping is True)
+            if watch.over(i, i + 1 == m, through):
+                break
+            rows, ids = (take(beam, best) + first_row).flatten(), take(token, best).flatten()
+            cache.reorder(rows)
+            if seen is not None:
+                seen = seen[rows].scatter(1, ids[:, None], True)
+            cache.grow(1)
+            logits = step(model, ids, cache)
+    finally:
+        if kept is not None:
+            settle(cache, [])
+    return finished[:, : o.num_return_sequences].flatten(0, 1)
+
+
+def generate(model: Llava, batch: dict, *, cache: KVCache | None = None, compile: bool = False, **options: Any) -> list[list[int]]:
+    """The new ids of every answer, `num_return_sequences` for each row of the batch in turn, without the end token.
+
+    `batch` is the processor's dict: input_ids (B, T), attention_mask (B, T), pixel_values (N, 3, S, S) if there are
+    pictures. `options` are the fields of `Options`. `cache` is a conversation's (`new_cache`). `compile` makes the step
+    one fused program; that takes a while once and pays in long answers or many.
+
+    Raises UserError for an option out of range, a prompt that leaves no room for max_new_tokens in the model's
+    context, pictures and image tokens that do not match, and logits that are not finite.
+    """
+    o = Options(**options)
+    stops = {*o.stops(model).tolist(), -1}
+    if o.num_beams > 1:
+        ids = beam_search(model, batch, o, cache, compile)
+    else:
+        ids = torch.stack(list(columns(model, batch, o, cache, compile)), dim=1)
+    return [row[: next((i for i, id in enumerate(row) if id in stops), None)] for row in ids.tolist()]
+
+
+def stream(model: Llava, batch: dict, processor: Any, *, ids: list[int] | None = None, cache: KVCache | None = None,
+           compile: bool = False, **options: Any) -> Iterator[str]:
+    """The one answer's text in pieces as they come, never half a character.
+
+    `processor` (or a tokenizer) turns ids to text; a processor's `stop_ids` end the answer unless `eos_token_id` is
+    given. The new ids are appended to the list `ids`, if one is given. The rest as in `generate`.
+    """
+    options.setdefault("eos_token_id", getattr(processor, "stop_ids", None))
+    o = Options(**options)
+    if len(batch["input_ids"]) * o.num_beams * o.num_return_sequences != 1:
+        raise UserError("stream: one answer to one prompt can be streamed; use generate for batches, beams and several answers")
+    return _stream(model, batch, getattr(processor, "tokenizer", processor), [] if ids is None else ids, o, cache, compile)
+
+
+def _stream(model: Llava, batch: dict, tokenizer: Any, ids: list[int], o: Options, cache: KVCache | None, compile: bool) -> Iterator[str]:
+    text, stops = tokenizer.stream(), set(o.stops(model).tolist())
+    with contextlib.closing(columns(model, batch, o, cache, compile)) as steps:
+        for column in steps:
+            id = int(column)
+            if id in stops:
+                break
+            ids.append(id)
+            if piece := text.push(id):
+                yield piece
+    if piece := text.flush():
+        yield piece

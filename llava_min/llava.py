@@ -1,0 +1,121 @@
+"""LLaVA-1.5: a vision tower whose patch features, through a two-layer projector, stand among the words.
+
+Follows Liu et al. 2023 (https://arxiv.org/abs/2310.03744). The processor has already put one placeholder id per patch
+where a picture goes, so merging is one scatter, guarded by a count.
+
+Shapes: B batch, T tokens, N pictures in the batch, S pixels a side, P tokens per picture, C width, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llava_min.cli import UserError
+from llava_min.clip import VisionTower
+from llava_min.config import LlavaConfig
+from llava_min.llama import Llama, causal_mask
+
+IGNORE = -100  # the label of a token that is not learned
+LOGIT_ROWS = 1024  # supervised positions whose logits exist at one time
+
+
+class Projector(nn.Module):
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        width = config.text.hidden_size
+        self.linear_1 = nn.Linear(config.vision.hidden_size, width, bias=config.projector_bias)
+        self.linear_2 = nn.Linear(width, width, bias=config.projector_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_1(x)))
+
+
+class Llava(nn.Module):
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        self.config = config
+        self.vision_tower = VisionTower(config.vision, config.vision_layers_used)
+        self.multi_modal_projector = Projector(config)
+        self.language_model = Llama(config.text)
+        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Where the config says so, the head reads the embedding's own rows; called again once weights are in."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.language_model.embed_tokens.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language_model.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.norm.weight.device
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values (N, 3, S, S) -> what stands in the pictures' places (N, P, C)."""
+        features = self.vision_tower(pixel_values.to(self.device, self.vision_tower.pre_layrnorm.weight.dtype))
+        if self.config.vision_feature_select_strategy == "default":
+            features = features[:, 1:]  # without the class token
+        return self.multi_modal_projector(features)
+
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+        """Ids (B, T), and the pictures of all rows in reading order (N, 3, S, S) -> embeddings (B, T, C).
+
+        Raises UserError when the placeholders are not P for each picture.
+        """
+        x = self.language_model.embed_tokens(input_ids)
+        if pixel_values is None:
+            return x
+        places = input_ids == self.config.image_token_id
+        want, found = len(pixel_values) * self.config.tokens_per_image, int(places.sum())
+        if want != found:
+            raise UserError(f"input_ids: {found} image tokens for {len(pixel_values)} pictures of {self.config.tokens_per_image} "
+                            "each; let the processor make both")
+        return x.masked_scatter(places[..., None], self.encode_images(pixel_values).to(x.dtype))
+
+    def check_length(self, tokens: int) -> None:
+        """A sequence of `tokens` fits the context and does not notice a sliding window, or UserError."""
+        text = self.config.text
+        if tokens > text.max_position_embeddings:
+            raise UserError(f"the sequence is {tokens} tokens long and the model's context is {text.max_position_embeddings}; "
+                            "shorten the prompt, use fewer pictures or lower max_new_tokens")
+        if text.sliding_window is not None and tokens > text.sliding_window:
+            raise UserError(f"the sequence is {tokens} tokens long, more than sliding_window {text.sliding_window}, "
+                            "which is not implemented; shorten the prompt or lower max_new_tokens")
+
+    def hidden(self, input_ids: Tensor, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
+        """The hidden states (B, T, C) the head reads; arguments as in `forward`."""
+        self.check_length(input_ids.shape[1])
+        x = self.embed(input_ids, pixel_values)
+        if attention_mask is None or attention_mask.all():
+            positions, mask = torch.arange(x.shape[1], device=x.device).expand(len(x), -1), None
+        else:
+            real = attention_mask.bool()
+            positions, mask = (real.cumsum(-1) - 1).clamp(min=0), causal_mask(real)
+        return self.language_model(x, positions, mask)
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
+        """Ids (B, T), pictures (N, 3, S, S), attention_mask (B, T) with 0 at padding -> logits (B, T, V).
+
+        Positions count from each row's first real token, so padding on either side changes nothing.
+        """
+        return self.lm_head(self.hidden(input_ids, pixel_values, attention_mask))
+
+    def loss(self, input_ids: Tensor, labels: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+        """Summed cross-entropy of the supervised tokens; the caller divides by their number, over the whole step.
+
+        labels (B, T) hold IGNORE where nothing is learned. Rows are padded on the right: causal attention alone keeps
+        real tokens from the padding. Logits are made for supervised positions only, LOGIT_ROWS at a time.
+        """
+        x = self.hidden(input_ids, pixel_values)[:, :-1]
+        targets = labels[:, 1:]
+        learned = targets != IGNORE
+        x, targets = x[learned], targets[learned]  # (supervised, C), (supervised,)
+        chunks = zip(x.split(LOGIT_ROWS), targets.split(LOGIT_ROWS))
+        return sum((checkpoint(self._chunk_loss, h, y, use_reentrant=False) for h, y in chunks), x.new_zeros((), dtype=torch.float32))
+
+    def _chunk_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.lm_head(x).float(), targets, reduction="sum")

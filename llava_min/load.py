@@ -1,0 +1,195 @@
+"""The one place that builds a ready model: config -> modules on meta -> weights -> adapter, with its processor.
+
+Everything that can be wrong with a checkpoint's small files is found before its weights are read.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llava_min.cli import UserError, note, printable
+from llava_min.config import Fields, LlavaConfig, VisionConfig
+from llava_min.data.chat import choose
+from llava_min.data.image import ASPECTS, ImageConfig
+from llava_min.data.processor import Processor
+from llava_min.data.tokenizer import Tokenizer
+from llava_min.files import check_file, new_folder, read_json, write_json
+from llava_min.llava import Llava
+from llava_min.lora import apply_adapter, read_adapter
+from llava_min.weights import (CLIP_REST, DTYPES, NAMES, Entry, check_entries, find_files, find_folder, load_weights,
+                               read_entries, save_weights)
+
+TINY = Path(__file__).parent / "tiny"
+CLIP_336 = "openai/clip-vit-large-patch14-336"  # LLaVA-1.5's tower, whose shapes are VisionConfig's defaults
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+SMALL = 500_000_000  # parameters: up to here `dtype="auto"` is fp32 on CPU, where the exact answer costs little
+
+
+def load(source: str, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto", adapter: str | None = None,
+         image_aspect_ratio: str | None = None, template: str | None = None, revision: str | None = None) -> tuple[Llava, Processor]:
+    """A ready model and its processor.
+
+    source: a folder in the layout of llava-hf or of the original LLaVA-1.5, a hub id, or "tiny", the bundled one.
+    dtype: "auto", "fp32", "bf16", "fp16" or a torch.dtype; auto is what the checkpoint stores, but on CPU fp32 for
+    small models and bf16 for large ones. device: "auto" takes the GPU where there is one.
+    adapter: a PEFT folder, applied unmerged. image_aspect_ratio: "pad" or "crop", None for what the checkpoint records.
+    Raises UserError, in one line, for whatever is wrong with the files.
+    """
+    folder = TINY if str(source) == "tiny" else find_folder(str(source), revision)
+    config, clip_folder = read_config(folder)
+    processor = build_processor(folder, config, clip_folder, image_aspect_ratio, template)
+    entries = collect_entries(folder, config, clip_folder)
+    with torch.device("meta"):
+        model = Llava(config)
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, model, device)
+    # the original's vocabulary lacks the rows that LlavaConfig adds for <image> and <pad>
+    rows = dict.fromkeys(("language_model.embed_tokens.weight", "lm_head.weight"), config.image_token_id) if config.vision_source else {}
+    check_entries(entries, model, rows)
+    lora = None if adapter is None else read_adapter(model, Path(adapter))
+    load_weights(model, entries, dtype, device)
+    if lora is not None:
+        apply_adapter(model, *lora)
+    return model.eval(), processor
+
+
+def save(model: Llava, processor: Processor, target: str | Path, dtype: str | torch.dtype | None = None) -> None:
+    """Write `model` and all that goes with it as a llava-hf folder; `target` must not exist."""
+    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype or model.dtype
+    with new_folder(Path(target)) as folder:
+        write_model(model, processor, folder, dtype)
+
+
+def write_model(model: Llava, processor: Processor, folder: Path, dtype: torch.dtype) -> None:
+    save_weights(dict(model.named_parameters()), folder, dtype)
+    config = replace(model.config, dtype=NAMES[dtype], vision_source=None)
+    write_json(folder / "config.json", config.to_hf())
+    text = config.text
+    write_json(folder / "generation_config.json", {"bos_token_id": text.bos_token_id, "eos_token_id": list(text.eos_token_ids),
+                                                   "pad_token_id": text.pad_token_id})
+    processor.save(folder)
+
+
+def fresh(config: LlavaConfig, dtype: torch.dtype = torch.float32, seed: int = 0, std: float = 0.02) -> Llava:
+    """A model of random weights: normal matrices, zero biases, unit norms."""
+    with torch.device("meta"):
+        model = Llava(config)
+    model.to_empty(device="cpu").to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if name == "bias":
+                nn.init.zeros_(p)
+            elif p.dim() == 1 and name == "weight":
+                nn.init.ones_(p)
+            else:
+                nn.init.normal_(p, std=std, generator=generator)
+    model.tie_weights()
+    return model.requires_grad_(False).eval()
+
+
+def read_config(folder: Path) -> tuple[LlavaConfig, Path | None]:
+    """The config, and for the original layout the folder of its CLIP tower, None when the tower's shapes are known."""
+    path = folder / "config.json"
+    config = LlavaConfig.from_hf(read_json(path), str(path))
+    if config.vision_source is None:
+        return config, None
+    near = [Path(config.vision_source), folder / config.vision_source, folder.parent / Path(config.vision_source).name]
+    clip = next((p for p in near if (p / "config.json").is_file()), None)
+    if clip is None and config.vision_source != CLIP_336:
+        clip = find_folder(config.vision_source)
+    if clip is None:
+        return config.with_vision(VisionConfig(), str(path)), None
+    f = Fields(read_json(clip / "config.json"), str(clip / "config.json"))
+    f.only("model_type", "clip", "clip_vision_model")
+    vision = VisionConfig.from_hf(f.inner("vision_config") if f.data.get("model_type") == "clip" else f)
+    return config.with_vision(vision, str(path)), clip
+
+
+def collect_entries(folder: Path, config: LlavaConfig, clip_folder: Path | None) -> dict[str, Entry]:
+    entries = read_entries(find_files(folder))
+    if config.vision_source and not any(name.startswith("vision_tower.") for name in entries):
+        clip_folder = clip_folder or find_folder(config.vision_source)
+        entries |= read_entries(find_files(clip_folder), CLIP_REST)
+    return entries
+
+
+def build_processor(folder: Path, config: LlavaConfig, clip_folder: Path | None, aspect: str | None, template: str | None) -> Processor:
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.token_id("<image>") is None:
+        tokenizer.add_special("<image>", config.image_token_id)
+    if tokenizer.token_id("<image>") != config.image_token_id:
+        raise UserError(f"{folder}: image_token_index is {config.image_token_id} in config.json but <image> is "
+                        f"{tokenizer.token_id('<image>')} in the tokenizer; correct one of them")
+    if len(tokenizer) > config.text.vocab_size:
+        raise UserError(f"{folder}: the tokenizer knows {len(tokenizer)} tokens but vocab_size is {config.text.vocab_size}; "
+                        "the tokenizer belongs to another model")
+    images = read_image_config(folder, config, clip_folder, aspect)
+    template = template or pick_template(folder, tokenizer)
+    return Processor(tokenizer, images, template, config.image_token_id, config.tokens_per_image)
+
+
+def read_optional(path: Path) -> dict:
+    return read_json(path) if path.exists() else {}
+
+
+def read_image_config(folder: Path, config: LlavaConfig, clip_folder: Path | None, aspect: str | None) -> ImageConfig:
+    """How pictures are prepared. The aspect is the caller's choice, else what the checkpoint records, else "pad"."""
+    if aspect is not None and aspect not in ASPECTS:
+        raise UserError(f"image_aspect_ratio: {printable(aspect)!r} is not pad or crop; choose one")
+    if config.vision_source:
+        path = (clip_folder or folder) / "preprocessor_config.json"
+        images = ImageConfig.from_hf(read_json(path), str(path)) if path.exists() else ImageConfig(config.vision.image_size, CLIP_MEAN, CLIP_STD, None)
+        images = replace(images, aspect=ASPECTS[read_json(folder / "config.json").get("image_aspect_ratio") or "square"])
+    else:
+        # transformers 5 saves the settings inside processor_config.json, and reads that one first
+        path = folder / "processor_config.json"
+        data = read_optional(path).get("image_processor")
+        if data is None:
+            path = folder / "preprocessor_config.json"
+            data = read_json(path)
+        images = ImageConfig.from_hf(data, str(path))
+    if images.size != config.vision.image_size:
+        raise UserError(f"{path}: pictures are made {images.size} pixels wide but image_size in config.json is {config.vision.image_size}; correct one of them")
+    if aspect is None and images.aspect is None:
+        note(f"{folder}: does not record image_aspect_ratio; taking pad, how LLaVA-1.5 was tuned (crop is what transformers does)")
+    return replace(images, aspect=ASPECTS[aspect or images.aspect or "pad"])
+
+
+def pick_template(folder: Path, tokenizer: Tokenizer) -> str:
+    """The template that the checkpoint records, or whose marks stand in the jinja text it ships, which is never run."""
+    jinja = folder / "chat_template.jinja"
+    if jinja.exists():
+        check_file(jinja)
+        text = jinja.read_text(encoding="utf-8", errors="replace")
+    else:
+        text = read_optional(folder / "chat_template.json").get("chat_template") or read_optional(folder / "tokenizer_config.json").get("chat_template")
+    return choose(read_json(folder / "config.json"), read_optional(folder / "processor_config.json"), text, tokenizer)
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device: {device!r} is not a device; give auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda was asked for and this machine has no CUDA GPU that torch can use; give cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device: {device} was asked for and there are {torch.cuda.device_count()} GPUs; give cuda:0")
+    return device
+
+
+def pick_dtype(dtype: str | torch.dtype, model: Llava, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype) and dtype in NAMES:
+        return dtype
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise UserError(f"dtype: {printable(dtype)!r} is not one of auto, fp32, bf16, fp16; choose one")
+        return DTYPES[dtype]
+    if device.type == "cpu":
+        return torch.float32 if sum(p.numel() for p in model.parameters()) <= SMALL else torch.bfloat16
+    return DTYPES[model.config.dtype or "float16"]

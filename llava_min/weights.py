@@ -1,0 +1,266 @@
+"""Weights in and out: four published name layouts, safetensors or `.bin`, sharded or not, a folder or the hub.
+
+Names cross in one table of prefixes, read in every layout and written in the one that every reader accepts
+(llava-hf as transformers 4.36 wrote it). Every tensor is accounted for. A model is built on the meta device and its
+tensors are copied in piece by piece, so the peak is the model itself, whatever the dtype asked.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from llava_min.cli import UserError, printable
+from llava_min.files import check_file, read_json, write_json
+
+# Our prefix <- theirs, the first match wins.  A: llava-hf as published, B: transformers >= 4.52 in memory,
+# C: as transformers 5 saves, O: the original, CLIP: OpenAI's own folder.
+VISION = ("model.vision_tower.vision_tower.vision_model.",  # O
+          "model.vision_tower.vision_model.",  # B
+          "vision_tower.vision_model.",  # A
+          "model.vision_tower.", "vision_tower.",  # C in memory, C
+          "vision_model.")  # CLIP
+READ = [
+    *((f"{p}encoder.layers.", "vision_tower.layers.") for p in VISION),
+    *((p, "vision_tower.") for p in VISION),
+    ("model.mm_projector.0.", "multi_modal_projector.linear_1."),  # O
+    ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),  # B
+    ("multi_modal_projector.", "multi_modal_projector."),  # A, C
+    ("language_model.model.", "language_model."),  # A, C
+    ("language_model.lm_head.", "lm_head."),
+    ("model.language_model.", "language_model."),  # B
+    ("lm_head.", "lm_head."),  # B, O
+    ("model.", "language_model."),  # O, and a language model by itself
+]
+WRITE = [  # A <- ours
+    ("vision_tower.layers.", "vision_tower.vision_model.encoder.layers."),
+    ("vision_tower.", "vision_tower.vision_model."),
+    ("multi_modal_projector.", "multi_modal_projector."),
+    ("language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+]
+# Tables that code recomputes; and what a CLIP folder holds besides its tower.
+TABLES = re.compile(r"(.*\.)?(inv_freq|position_ids)|model\.image_newline")
+CLIP_REST = re.compile(r".*\.position_ids|text_model\..*|(visual|text)_projection\..*|logit_scale")
+SHARD = re.compile(r"[\w.-]+\.(safetensors|bin)")
+PIECE = 1 << 23  # elements read at once
+REOPEN = 32 << 20  # bytes read through one mapping: its pages count as ours until it is closed
+SHARD_BYTES = 5 << 30
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+          "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOATS = {"F64", "F32", "F16", "BF16", *map(str, (torch.float64, torch.float32, torch.float16, torch.bfloat16))}
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def translate(name: str, table: list[tuple[str, str]]) -> str | None:
+    return next((ours + name[len(theirs):] for theirs, ours in table if name.startswith(theirs)), None)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file, not read yet."""
+
+    path: Path
+    name: str  # in the file
+    shape: tuple[int, ...]
+    dtype: str  # as the file calls it
+
+
+def find_files(folder: Path) -> list[Path]:
+    """The weight files of a folder, shards by their index; safetensors before `.bin`."""
+    for stem, end in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index, single = folder / f"{stem}.{end}.index.json", folder / f"{stem}.{end}"
+        if single.exists():
+            return [single]
+        if index.exists():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                raise UserError(f"{index}: no weight_map; download the file again")
+            names = sorted(set(map(str, shards.values())))
+            if bad := [n for n in names if not SHARD.fullmatch(n)]:
+                raise UserError(f"{index}: {printable(bad[0])!r} is not the name of a file beside it; the index is damaged or hostile")
+            if absent := [n for n in names if not (folder / n).is_file()]:
+                raise UserError(f"{index}: {len(absent)} of {len(names)} shards are absent ({', '.join(absent[:4])}); download them")
+            return [folder / n for n in names]
+    raise UserError(f"{folder}: no model.safetensors, pytorch_model.bin or index of shards; give the folder of a checkpoint")
+
+
+def open_file(path: Path):
+    """A mapping of tensor names to tensors that reads a tensor when it is asked for."""
+    check_file(path)
+    try:
+        if path.suffix != ".bin":
+            return safe_open(path, framework="pt")
+        # CLIP and Vicuna are published so; weights_only refuses anything but tensors
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:  # both readers raise many kinds for damaged files; none of them is our fault
+        raise UserError(f"{path}: damaged or not a weight file ({printable(e)[:200]}); download it again") from None
+    if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided
+                                                for k, v in tensors.items()):
+        raise UserError(f"{path}: not a table of named tensors; give the weights of a model")
+    return tensors
+
+
+def read_entries(paths: Iterable[Path], ignored: re.Pattern = TABLES) -> dict[str, Entry]:
+    """Our name -> the tensor's place, for every tensor of the files, without reading any.
+
+    Raises UserError for a name that has no place in a LLaVA, or that stands twice.
+    """
+    entries, unknown = {}, []
+    for path in paths:
+        file = open_file(path)
+        for name in file.keys():
+            if ignored.fullmatch(name):
+                continue
+            ours = translate(name, READ)
+            if ours is None:
+                unknown.append(name)
+            elif ours in entries:
+                raise UserError(f"{path}: {printable(name)} and {printable(entries[ours].name)} in {entries[ours].path.name} "
+                                "are the same tensor; keep one")
+            elif path.suffix == ".bin":
+                entries[ours] = Entry(path, name, tuple(file[name].shape), str(file[name].dtype))
+            else:
+                part = file.get_slice(name)
+                entries[ours] = Entry(path, name, tuple(part.get_shape()), part.get_dtype())
+    if unknown:
+        raise UserError(f"{path.parent}: {_some(unknown)} have no place in a LLaVA-1.5; is this another architecture?")
+    return entries
+
+
+def check_entries(entries: dict[str, Entry], model: nn.Module, rows: dict[str, int] = {}) -> None:
+    """Every parameter of `model` has a tensor of its shape and kind and every tensor a parameter, or UserError.
+
+    `rows` gives tensors that have fewer rows than the model: the vocabulary of the original layout.
+    """
+    want = {n: (rows.get(n, len(p)), *p.shape[1:]) for n, p in model.named_parameters(remove_duplicate=False)}
+    needed = {n for n, _ in model.named_parameters()}  # a tied head may be left out
+    both = [(e, want[n]) for n, e in entries.items() if n in want]
+    faults = []
+    if missing := sorted(needed - entries.keys()):
+        faults.append(f"missing {_some(missing)}")
+    if unknown := sorted(e.name for n, e in entries.items() if n not in want):
+        faults.append(f"unknown {_some(unknown)}")
+    faults += [f"shape {list(e.shape)} of {printable(e.name)[:200]}, expected {list(shape)}" for e, shape in both if e.shape != shape][:4]
+    faults += [f"{printable(e.name)[:200]} holds {e.dtype}, expected floating point" for e, _ in both if e.dtype not in FLOATS][:4]
+    if faults:
+        where = next(iter(entries.values())).path.parent if entries else "checkpoint"
+        raise UserError(f"{where}: {'; '.join(faults)}; the weights do not belong to config.json")
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} tensors ({', '.join(printable(n)[:100] for n in names[:most])}{more})"
+
+
+def read_tensors(entries: dict[str, Entry]) -> Iterator[tuple[str, int, Tensor]]:
+    """(our name, first row, rows as stored), file by file, PIECE elements at a time; each valid until the next."""
+    path, file, read = None, None, 0
+    for name, entry in sorted(entries.items(), key=lambda item: (str(item[1].path), item[0])):
+        step = max(1, PIECE // math.prod(entry.shape[1:]))
+        for row in range(0, entry.shape[0], step):
+            if entry.path != path or read > REOPEN:
+                path, file, read = entry.path, None, 0  # closed before it is opened again
+                file = open_file(path)
+            try:
+                part = (file[entry.name] if path.suffix == ".bin" else file.get_slice(entry.name))[row : row + step]
+            except (SafetensorError, RuntimeError) as e:
+                raise UserError(f"{path}: {printable(entry.name)} cannot be read ({printable(e)[:200]}); download it again") from None
+            read += part.nbytes
+            yield name, row, part
+            del part
+
+
+def load_weights(model: nn.Module, entries: dict[str, Entry], dtype: torch.dtype, device: torch.device) -> None:
+    """Fill `model`, built on meta, with the tensors of `entries`, which `check_entries` has passed.
+
+    Raises UserError for a value that is not finite in `dtype`, and for a tied head that differs from the embedding.
+    """
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    own, tied = ({n: e for n, e in entries.items() if (n in shapes) == here} for here in (True, False))
+    for name, row, part in read_tensors(own):
+        if row == 0:
+            new = torch.empty(shapes[name], dtype=dtype, device=device)
+            set_parameter(model, name, new)
+        piece = new[row : row + len(part)].copy_(part)
+        low, high = piece.aminmax()
+        if not torch.isfinite(high.float() - low.float()):
+            raise UserError(f"{entries[name].path}: {printable(entries[name].name)} holds NaN, infinity or numbers too large for "
+                            f"{NAMES[dtype]}; load it in another dtype, or download it again")
+        filled = entries[name].shape[0]
+        if row + len(part) == filled < len(new):  # rows for added tokens, as the converter of the original makes them
+            new[filled:] = new[:filled].mean(0, dtype=torch.float32)
+    model.tie_weights()
+    for name, row, part in read_tensors(tied):
+        if not torch.equal(part.to(device, dtype), model.get_parameter(name)[row : row + len(part)]):
+            raise UserError(f"{entries[name].path}: {printable(entries[name].name)} differs from the embedding, but config.json "
+                            "says tie_word_embeddings; correct one of them")
+
+
+def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def save_weights(state: dict[str, Tensor], folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write tensors under our names to `folder` in layout A, in shards of at most SHARD_BYTES."""
+    size = lambda t: t.numel() * (dtype or t.dtype).itemsize
+    shards: list[dict[str, Tensor]] = [{}]
+    room = SHARD_BYTES
+    for name, tensor in state.items():
+        if shards[-1] and size(tensor) > room:
+            shards.append({})
+            room = SHARD_BYTES
+        room -= size(tensor)
+        shards[-1][translate(name, WRITE)] = tensor
+    names = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards):
+        save_tensors({n: t.detach().to("cpu", dtype).contiguous() for n, t in shard.items()}, folder / name)
+    if len(shards) > 1:
+        total = sum(map(size, state.values()))
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": {
+            n: file for file, shard in zip(names, shards) for n in shard}})
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as e:  # a full disk is told so, and not as OSError
+        raise UserError(f"{path}: cannot be written ({printable(e)[:200]}); free space or give another path") from None
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)  # save_file leaves 0600, which a group cannot read
+
+
+def find_folder(source: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: a path, or a hub id, which is downloaded (safetensors where they exist)."""
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return path
+        if path.exists():
+            raise UserError(f"{printable(source)}: a file, expected the folder of a checkpoint; give its folder")
+    except (OSError, RuntimeError) as e:  # a name too long, a ~user that is not there
+        raise UserError(f"{printable(source)[:400]}: cannot be looked up ({printable(e)[:200]}); check the path") from None
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        raise UserError(f"{printable(source)[:400]}: no such folder; give a checkpoint's folder, a hub id such as "
+                        "llava-hf/llava-1.5-7b-hf, or tiny")
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.jinja", "*.model", "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(source, revision=revision, allow_patterns=["pytorch_model*.bin"])
+    except Exception as e:  # the hub's client raises its own errors, its HTTP library's and the system's
+        raise UserError(f"{source}: not a folder here, and the hub did not give it ({printable(e)[:200]}); "
+                        "check the name and the network, or download it and give the folder") from None
+    return folder

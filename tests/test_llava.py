@@ -1,0 +1,174 @@
+"""llava.py: features, logits and loss of transformers for every decoder, whatever is in the batch and how it is padded."""
+
+import pytest
+import torch
+from conftest import IMAGE, KINDS, PATCHES, our_model, pixels, rows, their_model
+
+from llava_min import llava
+from llava_min.cli import UserError
+
+IGNORE = -100
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+def feed(pair, ids, px=None, mask=None) -> float:
+    """How far our logits are from transformers', where the tokens are real."""
+    theirs, ours = pair
+    real = torch.ones_like(ids) if mask is None else mask
+    positions = (real.cumsum(-1) - 1).clamp(min=0)
+    expected = theirs(input_ids=ids, pixel_values=px, attention_mask=real, position_ids=positions).logits
+    got = ours(ids, px, mask)
+    assert got.shape == expected.shape and expected.std() > 0.1  # far enough apart for a fault to show
+    return (got - expected)[real.bool()].abs().max().item()
+
+
+@pytest.mark.parametrize("layer", range(-4, 4))
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_features_of_every_layer(layer, strategy):
+    theirs = their_model(vision_feature_layer=layer, vision_feature_select_strategy=strategy)
+    ours = our_model(theirs)
+    if layer == 0:  # transformers 5.23 takes 0 for "no hidden states"; -4 is the same layer
+        theirs.config.vision_feature_layer = theirs.model.config.vision_feature_layer = -4
+    px = pixels(3)
+    features = theirs.model.vision_tower(px, output_hidden_states=True).hidden_states[layer]
+    assert difference(ours.vision_tower(px), features) <= 1e-4
+    expected = torch.stack(list(theirs.get_image_features(px).pooler_output))
+    assert difference(ours.encode_images(px), expected) <= 1e-4
+    patches = PATCHES + (strategy == "full")
+    assert expected.shape[1] == patches == ours.config.tokens_per_image
+    assert feed((theirs, ours), rows(1, 2, patches=patches), px) <= 1e-4
+
+
+def test_projector_without_bias():
+    theirs = their_model(multimodal_projector_bias=False)
+    assert feed((theirs, our_model(theirs)), rows(2), pixels(2)) <= 1e-4
+
+
+@pytest.mark.parametrize("pictures", [(1,), (0,), (1, 1, 1), (0, 3, 1, 2), (2, 0), (0, 0, 1)], ids=str)
+def test_logits_whatever_pictures_the_rows_hold(pair, pictures):
+    assert feed(pair, rows(*pictures), pixels(sum(pictures)) if sum(pictures) else None) <= 1e-4
+
+
+def test_text_alone_with_no_picture_tensor_or_an_empty_one(pair):
+    ours, ids = pair[1], rows(0, 0)
+    assert torch.equal(ours(ids), ours(ids, pixels(0)))
+
+
+@pytest.mark.parametrize("pads", [(0, 3), (7, 0, 2)], ids=str)
+def test_padding_on_either_side_changes_nothing(pair, pads):
+    ours, length = pair[1], 16
+    ids = rows(*[i % 2 + 1 for i in range(len(pads))], length=length)
+    per_row = pixels(int((ids == IMAGE).sum()) // PATCHES).split([i % 2 + 1 for i in range(len(pads))])
+    short = [row[: length - n] for row, n in zip(ids, pads)]
+    alone = [ours(row[None], px)[0] for row, px in zip(short, per_row)]
+    for side in ("left", "right"):
+        padded, mask = torch.full((len(pads), length), 7), torch.zeros(len(pads), length, dtype=torch.long)
+        for i, row in enumerate(short):
+            at = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+            padded[i, at], mask[i, at] = row, 1
+        got = ours(padded, torch.cat(per_row), mask)
+        assert got.isfinite().all()
+        for i, want in enumerate(alone):
+            assert difference(got[i][mask[i].bool()], want) <= 1e-5, side
+        assert feed(pair, padded, torch.cat(per_row), mask) <= 1e-4
+        assert difference(got, ours(padded, torch.cat(per_row), mask.bool())) == 0
+
+
+def test_pictures_go_to_their_places_in_reading_order(pair):
+    ours, ids, px = pair[1], rows(1, 2), pixels(3)
+    before = ours(ids, px)
+    swapped = ours(ids, px[[0, 2, 1]])
+    assert difference(before[0], swapped[0]) == 0 and difference(before[1], swapped[1]) > 0.01
+
+
+def labels_of(ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Right-padded rows: nothing is learned at the start, at every third token and at the padding."""
+    labels = ids.clone()
+    labels[:, :9], labels[:, ::3] = IGNORE, IGNORE
+    for row, n in zip(labels, lengths):
+        row[n:] = IGNORE
+    return labels
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1024])
+def test_loss_is_transformers_loss(pair, chunk, monkeypatch):
+    monkeypatch.setattr(llava, "LOGIT_ROWS", chunk)
+    theirs, ours = pair
+    ids, px, lengths = rows(1, 0, 1), pixels(2), [20, 17, 12]
+    labels = labels_of(ids, lengths)
+    mask = (torch.arange(20) < torch.tensor(lengths)[:, None]).long()
+    count = (labels[:, 1:] != IGNORE).sum()
+    expected = theirs(input_ids=ids, pixel_values=px, attention_mask=mask, labels=labels).loss * count
+    got = ours.loss(ids, labels, px)
+    assert got.shape == () and abs(got - expected) <= 1e-4 * expected
+
+
+def test_gradients_are_transformers_gradients():
+    theirs = their_model("mistral").requires_grad_(True)
+    ours = our_model(theirs).requires_grad_(True)
+    ids, px = rows(1, 2), pixels(3)
+    labels = labels_of(ids, [20, 15])
+    theirs(input_ids=ids, pixel_values=px, labels=labels).loss.mul((labels[:, 1:] != IGNORE).sum()).backward()
+    ours.loss(ids, labels, px).backward()
+    expected = {n.removeprefix("model.").replace("encoder.", ""): p.grad for n, p in theirs.named_parameters()}
+    for name, p in ours.named_parameters():
+        if name.startswith(("vision_tower.layers.2.", "vision_tower.post_layernorm")):
+            assert p.grad is None  # not read
+        else:
+            assert (p.grad - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-5, name
+
+
+def test_a_batch_that_teaches_nothing_has_loss_zero(pair):
+    ids = rows(0)
+    loss = pair[1].loss(ids, torch.full_like(ids, IGNORE))
+    assert loss.shape == () and loss == 0
+
+
+def test_the_loss_reads_no_padding(pair):
+    ours, ids, px = pair[1], rows(1, 1), pixels(2)
+    labels = labels_of(ids, [20, 14])
+    other = ids.clone()
+    other[1, 14:] = 5
+    assert ours.loss(ids, labels, px) == ours.loss(other, labels, px)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_head_is_tied_where_the_config_says_so(kind):
+    theirs = their_model(kind)
+    ours = our_model(theirs)
+    tied = ours.lm_head.weight is ours.language_model.embed_tokens.weight
+    assert tied == (kind == "qwen2") == (theirs.lm_head.weight is theirs.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("pictures, given", [((1,), 2), ((2,), 1), ((0,), 1), ((1, 1), 3)])
+def test_placeholders_are_counted(pair, pictures, given):
+    with pytest.raises(UserError, match=f"{PATCHES * sum(pictures)} image tokens for {given} pictures of {PATCHES} each"):
+        pair[1](rows(*pictures), pixels(given))
+
+
+def test_half_a_picture_is_refused(pair):
+    ids = rows(1)
+    ids[ids == IMAGE] = torch.tensor([IMAGE, IMAGE, IMAGE, 5])
+    with pytest.raises(UserError, match="3 image tokens for 1 pictures"):
+        pair[1](ids, pixels(1))
+
+
+def test_a_sliding_window_is_refused_only_beyond_it():
+    theirs = their_model("mistral")
+    ours = our_model(theirs)
+    assert ours.config.text.sliding_window == 64
+    assert feed((theirs, ours), rows(1, length=64), pixels(1)) <= 1e-4
+    with pytest.raises(UserError, match="65 tokens long, more than sliding_window 64"):
+        ours(rows(1, length=65), pixels(1))
+
+
+def test_the_context_is_refused_with_both_numbers(pair):
+    ours = pair[1]
+    if ours.config.text.sliding_window is None:
+        ours(rows(0, length=256))
+    with pytest.raises(UserError, match="257 tokens long.* 256"):
+        ours(rows(0, length=257))
