@@ -4,8 +4,8 @@
     python sample.py cat.jpg dog.jpg --prompt "What animal is this?"      # one line for each: PICTURE: ANSWER
     python sample.py cat.jpg --chat                                       # a conversation about the picture
 
-Answers go to stdout, everything else to stderr. One picture's answer streams, unless several answers, beams or --json
-are asked for.
+Answers go to stdout, everything else to stderr. One picture's answer streams, unless several answers, beams or
+--json are asked for.
 """
 
 import json
@@ -23,7 +23,8 @@ TINY_QUESTION = "What is in the picture?"  # the open question of the tiny model
 TINY_NOTE = ("note: the bundled tiny model knows drawn shapes only; the 7B answers with: "
              "python sample.py PICTURE --model llava-hf/llava-1.5-7b-hf")
 BATCH = 8  # pictures answered at a time
-HELP = "/image PATH: another picture   /reset: forget what was said   /quit or Ctrl-D: end   Ctrl-C: stop an answer"
+HELP = ("/image PATH: another picture   /reset: forget what was said   /quit or Ctrl-D: end   "
+        "Ctrl-C: stop an answer")
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Knobs:
     seed: Seed | None = None  # makes sampling repeatable
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the weights
     device: str = "auto"  # cpu, cuda, cuda:N
-    image_aspect_ratio: Literal["pad", "crop"] | None = None  # pad or crop; what the checkpoint records if not given
+    image_aspect_ratio: Literal["pad", "crop"] | None = None  # pad or crop; else what the checkpoint records
     template: str | None = None  # chat template; the checkpoint's if not given
     exif: bool = False  # turn pictures as their orientation tag says
     compile: bool = False  # one fused program per token: slow to start, fast after
@@ -60,22 +61,24 @@ def main(argv: list[str]) -> None:
     from llava_min.generate import Options
     from llava_min.load import load
 
-    names = ("max_new_tokens", "min_new_tokens", "num_beams", "num_return_sequences", "temperature", "top_p", "top_k",
-             "length_penalty", "repetition_penalty", "seed")
+    names = ("max_new_tokens", "min_new_tokens", "num_beams", "num_return_sequences", "temperature", "top_p",
+             "top_k", "length_penalty", "repetition_penalty", "seed")
     options = {name: getattr(knobs, name) for name in names}
     Options(**options)  # what is wrong with them is found before weights are loaded
     images = [open_image(path, exif=knobs.exif) for path in knobs.images]
     if knobs.model is None:
         note(TINY_NOTE)
     start = time.perf_counter()
-    model, processor = load(knobs.model or "tiny", dtype=knobs.dtype, device=knobs.device, adapter=knobs.adapter,
+    source = knobs.model or "tiny"
+    model, processor = load(source, dtype=knobs.dtype, device=knobs.device, adapter=knobs.adapter,
                             image_aspect_ratio=knobs.image_aspect_ratio, template=knobs.template)
-    note(f"loaded {knobs.model or 'tiny'} in {time.perf_counter() - start:.1f} s: {model.device}, {str(model.dtype).removeprefix('torch.')}")
+    dtype = str(model.dtype).removeprefix("torch.")
+    note(f"loaded {source} in {time.perf_counter() - start:.1f} s: {model.device}, {dtype}")
     options["compile"] = knobs.compile
     if knobs.chat:
         chat(model, processor, images[0], prompt, knobs.exif, options)
         return
-    prompt = prompt or (TINY_QUESTION if knobs.model in (None, "tiny") else QUESTION)
+    prompt = prompt or (TINY_QUESTION if source == "tiny" else QUESTION)
     if len(images) * knobs.num_beams * knobs.num_return_sequences == 1 and not knobs.json:
         batch = processor.chat([{"role": "user", "content": content(prompt)}], [images[0]])
         say(model, batch, processor, [], **options)
@@ -85,9 +88,11 @@ def main(argv: list[str]) -> None:
 
 def check(knobs: Knobs) -> None:
     if not knobs.images:
-        raise UserError("IMAGE: no picture was given; python sample.py PICTURE [--prompt TEXT], and --help for the rest")
+        raise UserError("IMAGE: no picture was given; python sample.py PICTURE [--prompt TEXT], "
+                        "and --help for the rest")
     if knobs.chat and len(knobs.images) > 1:
-        raise UserError(f"--chat: {len(knobs.images)} pictures were given, a conversation is about one; /image PATH changes it")
+        raise UserError(f"--chat: {len(knobs.images)} pictures were given, a conversation is about one; "
+                        "/image PATH changes it")
     if knobs.chat and (knobs.json or knobs.num_beams > 1 or knobs.num_return_sequences > 1):
         raise UserError("--chat: streams one answer; leave out --json, --num-beams and --num-return-sequences")
     if knobs.chat and knobs.prompt == "-":
@@ -107,7 +112,8 @@ def read_prompt(knobs: Knobs) -> str | None:
     if prompt is not None and not prompt.replace("<image>", "").strip():
         raise UserError(f"--prompt{' -' if knobs.prompt == '-' else ''}: is empty; write a question, or leave it out")
     if prompt is not None and prompt.count("<image>") > 1:
-        raise UserError(f"--prompt: {prompt.count('<image>')} times <image>, and a question is about one picture; mark it once at most")
+        raise UserError(f"--prompt: {prompt.count('<image>')} times <image>, and a question is about one picture; "
+                        "mark it once at most")
     return prompt
 
 
@@ -124,7 +130,7 @@ def show(text: str) -> None:
 
 
 def say(model: Any, batch: dict, processor: Any, ids: list[int], **options: Any) -> None:
-    """Stream one answer to stdout and a line of statistics to stderr; `ids` takes the new ids, also of a broken answer."""
+    """Stream one answer to stdout, statistics to stderr; `ids` takes the new ids, also of a broken answer."""
     from llava_min.generate import stream
 
     start, first = time.perf_counter(), None
@@ -157,12 +163,12 @@ def answer_all(model: Any, processor: Any, images: list, prompt: str, knobs: Kno
             stopped = "limit" if limit(ids, knobs.max_new_tokens) else "end"
             tokens, cut = tokens + len(ids), cut + (stopped == "limit")
             if knobs.json:
-                print(json.dumps({"image": path, "prompt": prompt, "answer": text, "new_tokens": len(ids), "stopped": stopped,
-                                  "seconds": seconds, "batch": len(paths)}), flush=True)
+                print(json.dumps({"image": path, "prompt": prompt, "answer": text, "new_tokens": len(ids),
+                                  "stopped": stopped, "seconds": seconds, "batch": len(paths)}), flush=True)
             else:
                 show(f"{printable(path)}: {text}\n" if len(images) > 1 else f"{text}\n")
-    seconds = time.perf_counter() - start
-    note(f"{tokens} tokens in {seconds:.1f} s" + (f"; {cut} of {len(images) * n} answers stopped at --max-new-tokens {knobs.max_new_tokens}" if cut else ""))
+    ended = f"; {cut} of {len(images) * n} answers stopped at --max-new-tokens {knobs.max_new_tokens}" if cut else ""
+    note(f"{tokens} tokens in {time.perf_counter() - start:.1f} s{ended}")
 
 
 # The conversation
@@ -174,7 +180,7 @@ def questions(first: str | None) -> Iterator[str]:
         yield first
     if sys.stdin is None:
         return
-    sys.stdin.reconfigure(errors="surrogateescape")  # what is not text is refused as a question, not as a fault
+    sys.stdin.reconfigure(errors="surrogateescape")  # what is not text is then a bad question, not a fault
     while True:
         try:
             if sys.stdin.isatty():
@@ -204,7 +210,8 @@ def chat(model: Any, processor: Any, image: Any, first: str | None, exif: bool, 
             note("forgot the conversation; the picture stays")
         elif command == "/image":
             try:
-                image, talk = open_image(str(Path(rest.strip().strip("'\"")).expanduser()) if rest.strip() else "", exif=exif), []
+                path = rest.strip().strip("'\"")
+                image, talk = open_image(path and str(Path(path).expanduser()), exif=exif), []
                 note("a new picture, a new conversation")
             except UserError as e:
                 note(f"error: {e}")
@@ -214,8 +221,9 @@ def chat(model: Any, processor: Any, image: Any, first: str | None, exif: bool, 
             talk = turn(model, processor, image, talk, line, cache, options)
 
 
-def turn(model: Any, processor: Any, image: Any, talk: list[dict], question: str, cache: Any, options: dict) -> list[dict]:
-    """Ask one question and stream its answer -> the conversation with both, or as it was when there is no answer."""
+def turn(model: Any, processor: Any, image: Any, talk: list[dict], question: str, cache: Any,
+         options: dict) -> list[dict]:
+    """Ask one question and stream its answer -> the conversation with both, or as it was without an answer."""
     asked, ids = [*talk, {"role": "user", "content": question if talk else content(question)}], []
     try:
         say(model, processor.chat(asked, [image]), processor, ids, cache=cache, **options)

@@ -12,8 +12,9 @@ from typing import Any
 
 from llava_min.cli import UserError
 
-__all__ = ["UserError", "generate", "load", "stream"]
-_HOMES = {"load": "llava_min.load", "generate": "llava_min.generate", "stream": "llava_min.generate"}
+__all__ = ["UserError", "generate", "load", "new_cache", "save", "stream"]
+_HOMES = {"load": "llava_min.load", "save": "llava_min.load", "generate": "llava_min.generate",
+          "stream": "llava_min.generate", "new_cache": "llava_min.generate"}
 
 
 class _Package(ModuleType):

@@ -88,6 +88,15 @@ class VisionConfig:
         return {"model_type": "clip_vision_model", **self.__dict__, "num_channels": 3}
 
 
+def read_eos(f: Fields, vocab_size: int, default: int | None = None) -> tuple[int, ...]:
+    """`eos_token_id`, which files write as an id, a list of ids or null."""
+    eos = f.data.get("eos_token_id", default)
+    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if any(type(i) is not int or not 0 <= i < vocab_size for i in eos):
+        f.fail(f"{f.prefix}eos_token_id", eos, f"token ids below vocab_size {vocab_size}")
+    return tuple(eos)
+
+
 # What the reference's config classes fill in when a file leaves a field out.
 TEXT_DEFAULTS = {
     "llama": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_key_value_heads=None,
@@ -149,16 +158,12 @@ class TextConfig:
             f.fail(f"{f.prefix}head_dim", head_dim, "an even number, which rotary embedding needs")
         spared = f.take("max_window_layers", int, 28, 0) if kind == "qwen2" else 0
         windowed = {"llama": False, "mistral": True, "qwen2": f.take("use_sliding_window", bool, False) and spared < n["num_hidden_layers"]}
-        eos = f.data.get("eos_token_id", d["eos_token_id"])
-        eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        if any(type(i) is not int or not 0 <= i < n["vocab_size"] for i in eos):
-            f.fail(f"{f.prefix}eos_token_id", eos, f"token ids below vocab_size {n['vocab_size']}")
         return cls(model_type=kind, **n, num_key_value_heads=kv, head_dim=head_dim,
                    max_position_embeddings=f.take("max_position_embeddings", int, d["max_position_embeddings"], 1, 1 << 28),
                    rms_norm_eps=f.take("rms_norm_eps", float, 1e-6, 0, 1), rope_theta=_rope_theta(f),
                    sliding_window=f.take("sliding_window", int, 4096, 1, 1 << 28, null=True) if windowed[kind] else None,
                    max_window_layers=spared, bos_token_id=f.take("bos_token_id", int, d["bos_token_id"], 0, null=True),
-                   eos_token_ids=tuple(eos), pad_token_id=f.take("pad_token_id", int, None, -1, null=True))
+                   eos_token_ids=read_eos(f, n["vocab_size"], d["eos_token_id"]), pad_token_id=f.take("pad_token_id", int, None, -1, null=True))
 
     def to_hf(self) -> dict:
         d = dict(self.__dict__)

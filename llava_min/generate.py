@@ -1,13 +1,15 @@
 """From a prompt with pictures to new tokens: greedy, sampling, beam search and streaming.
 
-What each option means, and the order in which options act on the scores, is `generate` of Hugging Face transformers
-5.23; given the same logits the ids are equal, sampled ones included.
+What each option means, and the order in which options act on the scores, is `generate` of Hugging Face
+transformers 5.23; given the same logits the ids are equal, sampled ones included.
 
-The pictures and the prompt are read once into a `KVCache`, whatever follows. Greedy decoding and sampling then yield a
-column of ids per step, so that a batch and a stream are one loop; beams and several answers per prompt are branches of
-the cache. On a GPU nothing in the loops waits for the device, except a look at every CHECK_EVERY-th step.
+The pictures and the prompt are read once into a `KVCache`, whatever follows. Greedy decoding and sampling
+then yield a column of ids per step, so that a batch and a stream are one loop; beams and several answers per
+prompt are branches of the cache. On a GPU nothing in the loops waits for the device, except a look at every
+CHECK_EVERY-th step.
 
-Shapes: B prompts, N answers or beams per prompt, R = B * N rows, T prompt tokens, V vocabulary, M max_new_tokens.
+Shapes: B prompts, N answers or beams per prompt, R = B * N rows, T prompt tokens, V vocabulary,
+M max_new_tokens.
 """
 
 import contextlib
@@ -32,7 +34,7 @@ NEVER = -1e9  # the score of what is not there, as transformers writes it
 
 @dataclass(frozen=True)
 class Options:
-    """How to choose the new tokens. `temperature` 0 is greedy; above it, sampling (with beams: beam sampling)."""
+    """How to choose the new tokens. `temperature` 0 is greedy; above it, sampling (of beams, if there are any)."""
 
     max_new_tokens: int = 256
     min_new_tokens: int = 0  # no end token before so many others
@@ -56,7 +58,8 @@ class Options:
                 raise UserError(f"{name}: {value!r:.40} was given, expected {expected}")
 
         need("max_new_tokens", int, lambda n: n >= 1, "an integer of at least 1")
-        need("min_new_tokens", int, lambda n: 0 <= n <= self.max_new_tokens, f"an integer from 0 to max_new_tokens {self.max_new_tokens}")
+        most = self.max_new_tokens
+        need("min_new_tokens", int, lambda n: 0 <= n <= most, f"an integer from 0 to max_new_tokens {most}")
         need("num_beams", int, lambda n: n >= 1, "an integer of at least 1")
         need("num_return_sequences", int, lambda n: n >= 1, "an integer of at least 1")
         need("length_penalty", float, lambda x: True, "a finite number")
@@ -67,12 +70,15 @@ class Options:
         if self.seed is not None:
             need("seed", int, lambda n: 0 <= n < 2**63, "an integer from 0 to 2**63 - 1")
         if type(self.early_stopping) is not bool and self.early_stopping != "never":
-            raise UserError(f"early_stopping: {self.early_stopping!r:.40} was given, expected True, False or 'never'")
+            raise UserError(f"early_stopping: {self.early_stopping!r:.40} was given, "
+                            "expected True, False or 'never'")
         n, beams = self.num_return_sequences, self.num_beams
         if n > beams > 1:
-            raise UserError(f"num_return_sequences: {n} answers were asked of {beams} beams; ask for at most {beams}, or raise num_beams")
+            raise UserError(f"num_return_sequences: {n} answers were asked of {beams} beams; "
+                            f"ask for at most {beams}, or raise num_beams")
         if n > 1 and beams == 1 and not self.temperature:
-            raise UserError(f"num_return_sequences: {n} greedy answers would be the same; set temperature above 0, or num_beams to at least {n}")
+            raise UserError(f"num_return_sequences: {n} greedy answers would be the same; "
+                            f"set temperature above 0, or num_beams to at least {n}")
         if not self.temperature and (self.top_k or self.top_p < 1):
             warn("top_k and top_p have no effect at temperature 0, which is greedy")
         if beams == 1 and (self.length_penalty != 1 or self.early_stopping):
@@ -98,13 +104,14 @@ def id_tensor(model: Llava, name: str, ids: Sequence[int]) -> Tensor:
 def read_batch(model: Llava, batch: dict) -> tuple[Tensor, Tensor, Tensor | None]:
     """The processor's dict -> ids (B, T), which of them are real (B, T) bool, pictures (N, 3, S, S) or None.
 
-    Padding may stand on either side; it is moved to the left, where it lies between no two tokens of an answer.
+    Padding may stand on either side; it is moved to the left, where it parts no prompt from its answer.
     """
     ids = batch["input_ids"].to(model.device)
     mask = batch.get("attention_mask")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(model.device).bool()
     if ids.ndim != 2 or real.shape != ids.shape:
-        raise UserError(f"input_ids: shape {tuple(ids.shape)} with attention_mask {tuple(real.shape)}, expected (rows, tokens) for both")
+        raise UserError(f"input_ids: shape {tuple(ids.shape)} with attention_mask {tuple(real.shape)}, "
+                        "expected (rows, tokens) for both")
     lengths = real.sum(-1).tolist()
     if not lengths or min(lengths) == 0:
         raise UserError("input_ids: a row without a token; give every row a prompt")
@@ -114,15 +121,16 @@ def read_batch(model: Llava, batch: dict) -> tuple[Tensor, Tensor, Tensor | None
     if pixels is not None and not len(pixels):
         pixels = None
     if pixels is None and (ids == model.config.image_token_id).any():
-        raise UserError("pixel_values: the prompt has image tokens and no pictures came; give the processor images=")
+        raise UserError("pixel_values: the prompt has image tokens and no pictures came; "
+                        "give the processor images=")
     return ids, real, pixels
 
 
 def new_cache(model: Llava) -> KVCache:
     """A cache for one conversation: give it to `generate` or `stream` at every turn, and it grows as it must.
 
-    It remembers the ids and pictures it has read (`ids`, `pixels`), so that the next prompt is fed only from where it
-    differs. It knows nothing of weights: when those change, make a new one.
+    It remembers the ids and pictures it has read (`ids`, `pixels`), so that the next prompt is fed only from
+    where it differs. It knows nothing of weights: when those change, make a new one.
     """
     cache = KVCache(model.config.text, 1, 0, model.dtype, model.device)
     cache.ids, cache.pixels = [], None
@@ -143,7 +151,7 @@ def make_room(cache: KVCache, slots: int) -> None:
 
 
 def known(model: Llava, ids: list[int], pixels: Tensor | None, cache: KVCache) -> tuple[int, int]:
-    """How many tokens, and how many pictures among them, the cache has read exactly as this prompt has them."""
+    """How many tokens, and pictures among them, the cache has read exactly as this prompt has them."""
     n = min(len(cache.ids), len(ids) - 1)  # one token at least is fed: its logits are wanted
     n = next((i for i in range(n) if cache.ids[i] != ids[i]), n)
     places = [i for i in range(n) if ids[i] == model.config.image_token_id]
@@ -155,7 +163,7 @@ def known(model: Llava, ids: list[int], pixels: Tensor | None, cache: KVCache) -
 
 
 def prefill(model: Llava, ids: Tensor, real: Tensor | None, pixels: Tensor | None, cache: KVCache) -> Tensor:
-    """Read ids (B, T), padded on the left where `real` says so, and their pictures -> logits (B, V) after the last."""
+    """Read ids (B, T), padded on the left where `real` says so, and their pictures -> the last's logits (B, V)."""
     x = model.embed(ids, pixels)
     cache.grow(ids.shape[1])
     positions, mask = cache.place(ids.shape[1], real)
@@ -163,16 +171,19 @@ def prefill(model: Llava, ids: Tensor, real: Tensor | None, pixels: Tensor | Non
     return model.lm_head(x[:, -1]).float()
 
 
-def read_prompt(model: Llava, ids: Tensor, real: Tensor, pixels: Tensor | None, o: Options, cache: KVCache | None, compile: bool) -> tuple[KVCache, Tensor]:
-    """The cache with the prompt in it, its rows branched as the options want, and logits (R, V) for the first token."""
+def read_prompt(model: Llava, ids: Tensor, real: Tensor, pixels: Tensor | None, o: Options,
+                cache: KVCache | None, compile: bool) -> tuple[KVCache, Tensor]:
+    """The cache with the prompt in it, branched as the options want, and logits (R, V) for the first token."""
     rows, tokens = ids.shape
     model.check_length(tokens + o.max_new_tokens)
     branches = max(o.num_beams, o.num_return_sequences)
     slots = tokens if branches > 1 else tokens + o.max_new_tokens
     if compile and branches > 1:
-        raise UserError("compile: works for one answer per prompt; leave it out with num_beams or num_return_sequences above 1")
+        raise UserError("compile: works for one answer per prompt; "
+                        "leave it out with num_beams or num_return_sequences above 1")
     if cache is None:
-        cache = KVCache(model.config.text, rows, roomy(slots) if compile else slots, model.dtype, model.device, static=compile)
+        slots = roomy(slots) if compile else slots
+        cache = KVCache(model.config.text, rows, slots, model.dtype, model.device, static=compile)
         logits = prefill(model, ids, None if real.all() else real, pixels, cache)
     else:
         if rows != 1 or cache.config != model.config.text or not hasattr(cache, "ids"):
@@ -180,10 +191,12 @@ def read_prompt(model: Llava, ids: Tensor, real: Tensor, pixels: Tensor | None, 
         prompt = ids[0].tolist()
         start, pictures = known(model, prompt, pixels, cache)
         cache.crop(start)
-        cache.ids, cache.pixels = prompt[:start], None if pixels is None else pixels.cpu().clone()  # the caller may reuse it
+        cache.ids = prompt[:start]
+        cache.pixels = None if pixels is None else pixels.cpu().clone()  # the caller may write to his
         make_room(cache, slots)
         cache.static = compile
-        logits = prefill(model, ids[:, start:], None, None if pixels is None or pictures == len(pixels) else pixels[pictures:], cache)
+        rest = None if pixels is None or pictures == len(pixels) else pixels[pictures:]
+        logits = prefill(model, ids[:, start:], None, rest, cache)
         cache.ids = prompt
     if branches > 1:
         cache.branch(branches, o.max_new_tokens)
@@ -215,7 +228,7 @@ def captured_step(model: Llava, cache: KVCache, rows: int) -> Callable[[Llava, T
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     cache.grow(1)  # not fresh: what is captured is a step, not a prompt
-    with torch.cuda.stream(stream):  # once for real: compiles, and sets up what may not be set up while capturing
+    with torch.cuda.stream(stream):  # once for real: compiles, and sets up what cannot be while capturing
         compiled_step()(model, into, cache)
         for x, old in zip(counters, before):
             x.copy_(old)
@@ -237,9 +250,10 @@ def captured_step(model: Llava, cache: KVCache, rows: int) -> Callable[[Llava, T
 
 
 def process(scores: Tensor, i: int, o: Options, stops: Tensor, suppress: Tensor | None, seen: Tensor | None) -> Tensor:
-    """The i-th new token's scores (R, V), fp32 logits or log probabilities, after every option that acts on them."""
+    """The i-th new token's scores (R, V), fp32 logits or log probabilities, after the options that act on them."""
     if seen is not None:
-        scores = torch.where(seen, torch.where(scores < 0, scores * o.repetition_penalty, scores / o.repetition_penalty), scores)
+        less = torch.where(scores < 0, scores * o.repetition_penalty, scores / o.repetition_penalty)
+        scores = torch.where(seen, less, scores)
     if i < o.min_new_tokens:
         scores = scores.index_fill(1, stops, -math.inf)
     if suppress is not None:
@@ -249,7 +263,8 @@ def process(scores: Tensor, i: int, o: Options, stops: Tensor, suppress: Tensor 
     least = 1 if o.num_beams == 1 else max(2, 1 + len(stops))  # so that beams have something to go on with
     scores = scores / o.temperature
     if o.top_k:
-        scores = scores.masked_fill(scores < scores.topk(min(max(o.top_k, least), scores.shape[-1]))[0][:, -1:], -math.inf)
+        worst = scores.topk(min(max(o.top_k, least), scores.shape[-1]))[0][:, -1:]
+        scores = scores.masked_fill(scores < worst, -math.inf)
     if o.top_p < 1:
         ascending, order = scores.sort()
         drop = ascending.softmax(-1).cumsum(-1) <= 1 - o.top_p
@@ -261,8 +276,8 @@ def process(scores: Tensor, i: int, o: Options, stops: Tensor, suppress: Tensor 
 def draw(scores: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
     """n different indices a row (R, n) with the probabilities softmax(scores).
 
-    The draw of `torch.multinomial` without its look at the values, which waits for the device and, on CUDA, ends the
-    process at the first NaN.
+    The draw of `torch.multinomial` without its look at the values, which waits for the device and, on CUDA,
+    ends the process at the first NaN.
     """
     probabilities = scores.softmax(-1)
     noise = torch.empty_like(probabilities).exponential_(1, generator=generator)
@@ -270,7 +285,7 @@ def draw(scores: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
 
 
 def seen_tokens(ids: Tensor, real: Tensor, o: Options, vocabulary: int) -> Tensor | None:
-    """What the repetition penalty acts on (R, V) bool: the prompt's tokens, those of its pictures included."""
+    """What the repetition penalty acts on (R, V) bool: the prompt's tokens, its pictures' included."""
     if o.repetition_penalty == 1:
         return None
     counts = torch.zeros(len(ids), vocabulary, device=ids.device).scatter_add_(1, ids, real.float())
@@ -293,13 +308,15 @@ class Watch:
         if not last and (i + 1) % self.every:
             return False
         if not self.finite:
-            raise UserError("the logits are not finite: the weights are damaged, or fp16 overflowed; try dtype bf16 or fp32")
+            raise UserError("the logits are not finite: the weights are damaged, or fp16 overflowed; "
+                            "try dtype bf16 or fp32")
         return last or bool(ended.all())
 
 
 @torch.no_grad()
-def columns(model: Llava, batch: dict, o: Options, cache: KVCache | None = None, compile: bool = False) -> Iterator[Tensor]:
-    """Greedy decoding and sampling: the new ids, a column (R,) per step. A row that has ended goes on unheard."""
+def columns(model: Llava, batch: dict, o: Options, cache: KVCache | None = None,
+            compile: bool = False) -> Iterator[Tensor]:
+    """Greedy decoding and sampling: the new ids, a column (R,) per step. An ended row goes on unheard."""
     ids, real, pixels = read_batch(model, batch)
     stops, suppress, generator = setup(model, o)
     kept, (cache, logits) = cache, read_prompt(model, ids, real, pixels, o, cache, compile)
@@ -343,11 +360,12 @@ def setup(model: Llava, o: Options) -> tuple[Tensor, Tensor | None, torch.Genera
 
 
 @torch.no_grad()
-def beam_search(model: Llava, batch: dict, o: Options, cache: KVCache | None = None, compile: bool = False) -> Tensor:
+def beam_search(model: Llava, batch: dict, o: Options, cache: KVCache | None = None,
+                compile: bool = False) -> Tensor:
     """The best answers' ids (B * num_return_sequences, M), -1 after their end.
 
-    N beams go on; the best N answers that have ended wait aside. Enough candidates are looked at each step that N are
-    left to go on even if all the rest end. The arithmetic is that of transformers, so that ties fall the same way.
+    N beams go on; the best N answers that have ended wait aside. Enough candidates are looked at each step that
+    N are left to go on even if all the rest end. The arithmetic is transformers', so that ties fall alike.
     """
     ids, real, pixels = read_batch(model, batch)
     stops, suppress, generator = setup(model, o)
@@ -370,11 +388,11 @@ def beam_search(model: Llava, batch: dict, o: Options, cache: KVCache | None = N
         for i in range(m):
             scores = process(watch.logits(logits).log_softmax(-1), i, o, stops, suppress, seen)
             scores = (scores.view(b, n, v) + running_scores[:, :, None]).view(b, n * v)
-            index = draw(scores, width, generator) if o.temperature else scores.topk(width)[1]  # (B, width), as all below
-            top, beam, token = scores.gather(1, index), index // v, index % v
+            index = draw(scores, width, generator) if o.temperature else scores.topk(width)[1]
+            top, beam, token = scores.gather(1, index), index // v, index % v  # (B, width)
             candidates = take(running, beam)
             candidates[:, :, i] = token
-            ends = (token[..., None] == stops).any(-1) if i + 1 < m else torch.ones_like(token, dtype=torch.bool)
+            ends = (token[..., None] == stops).any(-1) | (i + 1 == m)
 
             alive = top + ends.float() * NEVER
             best = alive.topk(n)[1]  # (B, N)
@@ -409,15 +427,16 @@ def beam_search(model: Llava, batch: dict, o: Options, cache: KVCache | None = N
     return finished[:, : o.num_return_sequences].flatten(0, 1)
 
 
-def generate(model: Llava, batch: dict, *, cache: KVCache | None = None, compile: bool = False, **options: Any) -> list[list[int]]:
-    """The new ids of every answer, `num_return_sequences` for each row of the batch in turn, without the end token.
+def generate(model: Llava, batch: dict, *, cache: KVCache | None = None, compile: bool = False,
+             **options: Any) -> list[list[int]]:
+    """The new ids of every answer, `num_return_sequences` for each row in turn, without the end token.
 
-    `batch` is the processor's dict: input_ids (B, T), attention_mask (B, T), pixel_values (N, 3, S, S) if there are
-    pictures. `options` are the fields of `Options`. `cache` is a conversation's (`new_cache`). `compile` makes the step
-    one fused program; that takes a while once and pays in long answers or many.
+    `batch` is the processor's dict: input_ids (B, T), attention_mask (B, T), pixel_values (pictures, 3, S, S) if
+    there are any. `options` are the fields of `Options`. `cache` is a conversation's (`new_cache`). `compile`
+    makes the step one fused program; that takes a while once and pays in long answers or many.
 
-    Raises UserError for an option out of range, a prompt that leaves no room for max_new_tokens in the model's
-    context, pictures and image tokens that do not match, and logits that are not finite.
+    Raises UserError for an option out of range, a prompt that leaves no room for max_new_tokens in the context,
+    pictures and image tokens that do not match, and logits that are not finite.
     """
     o = Options(**options)
     stops = {*o.stops(model).tolist(), -1}
@@ -428,23 +447,25 @@ def generate(model: Llava, batch: dict, *, cache: KVCache | None = None, compile
     return [row[: next((i for i, id in enumerate(row) if id in stops), None)] for row in ids.tolist()]
 
 
-def stream(model: Llava, batch: dict, processor: Any, *, ids: list[int] | None = None, cache: KVCache | None = None,
-           compile: bool = False, **options: Any) -> Iterator[str]:
+def stream(model: Llava, batch: dict, processor: Any, *, ids: list[int] | None = None,
+           cache: KVCache | None = None, compile: bool = False, **options: Any) -> Iterator[str]:
     """The one answer's text in pieces as they come, never half a character.
 
-    `processor` (or a tokenizer) turns ids to text; a processor's `stop_ids` end the answer unless `eos_token_id` is
-    given. The new ids are appended to the list `ids`, if one is given. The rest as in `generate`.
+    `processor` (or a tokenizer) turns ids to text; a processor's `stop_ids` end the answer unless `eos_token_id`
+    is given. The new ids are appended to the list `ids`, if one is given. The rest as in `generate`.
     """
     options.setdefault("eos_token_id", getattr(processor, "stop_ids", None))
     o = Options(**options)
     if len(batch["input_ids"]) * o.num_beams * o.num_return_sequences != 1:
-        raise UserError("stream: one answer to one prompt can be streamed; use generate for batches, beams and several answers")
-    return _stream(model, batch, getattr(processor, "tokenizer", processor), [] if ids is None else ids, o, cache, compile)
+        raise UserError("stream: one answer to one prompt can be streamed; "
+                        "use generate for batches, beams and several answers")
+    tokenizer, stops = getattr(processor, "tokenizer", processor), set(o.stops(model).tolist())
+    return pieces(columns(model, batch, o, cache, compile), tokenizer, stops, [] if ids is None else ids)
 
 
-def _stream(model: Llava, batch: dict, tokenizer: Any, ids: list[int], o: Options, cache: KVCache | None, compile: bool) -> Iterator[str]:
-    text, stops = tokenizer.stream(), set(o.stops(model).tolist())
-    with contextlib.closing(columns(model, batch, o, cache, compile)) as steps:
+def pieces(steps: Iterator[Tensor], tokenizer: Any, stops: set[int], ids: list[int]) -> Iterator[str]:
+    text = tokenizer.stream()
+    with contextlib.closing(steps):
         for column in steps:
             id = int(column)
             if id in stops:

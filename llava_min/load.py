@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from llava_min.cli import UserError, note, printable
-from llava_min.config import Fields, LlavaConfig, VisionConfig
+from llava_min.cli import UserError, note, printable, warn
+from llava_min.config import Fields, LlavaConfig, VisionConfig, read_eos
 from llava_min.data.chat import choose
 from llava_min.data.image import ASPECTS, ImageConfig
 from llava_min.data.processor import Processor
@@ -41,16 +42,19 @@ def load(source: str, *, dtype: str | torch.dtype = "auto", device: str | torch.
     config, clip_folder = read_config(folder)
     processor = build_processor(folder, config, clip_folder, image_aspect_ratio, template)
     entries = collect_entries(folder, config, clip_folder)
-    with torch.device("meta"):
-        model = Llava(config)
+    model = on_meta(config)
     device = pick_device(device)
     dtype = pick_dtype(dtype, model, device)
     # the original's vocabulary lacks the rows that LlavaConfig adds for <image> and <pad>
     rows = dict.fromkeys(("language_model.embed_tokens.weight", "lm_head.weight"), config.image_token_id) if config.vision_source else {}
     check_entries(entries, model, rows)
-    lora = None if adapter is None else read_adapter(model, Path(adapter))
+    if adapter is not None:
+        lora = read_adapter(model, Path(adapter))
+        base = read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
+        if isinstance(base, str) and Path(base).name != Path(str(source)).name:
+            warn(f"{adapter}: was made for {base}, and is applied to {source}")
     load_weights(model, entries, dtype, device)
-    if lora is not None:
+    if adapter is not None:
         apply_adapter(model, *lora)
     return model.eval(), processor
 
@@ -72,10 +76,22 @@ def write_model(model: Llava, processor: Processor, folder: Path, dtype: torch.d
     processor.save(folder)
 
 
-def fresh(config: LlavaConfig, dtype: torch.dtype = torch.float32, seed: int = 0, std: float = 0.02) -> Llava:
-    """A model of random weights: normal matrices, zero biases, unit norms."""
-    with torch.device("meta"):
-        model = Llava(config)
+class WithoutInit(TorchFunctionMode):
+    """Layers are made without initial values: on meta, drawing these imports sympy, a second and 70 MB."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return None if getattr(func, "__module__", None) == "torch.nn.init" else func(*args, **kwargs or {})
+
+
+def on_meta(config: LlavaConfig) -> Llava:
+    """The model without memory, to be filled."""
+    with torch.device("meta"), WithoutInit():
+        return Llava(config)
+
+
+def fresh(config: LlavaConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Llava:
+    """A model of random weights: matrices normal with deviation fan_in ** -0.5, zero biases, unit norms."""
+    model = on_meta(config)
     model.to_empty(device="cpu").to(dtype)
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
@@ -85,7 +101,7 @@ def fresh(config: LlavaConfig, dtype: torch.dtype = torch.float32, seed: int = 0
             elif p.dim() == 1 and name == "weight":
                 nn.init.ones_(p)
             else:
-                nn.init.normal_(p, std=std, generator=generator)
+                nn.init.normal_(p, std=p[0].numel() ** -0.5 if p.dim() > 1 else 0.02, generator=generator)
     model.tie_weights()
     return model.requires_grad_(False).eval()
 
@@ -94,6 +110,9 @@ def read_config(folder: Path) -> tuple[LlavaConfig, Path | None]:
     """The config, and for the original layout the folder of its CLIP tower, None when the tower's shapes are known."""
     path = folder / "config.json"
     config = LlavaConfig.from_hf(read_json(path), str(path))
+    path_to_stops = folder / "generation_config.json"  # chat models name their end-of-turn token only there
+    if stops := read_eos(Fields(read_optional(path_to_stops), str(path_to_stops)), config.text.vocab_size):
+        config = replace(config, text=replace(config.text, eos_token_ids=stops))
     if config.vision_source is None:
         return config, None
     near = [Path(config.vision_source), folder / config.vision_source, folder.parent / Path(config.vision_source).name]

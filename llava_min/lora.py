@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llava_min.cli import UserError, printable
 from llava_min.files import read_json, write_json
-from llava_min.weights import READ, open_file, save_tensors, translate
+from llava_min.weights import READ, is_finite, open_file, save_tensors, translate
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a decoder block
 PEFT = "base_model.model."
@@ -96,6 +96,8 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
 
 def read_adapter(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """The adapter of `folder`, our name -> tensor, checked against `model`, which may still be on meta."""
+    if any(isinstance(m, LoRALinear) for m in model.modules()):
+        raise UserError(f"{folder}: the model has an adapter already; load the base anew")
     path = folder / "adapter_config.json"
     data = read_json(path)
     for key, *plain in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("use_rslora", False), ("fan_in_fan_out", False),
@@ -128,9 +130,10 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict[str, 
             if name in tensors:
                 raise UserError(f"{file}: {printable(key)[:200]} stands twice; the file is damaged")
             if tensor.shape != want[name]:
-                raise UserError(f"{file}: {printable(key)} is {list(tensor.shape)}, expected {list(want[name])}; the adapter has another rank or base")
-            if not tensor.is_floating_point() or not tensor.isfinite().all():
-                raise UserError(f"{file}: {printable(key)} holds integers, NaN or infinity; the file is damaged")
+                raise UserError(f"{file}: {printable(key)[:200]} is {list(tensor.shape)}, expected {list(want[name])}; the adapter has "
+                                "another rank or base")
+            if not tensor.is_floating_point() or not is_finite(tensor):
+                raise UserError(f"{file}: {printable(key)[:200]} holds integers, NaN or infinity; the file is damaged")
             tensors[name] = tensor
     halves = {f"{path}.lora_{x}.weight" for path in lora_paths(tensors) for x in "AB"}
     if half := sorted(halves - tensors.keys()):

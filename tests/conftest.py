@@ -97,7 +97,8 @@ def spm() -> bytes:
 
 def write_processor(folder: Path, spm: bytes) -> None:
     """The small files of a llava-hf folder beside config.json and the weights."""
-    added = {str(IMAGE): {"content": "<image>", "special": True}, str(PAD): {"content": "<pad>", "special": True}}
+    names = ("<image>", "<pad>", "<|im_start|>", "<|im_end|>")  # the last two are for Qwen's template
+    added = {str(IMAGE + i): {"content": name, "special": True, "normalized": False} for i, name in enumerate(names)}
     (folder / "tokenizer.model").write_bytes(spm)
     (folder / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",

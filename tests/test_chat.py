@@ -13,10 +13,13 @@ from llava_min.data.chat import LLAVA_HF_JINJA, TEMPLATES, Piece, choose, render
 # chat_template of llava-hf/llava-1.5-7b-hf, as transformers' tests/models/llava/test_processing_llava.py
 # quotes it
 HUB_JINJA = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
-    "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}"
+    "{% endif %}"
+    "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', "
+    "'image') %}"
     "{{ '<image>\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' '}}{% endfor %}"
     "{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
     "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
@@ -28,25 +31,29 @@ QWEN_JINJA = (  # tokenizer_config.json of Qwen1.5-Chat
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 MISTRAL_JINJA = (  # tokenizer_config.json of Mistral-7B-Instruct-v0.2, checks of the roles left out
-    "{% if messages[0]['role'] == 'system' %}{% set system_message = messages[0]['content'] %}{% set loop_messages = messages[1:] %}"
+    "{% if messages[0]['role'] == 'system' %}{% set system_message = messages[0]['content'] %}"
+    "{% set loop_messages = messages[1:] %}"
     "{% else %}{% set loop_messages = messages %}{% endif %}{{ bos_token }}{% for message in loop_messages %}"
     "{% if message['role'] == 'user' %}{% if loop.first and system_message is defined %}"
     "{{ ' [INST] ' + system_message + '\n\n' + message['content'] + ' [/INST]' }}{% else %}"
-    "{{ ' [INST] ' + message['content'] + ' [/INST]' }}{% endif %}{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}"
+    "{{ ' [INST] ' + message['content'] + ' [/INST]' }}{% endif %}{% else %}"
+    "{{ ' ' + message['content'] + eos_token }}{% endif %}"
     "{% endfor %}"
 )
 LLAMA3_JINJA = (  # tokenizer_config.json of Meta-Llama-3-8B-Instruct
-    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + message['role'] "
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] "
     "+ '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
     "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-          "and polite answers to the user's questions.")
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+          "helpful, detailed, and polite answers to the user's questions.")
 
 
 def user(text, pictures=0):
-    return {"role": "user", "content": [{"type": "text", "text": text}] * bool(text) + [{"type": "image"}] * pictures}
+    return {"role": "user",
+            "content": [{"type": "text", "text": text}] * bool(text) + [{"type": "image"}] * pictures}
 
 
 def assistant(text):
@@ -54,7 +61,8 @@ def assistant(text):
 
 
 def spell(pieces: list[Piece], bos: str = "", eos: str = "</s>") -> str:
-    return "".join(p.text if p.token is None else {"bos": bos, "eos": eos, "image": "<image>"}.get(p.token, p.token) for p in pieces)
+    names = {"bos": bos, "eos": eos, "image": "<image>"}
+    return "".join(p.text if p.token is None else names.get(p.token, p.token) for p in pieces)
 
 
 def supervised(pieces: list[Piece]) -> list[str]:
@@ -62,7 +70,8 @@ def supervised(pieces: list[Piece]) -> list[str]:
 
 
 def jinja(source: str, messages: list[dict], prompt: bool, **names) -> str:
-    pytest.importorskip("transformers", reason="transformers renders jinja templates as checkpoints mean them")
+    pytest.importorskip("transformers",
+                        reason="transformers renders jinja templates as checkpoints mean them")
     pytest.importorskip("jinja2", reason="transformers renders chat templates with jinja2")
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -73,8 +82,12 @@ def jinja(source: str, messages: list[dict], prompt: bool, **names) -> str:
 def talk(rng: random.Random, *, pictures=(0, 1, 1, 2), odd=True) -> list[dict]:
     """A conversation of 1 to 4 exchanges over a few words with odd spaces; a picture or more in any
     question."""
-    words = ["A cat", "two  dogs", "it's 3", "no", "Ünïcode 猫", "x\ny", "(a, b)", "USER", " lead", "trail ", "1.5%"]
-    text = lambda: (" " if odd and rng.random() < .2 else "").join(rng.choice(words) + rng.choice([" ", ". ", ", "]) for _ in range(rng.randint(1, 6)))
+    words = ["A cat", "two  dogs", "it's 3", "no", "Ünïcode 猫", "x\ny", "(a, b)", "USER", " lead", "trail ",
+             "1.5%"]
+    def text() -> str:
+        space = " " if odd and rng.random() < .2 else ""
+        return space.join(rng.choice(words) + rng.choice([" ", ". ", ", "]) for _ in range(rng.randint(1, 6)))
+
     out = []
     for _ in range(rng.randint(1, 4)):
         out += [user(text() + "?", rng.choice(pictures)), assistant(text() + rng.choice([".", "!", " "]))]
@@ -82,7 +95,8 @@ def talk(rng: random.Random, *, pictures=(0, 1, 1, 2), odd=True) -> list[dict]:
 
 
 def plain_strings(messages):
-    return [{"role": m["role"], "content": "".join(p.get("text", "") for p in m["content"])} for m in messages]
+    text = lambda m: "".join(p.get("text", "") for p in m["content"])
+    return [{"role": m["role"], "content": text(m)} for m in messages]
 
 
 # ---- each template against its text
@@ -100,7 +114,8 @@ def test_llava_hf_is_the_hub_template():
 
 def test_llava_hf_example_of_the_docs():
     m = [user("Who wrote this book?\n", 1), assistant("Donna Eden"), user("Title?"), assistant("X")]
-    assert spell(render("llava_hf", m, answer=True)) == "USER: <image>\nWho wrote this book?\n ASSISTANT: Donna Eden</s>USER: Title? ASSISTANT: X</s>"
+    assert spell(render("llava_hf", m, answer=True)) == (
+        "USER: <image>\nWho wrote this book?\n ASSISTANT: Donna Eden</s>USER: Title? ASSISTANT: X</s>")
     assert spell(render("llava_hf", [user("What?", 1)], answer=False)) == "USER: <image>\nWhat? ASSISTANT:"
     assert supervised(render("llava_hf", m, answer=True)) == [" Donna Eden", "eos", " X", "eos"]
 
@@ -118,7 +133,8 @@ def test_mistral_is_mistrals_template():
         m = plain_strings(talk(random.Random(seed), pictures=[0]))
         m = [{"role": "system", "content": "Be brief."}] * (seed % 2) + m
         for part, answer in ((m[:-1], False), (m, True)):
-            ours = spell(render("mistral", part, answer=answer), bos="<s> ")  # the space is the tokenizer's dummy prefix
+            # the space after <s> is the tokenizer's dummy prefix
+            ours = spell(render("mistral", part, answer=answer), bos="<s> ")
             assert ours == jinja(MISTRAL_JINJA, part, not answer, bos_token="<s>", eos_token="</s>")
 
 
@@ -127,22 +143,28 @@ def test_llama3_is_llama3s_template():
         m = plain_strings(talk(random.Random(seed), pictures=[0]))
         m = [{"role": "system", "content": " Be brief. "}] * (seed % 2) + m
         for part, answer in ((m[:-1], False), (m, True)):
-            assert spell(render("llama3", part, answer=answer), bos="<B>") == jinja(LLAMA3_JINJA, part, not answer, bos_token="<B>")
+            ours = spell(render("llama3", part, answer=answer), bos="<B>")
+            assert ours == jinja(LLAMA3_JINJA, part, not answer, bos_token="<B>")
 
 
 def test_vicuna_v1_by_hand():
     m = [user("What is this?", 1), assistant("A cat."), user("And its colour?"), assistant("It is black.")]
-    text = f"{SYSTEM} USER: <image>\nWhat is this? ASSISTANT: A cat.</s>USER: And its colour? ASSISTANT: It is black.</s>"
+    text = (f"{SYSTEM} USER: <image>\nWhat is this? ASSISTANT: A cat.</s>"
+            "USER: And its colour? ASSISTANT: It is black.</s>")
     assert spell(render("vicuna_v1", m, answer=True)) == text
     assert supervised(render("vicuna_v1", m, answer=True)) == [" A cat.", "eos", " It is black.", "eos"]
     assert spell(render("vicuna_v1", m[:3], answer=False)) == text[:text.index(" It is black")]
-    assert spell(render("vicuna_v1", [{"role": "system", "content": "S."}, user("q")], answer=False)) == "S. USER: q ASSISTANT:"
+    own = [{"role": "system", "content": "S."}, user("q")]
+    assert spell(render("vicuna_v1", own, answer=False)) == "S. USER: q ASSISTANT:"
 
 
 def test_pictures_stand_first_each_on_its_line():
-    mixed = {"role": "user", "content": [{"type": "text", "text": " left "}, {"type": "image"}, {"type": "text", "text": "right "},
+    mixed = {"role": "user",
+             "content": [{"type": "text", "text": " left "}, {"type": "image"},
+                         {"type": "text", "text": "right "},
                                          {"type": "image"}]}
-    inside = {name: "<image>\n<image>\nleft right" for name in TEMPLATES} | {"llava_hf": "<image>\n<image>\n left  right  ", "plain": "<image><image>"}
+    inside = dict.fromkeys(TEMPLATES, "<image>\n<image>\nleft right")
+    inside |= {"llava_hf": "<image>\n<image>\n left  right  ", "plain": "<image><image>"}
     for name, text in inside.items():
         assert text in spell(render(name, [mixed], answer=False))
     # a picture alone: preprocess_multimodal strips the newline, the llava-hf template keeps it
@@ -183,7 +205,8 @@ def test_every_answer_ends_in_a_supervised_stop_and_nothing_else_is_supervised(n
     if name == "plain":
         assert marks[-1].text.endswith(template(name).stop)
     else:
-        assert [p.token for p in marks[1::2]] == [{"</s>": "eos"}.get(template(name).stop, template(name).stop)] * n
+        stop = template(name).stop
+        assert [p.token for p in marks[1::2]] == ["eos" if stop == "</s>" else stop] * n
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -195,14 +218,21 @@ def test_text_of_users_never_becomes_a_token(name):
 
 
 @pytest.mark.parametrize("messages, answer, says", [
-    ([], False, "messages"), ("hi", False, "messages"), (["hi"], False, "messages"), ([user("q"), assistant("")], True, "empty"),
+    ([], False, "messages"), ("hi", False, "messages"), (["hi"], False, "messages"),
+    ([user("q"), assistant("")], True, "empty"),
     ([user("q"), assistant(" \n")], True, "empty"), ([user("q"), assistant(""), user("r")], False, "empty"),
-    ([user("  ")], False, "empty"), ([user("q")], True, "without an answer"), ([user("q"), assistant("a")], False, "nothing to answer"),
-    ([assistant("a")], True, "expected role user"), ([user("q"), user("r")], False, "expected role assistant"),
-    ([user("q"), {"role": "system", "content": "s"}], True, "expected role assistant"), ([{"role": "gpt", "content": "s"}], True, "gpt"),
-    ([{"role": "system", "content": "s"}], True, "without an answer"), ([{"role": "user"}], False, "NoneType"),
-    ([{"role": "user", "content": 3}], False, "int"), ([{"role": "user", "content": ["x"]}], False, "unknown part"),
-    ([{"role": "user", "content": [{"type": "video"}]}], False, "video"), ([{"role": "user", "content": [{"type": "text"}]}], False, "part"),
+    ([user("  ")], False, "empty"), ([user("q")], True, "without an answer"),
+    ([user("q"), assistant("a")], False, "nothing to answer"),
+    ([assistant("a")], True, "expected role user"),
+    ([user("q"), user("r")], False, "expected role assistant"),
+    ([user("q"), {"role": "system", "content": "s"}], True, "expected role assistant"),
+    ([{"role": "gpt", "content": "s"}], True, "gpt"),
+    ([{"role": "system", "content": "s"}], True, "without an answer"),
+    ([{"role": "user"}], False, "NoneType"),
+    ([{"role": "user", "content": 3}], False, "int"),
+    ([{"role": "user", "content": ["x"]}], False, "unknown part"),
+    ([{"role": "user", "content": [{"type": "video"}]}], False, "video"),
+    ([{"role": "user", "content": [{"type": "text"}]}], False, "part"),
     ([user("q"), {"role": "assistant", "content": [{"type": "image"}]}], True, "picture"),
     ([{"role": "system", "content": [{"type": "image"}]}, user("q")], False, "picture"),
     ([{"role": "\x1b[31m" * 99, "content": "q"}], False, "expected role"),
@@ -227,16 +257,19 @@ class Vocabulary:
 @pytest.mark.parametrize("args, name", [
     (({"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 32064}},), "llava_hf"),
     (({"model_type": "llava", "text_config": {"vocab_size": 32064}}, {}, HUB_JINJA), "llava_hf"),
-    (({"model_type": "llava", "text_config": {"model_type": "mistral"}}, {}, HUB_JINJA), "llava_hf"),  # BakLLaVA
+    (({"model_type": "llava", "text_config": {"model_type": "mistral"}}, {}, HUB_JINJA), "llava_hf"),
     (({"model_type": "llava", "text_config": {"model_type": "mistral"}},), "mistral"),
     (({"model_type": "llava", "text_config": {"model_type": "qwen2"}},), "chatml"),
     (({"model_type": "llava", "text_config": {"model_type": "llama"}}, None, QWEN_JINJA), "chatml"),
-    (({"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 128320}}, {}, None, Vocabulary("<|eot_id|>")), "llama3"),
-    (({"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 128320}}, {}, None, Vocabulary()), "llava_hf"),
+    (({"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 128320}}, {}, None,
+      Vocabulary("<|eot_id|>")), "llama3"),
+    (({"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 128320}}, {}, None,
+      Vocabulary()), "llava_hf"),
     (({"model_type": "llava_llama", "mm_vision_tower": "clip", "vocab_size": 32000},), "vicuna_v1"),
     (({"model_type": "llava", "mm_hidden_size": 1024, "vocab_size": 32000},), "vicuna_v1"),
     (({"model_type": "llava_mistral"},), "mistral"), (({"model_type": "llava_qwen"},), "chatml"),
-    (({"model_type": "llava", "text_config": {}}, {"llava_min_template": "vicuna_v1"}, HUB_JINJA), "vicuna_v1"),
+    (({"model_type": "llava", "text_config": {}}, {"llava_min_template": "vicuna_v1"}, HUB_JINJA),
+     "vicuna_v1"),
     (({"model_type": "llava", "text_config": {}}, {}, "{{ 1 / 0 }}"), "llava_hf"),  # never executed
 ])
 def test_choose(args, name):
@@ -248,7 +281,7 @@ def test_an_unknown_recorded_template_is_refused():
         choose({}, {"llava_min_template": "mine"})
 
 
-# ---- labels of vicuna_v1 = LLaVA's preprocess_v1, written here anew from its description (ground: LLaVA trai
+# ---- labels of vicuna_v1 = LLaVA's preprocess_v1, written here anew from its description
 
 class Slow:
     """What LLaVA's tokenizer (transformers' slow Llama) does with a string, by SentencePiece alone."""
@@ -299,20 +332,24 @@ def llama_model(tmp_path):
     """Bytes of a small SentencePiece model with Llama's settings."""
     sentencepiece = pytest.importorskip("sentencepiece")
     rng, out = random.Random(0), io.BytesIO()
-    lines = [" ".join(p["text"] for m in talk(rng, pictures=[0], odd=False) for p in m["content"]) for _ in range(400)]
+    talks = [talk(rng, pictures=[0], odd=False) for _ in range(400)]
+    lines = [" ".join(p["text"] for m in messages for p in m["content"]) for messages in talks]
     # LLaVA's arithmetic needs "USER" to cost one piece less where it has no dummy prefix: keep it a rare word
-    lines = [line.replace("USER", "user") for line in lines] + [SYSTEM, "describe this picture in detail"] * 40
+    lines = [line.replace("USER", "user") for line in lines]
+    lines += [SYSTEM, "describe this picture in detail"] * 40
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=out, model_type="bpe", vocab_size=480, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True, split_digits=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True,
+        split_digits=True,
         allow_whitespace_only_pieces=True, character_coverage=0.999, minloglevel=2, num_threads=1)
     return out.getvalue()
 
 
-def llama_folder(folder, model: bytes, legacy: bool, **more):
+def llama_folder(folder, model: bytes, legacy: bool):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": legacy} | more))
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -341,12 +378,14 @@ def test_vicuna_labels_are_those_of_preprocess_v1(source, legacy, tmp_path):
         m = talk(random.Random(seed), pictures=(0, 1))
         pieces = render("vicuna_v1", m, answer=True)
         ids, labels = preprocess_v1(tok, spell(pieces))
-        ours, marks = p._encode(pieces)
+        ours, marks = p.encode(pieces)
         assert ours == [image_id if i == tok.image else i for i in ids]
         if labels is not None:
             kept += 1
             assert marks == [-100 if i == tok.image else i for i in labels], seed
     assert kept >= 200, f"only {kept} of 300 rows could be compared"
     if source == "llama":  # the worked example, id for id
-        m = [user("What is this?", 1), assistant("A cat."), user("And its colour?"), assistant("It is black.")]
-        assert [i for i in p._encode(render("vicuna_v1", m, answer=True))[1] if i >= 0] == [319, 6635, 29889, 2, 739, 338, 4628, 29889, 2]
+        m = [user("What is this?", 1), assistant("A cat."), user("And its colour?"),
+             assistant("It is black.")]
+        labels = p.encode(render("vicuna_v1", m, answer=True))[1]
+        assert [i for i in labels if i >= 0] == [319, 6635, 29889, 2, 739, 338, 4628, 29889, 2]

@@ -219,6 +219,7 @@ def test_a_conversation_reads_only_what_is_new(model):
     talk += answer + [60, 61]
     assert ask(talk, pixels)[1:] == (0, 3)  # the answer's last token was never fed
     assert ask(talk, pixels, num_beams=3)[1:] == (0, 1)  # beams branch from the conversation
+    assert cache.tail is None and cache.length == len(cache.ids) == len(talk)  # and leave nothing behind
     assert ask(talk[:9] + [70, 71], pixels)[1:] == (0, 2)  # another second question
     other = pixels.clone()
     other[0, 0, 0, 0] += 1
@@ -238,16 +239,18 @@ def test_an_interrupted_conversation_goes_on(model):
     talk = [50] + [IMAGE] * PATCHES + [51]
 
     def stop(*_):
-        if cache.length > 9:
+        if cache.length > at:
             raise KeyboardInterrupt
 
-    hook = model.language_model.layers[1].register_forward_hook(stop)
-    with pytest.raises(KeyboardInterrupt):  # in the middle of a step
-        generate(model, one(talk, pixels), cache=cache, max_new_tokens=9, eos_token_id=[])
+    hook = model.language_model.layers[0].register_forward_hook(stop)
+    for at in (0, 9):  # while reading the prompt; in the middle of a step
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, one(talk, pixels), cache=cache, max_new_tokens=9, eos_token_id=[])
     hook.remove()
     steps = columns(model, one(talk, pixels), Options(max_new_tokens=9, eos_token_id=[]), cache)
     said = [int(next(steps)) for _ in range(3)]
     steps.close()  # the reader went away
+    assert said == generate(model, one(talk, pixels), max_new_tokens=3, eos_token_id=[])[0]
     with Counter(model) as count:
         got = generate(model, one([*talk, *said, 60], pixels), cache=cache, max_new_tokens=5)
     assert (count.pictures, count.tokens[0]) == (0, (1, 2))
@@ -269,6 +272,12 @@ def test_compile_is_one_graph_without_recompiling(model, monkeypatch):
         assert generate(model, batch, compile=True, max_new_tokens=8) == generate(model, batch, max_new_tokens=8)
         at = at or counters["stats"]["unique_graphs"]
     assert counters["stats"]["unique_graphs"] == at == before + 1
+    cache, talk = new_cache(model), [50, 51]
+    for _ in range(2):  # a conversation: one row, so one more graph
+        said = generate(model, one(talk), compile=True, cache=cache, max_new_tokens=8, eos_token_id=[])[0]
+        assert said == generate(model, one(talk), max_new_tokens=8, eos_token_id=[])[0]
+        talk += said
+    assert counters["stats"]["unique_graphs"] == at + 1
     G.compiled_step.cache_clear()
     with pytest.raises(UserError, match="compile"):
         generate(model, batch, compile=True, num_beams=2)

@@ -15,12 +15,16 @@ import torch
 from PIL import Image, TiffImagePlugin
 
 from llava_min.cli import UserError
-from llava_min.data.image import FORMATS, MAX_ASPECT, MAX_BYTES, ImageConfig, decode_image, open_image, to_pixels
+from llava_min.data.image import (
+    FORMATS, MAX_ASPECT, MAX_BYTES, ImageConfig, decode_image, open_image, to_pixels,
+)
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CLIP = ImageConfig(336, MEAN, STD, "pad")
-SIZES = [(640, 480), (480, 640), (336, 336), (337, 335), (335, 337), (672, 336), (1, 1), (2, 1), (5, 4), (20, 20), (28, 28),
-         (1000, 17), (17, 1000), (1, 300), (300, 1), (100, 333), (333, 100), (1023, 767), (768, 1024), (2000, 1999), (31, 500)]
+SIZES = [(640, 480), (480, 640), (336, 336), (337, 335), (335, 337), (672, 336), (1, 1), (2, 1), (5, 4),
+         (20, 20), (28, 28),
+         (1000, 17), (17, 1000), (1, 300), (300, 1), (100, 333), (333, 100), (1023, 767), (768, 1024),
+         (2000, 1999), (31, 500)]
 MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"]
 
 
@@ -43,8 +47,12 @@ def reference(im: Image.Image, config: ImageConfig) -> np.ndarray:
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
     s = config.size
-    args = dict(size={"shortest_edge": s}, crop_size={"height": s, "width": s}, image_mean=config.mean, image_std=config.std)
-    oracle = LlavaImageProcessorPil(do_pad=True, **args) if config.aspect == "pad" else CLIPImageProcessorPil(**args)
+    args = dict(size={"shortest_edge": s}, crop_size={"height": s, "width": s}, image_mean=config.mean,
+                image_std=config.std)
+    if config.aspect == "pad":
+        oracle = LlavaImageProcessorPil(do_pad=True, **args)
+    else:
+        oracle = CLIPImageProcessorPil(**args)
     return oracle(im, return_tensors="np")["pixel_values"][0]
 
 
@@ -60,7 +68,9 @@ def test_pixels_equal_transformers_bit_for_bit(mode, aspect):
         assert np.array_equal(ours.numpy(), reference(im, config)), (w, h)
 
 
-@pytest.mark.parametrize("size, mean, std", [(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), (28, MEAN, STD), (224, (0.1, 0.9, 0), (3, 0.2, 1))])
+@pytest.mark.parametrize("size, mean, std",
+                         [(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), (28, MEAN, STD),
+                          (224, (0.1, 0.9, 0), (3, 0.2, 1))])
 def test_other_sides_means_and_stds(size, mean, std):
     for aspect in ("pad", "crop"):
         config = ImageConfig(size, mean, std, aspect)
@@ -117,6 +127,15 @@ def test_rarer_modes():
         to_pixels(Image.new("La", (4, 4)), CLIP)
 
 
+def test_an_image_the_caller_opened_from_a_damaged_file(tmp_path):
+    deep = Image.fromarray(np.random.default_rng(0).integers(0, 65536, (64, 64), dtype=np.uint16))
+    for kind, im in (("JPEG", picture(64, 64)), ("PNG", deep)):
+        data = encoded(im, kind)
+        (tmp_path / "cut").write_bytes(data[:len(data) * 2 // 3])
+        with Image.open(tmp_path / "cut") as opened, pytest.raises(UserError, match="cut"):
+            to_pixels(opened, CLIP)
+
+
 def test_an_image_in_memory_is_never_rotated(tmp_path):
     im = picture(40, 30)
     exif = Image.Exif()
@@ -128,31 +147,43 @@ def test_an_image_in_memory_is_never_rotated(tmp_path):
 
 # ---- configs
 
-GOOD = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336},
-        "image_mean": list(MEAN), "image_std": list(STD), "do_resize": True, "do_center_crop": True, "do_rescale": True,
+GOOD = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 336},
+        "crop_size": {"height": 336, "width": 336},
+        "image_mean": list(MEAN), "image_std": list(STD), "do_resize": True, "do_center_crop": True,
+        "do_rescale": True,
         "do_normalize": True, "resample": 3, "rescale_factor": 0.00392156862745098}
-OPENAI = {"crop_size": 336, "do_center_crop": True, "do_normalize": True, "do_resize": True, "size": 336, "resample": 3,
+OPENAI = {"crop_size": 336, "do_center_crop": True, "do_normalize": True, "do_resize": True, "size": 336,
+          "resample": 3,
           "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": list(MEAN), "image_std": list(STD)}
 
 
 @pytest.mark.parametrize("d, aspect", [
     (GOOD, None), (OPENAI, None), (GOOD | {"do_pad": None}, None), ({"image_processor": GOOD}, None),
-    (GOOD | {"do_pad": True}, "pad"), (GOOD | {"do_pad": False}, "crop"), (GOOD | {"image_aspect_ratio": "pad"}, "pad"),
-    (GOOD | {"image_aspect_ratio": "square"}, "crop"), (GOOD | {"image_aspect_ratio": "pad", "do_pad": True}, "pad"),
-    (GOOD | {"image_processor_type": "LlavaImageProcessorFast", "size": {"shortest_edge": 336, "longest_edge": None}}, None),
+    (GOOD | {"do_pad": True}, "pad"), (GOOD | {"do_pad": False}, "crop"),
+    (GOOD | {"image_aspect_ratio": "pad"}, "pad"),
+    (GOOD | {"image_aspect_ratio": "square"}, "crop"),
+    (GOOD | {"image_aspect_ratio": "pad", "do_pad": True}, "pad"),
+    (GOOD | {"image_processor_type": "LlavaImageProcessorFast",
+             "size": {"shortest_edge": 336, "longest_edge": None}}, None),
 ])
 def test_config_reads_what_checkpoints_ship(d, aspect):
     assert ImageConfig.from_hf(d) == ImageConfig(336, MEAN, STD, aspect)
 
 
 @pytest.mark.parametrize("change", [
-    {"image_mean": [0.5, 0.5]}, {"image_mean": 0.5}, {"image_mean": [0.5, None, 0.5]}, {"image_mean": [0.5, 0.5, float("nan")]},
-    {"image_mean": [122, 116, 104]}, {"image_std": [1, 1, 1, 1]}, {"image_std": [1, 0, 1]}, {"image_std": [1, -1, 1]}, {"image_std": None},
-    {"resample": 2}, {"resample": "lanczos"}, {"rescale_factor": 1 / 127.5}, {"do_resize": False}, {"do_center_crop": False},
+    {"image_mean": [0.5, 0.5]}, {"image_mean": 0.5}, {"image_mean": [0.5, None, 0.5]},
+    {"image_mean": [0.5, 0.5, float("nan")]},
+    {"image_mean": [122, 116, 104]}, {"image_std": [1, 1, 1, 1]}, {"image_std": [1, 0, 1]},
+    {"image_std": [1, -1, 1]}, {"image_std": None},
+    {"resample": 2}, {"resample": "lanczos"}, {"rescale_factor": 1 / 127.5}, {"do_resize": False},
+    {"do_center_crop": False},
     {"do_rescale": False}, {"do_normalize": False}, {"do_convert_rgb": False}, {"do_normalize": "no"},
-    {"crop_size": {"height": 224, "width": 224}}, {"crop_size": {"height": 336, "width": 224}}, {"crop_size": None},
-    {"size": {"height": 336, "width": 336}}, {"size": {"shortest_edge": 336, "longest_edge": 672}}, {"size": 0}, {"size": 10**9},
-    {"size": "336"}, {"size": True}, {"image_aspect_ratio": "anyres"}, {"image_aspect_ratio": ["pad"]}, {"do_pad": "yes"},
+    {"crop_size": {"height": 224, "width": 224}}, {"crop_size": {"height": 336, "width": 224}},
+    {"crop_size": None},
+    {"size": {"height": 336, "width": 336}}, {"size": {"shortest_edge": 336, "longest_edge": 672}},
+    {"size": 0}, {"size": 10**9},
+    {"size": "336"}, {"size": True}, {"image_aspect_ratio": "anyres"}, {"image_aspect_ratio": ["pad"]},
+    {"do_pad": "yes"},
     {"image_processor_type": "LlavaNextImageProcessor"}, {"image_processor_type": "SiglipImageProcessor"},
     {"image_processor_type": "ViTImageProcessor"}, {"image_processor_type": "Qwen2VLImageProcessor"},
 ], ids=str)
@@ -161,7 +192,8 @@ def test_config_refusals_name_key_and_value(change):
     with pytest.raises(UserError) as e:
         ImageConfig.from_hf(GOOD | change, "folder/preprocessor_config.json")
     text = str(e.value)
-    assert text.startswith("folder/preprocessor_config.json: ") and key in text and str(value) in text and "\n" not in text
+    assert text.startswith("folder/preprocessor_config.json: ") and "\n" not in text
+    assert key in text and str(value) in text
 
 
 def test_config_disagreement_and_oddities():
@@ -181,7 +213,8 @@ def test_saved_config_is_loaded_by_transformers_with_equal_pixels(aspect, tmp_pa
     config = ImageConfig(56, MEAN, STD, aspect)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config.to_hf()))
     d = json.loads((tmp_path / "preprocessor_config.json").read_text())
-    assert ImageConfig.from_hf(d) == config and d["do_pad"] is (aspect == "pad") and d["image_aspect_ratio"] == aspect
+    assert ImageConfig.from_hf(d) == config
+    assert d["do_pad"] is (aspect == "pad") and d["image_aspect_ratio"] == aspect
     kind = LlavaImageProcessorPil if aspect == "pad" else CLIPImageProcessorPil
     assert d["image_processor_type"] + "Pil" == kind.__name__
     im = picture(70, 50)
@@ -227,7 +260,8 @@ BAD = {  # name: (bytes, what the message must say)
     "23 psd": (b"8BPS\0\1" + bytes(20), "Photoshop"),
     "23 ppm": (b"P6 2 2 255\n" + bytes(12), "JPEG, PNG"),
     "24 svg": (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"></svg>', "SVG"),
-    "26 compressed text": (png(4, 4, IDAT4, extra=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))), "damaged"),
+    "26 compressed text": (png(4, 4, IDAT4, extra=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))),
+                           "damaged"),
     "heic": (b"\0\0\0\x18ftypheic" + bytes(20), "HEIC"),
     "json": (b'{"image": 1}', "JSON"),
     "noise": (random.Random(0).randbytes(300), "not an image"),
@@ -304,7 +338,8 @@ def test_nothing_leaves_the_root(tmp_path):
     picture(6, 5).save(root / "sub" / "a.png")
     os.symlink(tmp_path / "secret.png", root / "link.png")
     os.symlink(tmp_path, root / "up")
-    for path in ["../secret.png", "sub/../../secret.png", "link.png", "up/secret.png", str(tmp_path / "secret.png"), "/etc/passwd",
+    for path in ["../secret.png", "sub/../../secret.png", "link.png", "up/secret.png",
+                 str(tmp_path / "secret.png"), "/etc/passwd",
                  "../../../../../../etc/passwd"]:
         assert "outside the image folder" in refusal(path, root=root)
     assert "looked for" in refusal("sub/b.png", root=root)
@@ -348,10 +383,13 @@ def test_16_bit_png_and_float_tiff_files(tmp_path, capsys):
         assert name in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("kind, says", [("GIF", "animated"), ("WEBP", "animated"), ("PNG", "animated"), ("TIFF", "several pages")])
+@pytest.mark.parametrize("kind, says",
+                         [("GIF", "animated"), ("WEBP", "animated"), ("PNG", "animated"),
+                          ("TIFF", "several pages")])
 def test_of_several_frames_the_first_is_taken_and_said(kind, says, tmp_path, capsys):
     frames = [Image.new("RGB", (16, 16), c) for c in ("red", "blue", "lime")]
-    frames[0].save(tmp_path / "f", kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {}))
+    frames[0].save(tmp_path / "f", kind, save_all=True, append_images=frames[1:],
+                   **({"lossless": True} if kind == "WEBP" else {}))
     im = open_image(tmp_path / "f")
     err = capsys.readouterr().err
     assert says in err and str(tmp_path / "f") in err

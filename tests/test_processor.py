@@ -17,7 +17,8 @@ from llava_min.data.processor import Processor
 from llava_min.data.tokenizer import Tokenizer
 
 CONFIG = ImageConfig(28, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), "pad")
-WORDS = ["A cat", "two  dogs", "it's 3", "no", "Ünïcode 猫", "x\ny", "(a, b)", " lead", "trail ", "1.5%", "colour"]
+WORDS = ["A cat", "two  dogs", "it's 3", "no", "Ünïcode 猫", "x\ny", "(a, b)", " lead", "trail ", "1.5%",
+         "colour"]
 SPECIALS = ["<s>", "</s>", "<unk>", "<pad>", "ASSISTANT:", "<image", "USER: "]
 IMAGE = {"type": "image"}
 
@@ -28,7 +29,8 @@ def picture(seed: int) -> Image.Image:
 
 
 def said(rng: random.Random) -> str:
-    return "".join(rng.choice(WORDS) + rng.choice([" ", ". ", ", "]) for _ in range(rng.randint(1, 6))).strip()
+    n = rng.randint(1, 6)
+    return "".join(rng.choice(WORDS) + rng.choice([" ", ". ", ", "]) for _ in range(n)).strip()
 
 
 def talk(rng: random.Random, turns: int | None = None, pictures=(0, 1, 2)) -> list[dict]:
@@ -40,7 +42,8 @@ def talk(rng: random.Random, turns: int | None = None, pictures=(0, 1, 2)) -> li
 
 
 def spell(pieces, bos="", eos="</s>") -> str:
-    return "".join(p.text if p.token is None else {"bos": bos, "eos": eos, "image": "<image>"}.get(p.token, p.token) for p in pieces)
+    names = {"bos": bos, "eos": eos, "image": "<image>"}
+    return "".join(p.text if p.token is None else names.get(p.token, p.token) for p in pieces)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,8 @@ def sp_model() -> bytes:
     lines = [said(rng) + " USER: ASSISTANT: [INST] [/INST]" * (i % 3 == 0) for i in range(500)]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=out, model_type="bpe", vocab_size=400, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True, split_digits=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True,
+        split_digits=True,
         allow_whitespace_only_pieces=True, minloglevel=2, num_threads=1)
     return out.getvalue()
 
@@ -65,13 +69,16 @@ def folder(request, sp_model, tmp_path_factory) -> pathlib.Path:
 
 
 def llama_folder(path, model: bytes, kind: str) -> pathlib.Path:
-    added = {str(400 + i): {"content": c, "special": True, "normalized": False} for i, c in enumerate(["<image>", "<pad>"])}
-    config = {"tokenizer_class": "LlamaTokenizer", "legacy": kind == "legacy", "added_tokens_decoder": added, "pad_token": "<pad>",
-              "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "extra_special_tokens": {"image_token": "<image>"}}
+    names = {"400": "<image>", "401": "<pad>"}
+    added = {id: {"content": c, "special": True, "normalized": False} for id, c in names.items()}
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": kind == "legacy", "added_tokens_decoder": added,
+              "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+              "extra_special_tokens": {"image_token": "<image>"}}
     (path / "tokenizer.model").write_bytes(model)
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     if kind == "tokenizer.json":
-        transformers = pytest.importorskip("transformers", reason="writes the tokenizer.json that is read here")
+        transformers = pytest.importorskip("transformers",
+                                           reason="writes the tokenizer.json that is read here")
         saved = path / "saved"
         transformers.AutoTokenizer.from_pretrained(path).save_pretrained(saved)
         assert not (saved / "tokenizer.model").exists()
@@ -81,15 +88,19 @@ def llama_folder(path, model: bytes, kind: str) -> pathlib.Path:
 
 def bytes_folder(path) -> pathlib.Path:
     tk = pytest.importorskip("tokenizers", reason="trains the byte-level tokenizer")
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>",
+               "<|end_header_id|>", "<|eot_id|>"]
     t = tk.Tokenizer(tk.models.BPE())
     t.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
     t.decoder = tk.decoders.ByteLevel()
     rng = random.Random(2)
-    trainer = tk.trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=tk.pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = tk.trainers.BpeTrainer(vocab_size=400, special_tokens=special,
+                                     initial_alphabet=tk.pre_tokenizers.ByteLevel.alphabet(),
+                                     show_progress=False)
     t.train_from_iterator([said(rng) for _ in range(300)], trainer)
     t.save(str(path / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "bos_token": "<|begin_of_text|>", "pad_token": "<|endoftext|>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>",
+              "bos_token": "<|begin_of_text|>", "pad_token": "<|endoftext|>"}
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path
 
@@ -101,8 +112,10 @@ def processor(folder, template: str, tokens: int = 4) -> Processor:
 
 
 def templates_of(folder) -> list[str]:
-    return ["vicuna_v1", "plain", "chatml", "llama3"] if (folder / "tokenizer.json").exists() and "im_start" in (
-        folder / "tokenizer.json").read_text() else ["vicuna_v1", "llava_hf", "plain", "mistral"]
+    path = folder / "tokenizer.json"
+    if path.exists() and "im_start" in path.read_text():
+        return ["vicuna_v1", "plain", "chatml", "llama3"]
+    return ["vicuna_v1", "llava_hf", "plain", "mistral"]
 
 
 # ---- against transformers
@@ -129,7 +142,8 @@ def test_prompts_are_encoded_as_llava_processor_does(folder, tokens, tmp_path):
         images = [picture(seed + i) for i in range(n)]
         for side in ("left", "right"):
             ours = p(prompts, images, padding_side=side, parse_special=True)
-            theirs = hf(text=prompts, images=images or None, padding=True, padding_side=side, return_tensors="pt")
+            theirs = hf(text=prompts, images=images or None, padding=True, padding_side=side,
+                        return_tensors="pt")
             assert ours["input_ids"].tolist() == theirs["input_ids"].tolist(), prompts
             assert ours["attention_mask"].tolist() == theirs["attention_mask"].tolist()
             assert ("pixel_values" in ours) == bool(n)
@@ -191,7 +205,8 @@ def test_qwens_own_tokenizer(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((assets / f"qwen1_5_{name}").read_bytes())
     p, hf = processor(tmp_path, "chatml"), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    m = [{"role": "user", "content": "What is 猫?"}, {"role": "assistant", "content": "A cat."}, {"role": "user", "content": "And  犬?"}]
+    m = [{"role": "user", "content": "What is 猫?"}, {"role": "assistant", "content": "A cat."},
+         {"role": "user", "content": "And  犬?"}]
     theirs = hf.apply_chat_template(m, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert p.chat(m)["input_ids"][0].tolist() == theirs
     assert set(p.stop_ids) == {151645}  # <|im_end|>, which is also this checkpoint's EOS
@@ -218,8 +233,9 @@ def test_padding_goes_to_the_side_asked_for(folder):
         out = p(texts, padding_side=side)
         for ids, mask, alone in zip(out["input_ids"], out["attention_mask"], single):
             assert ids[mask.bool()].tolist() == alone
-            pads = len(ids) - len(alone)
-            assert mask.tolist() == ([0] * pads + [1] * len(alone) if side == "left" else [1] * len(alone) + [0] * pads)
+            
+            pads, ones = [0] * (len(ids) - len(alone)), [1] * len(alone)
+            assert mask.tolist() == (pads + ones if side == "left" else ones + pads)
     with pytest.raises(UserError, match="padding_side"):
         p("a", padding_side="middle")
 
@@ -234,10 +250,13 @@ def test_ways_to_give_pictures(folder):
 
 
 @pytest.mark.parametrize("prompts, images, says", [
-    ("<image> x", None, "0 given"), ("x", 1, "1 given"), ("<image><image> x", 1, "1 given"), (["<image> x", "y"], 2, "2 given"),
+    ("<image> x", None, "0 given"), ("x", 1, "1 given"), ("<image><image> x", 1, "1 given"),
+    (["<image> x", "y"], 2, "2 given"),
     (["<image> x", "y"], [0, 1], "prompt 0 marks 1"), (["<image> x", "y"], [1], "1 lists for 2 prompts"),
-    ("", None, "empty"), (" \n\t", None, "empty"), (["x", ""], None, "empty"), ([], None, "prompts"), (3, None, "prompts"),
-    (["x", 3], None, "prompts"), ("<image> x", "path.jpg", "str"), ("<image> x", ["path.jpg"], "str"), ("a\ud800b", None, "surrogate"),
+    ("", None, "empty"), (" \n\t", None, "empty"), (["x", ""], None, "empty"), ([], None, "prompts"),
+    (3, None, "prompts"),
+    (["x", 3], None, "prompts"), ("<image> x", "path.jpg", "str"), ("<image> x", ["path.jpg"], "str"),
+    ("a\ud800b", None, "surrogate"),
 ])
 def test_what_does_not_add_up_is_one_line(prompts, images, says, sp_model, tmp_path):
     p = processor(llama_folder(tmp_path, sp_model, "modern"), "vicuna_v1")
@@ -252,16 +271,22 @@ def test_what_does_not_add_up_is_one_line(prompts, images, says, sp_model, tmp_p
 
 @pytest.mark.parametrize("prompt, right", [
     ("USER:<image>\ndescribe this image.\nASSISTANT: ", "USER: <image>\\ndescribe this image. ASSISTANT:"),
-    ("USER: <image>\nWhat? ASSISTANT: ", "USER: <image>\\nWhat? ASSISTANT:"), ("USER: <image>\nWhat?ASSISTANT:", "What? ASSISTANT:"),
-    ("USER: <image>\nWhat? ASSISTANT:", None), ("USER: <image>\nWhat? ASSISTANT: A cat.</s>USER: q ASSISTANT:", None),
-    ("USER: <image>\nWho wrote this?\n ASSISTANT:", None), ("<image> what?", None), ("the SUPERUSER:x of it <image>", None),
+    ("USER: <image>\nWhat? ASSISTANT: ", "USER: <image>\\nWhat? ASSISTANT:"),
+    ("USER: <image>\nWhat?ASSISTANT:", "What? ASSISTANT:"),
+    ("USER: <image>\nWhat? ASSISTANT:", None),
+    ("USER: <image>\nWhat? ASSISTANT: A cat.</s>USER: q ASSISTANT:", None),
+    ("USER: <image>\nWho wrote this?\n ASSISTANT:", None), ("<image> what?", None),
+    ("the SUPERUSER:x of it <image>", None),
 ])
 def test_spacing_of_raw_prompts(prompt, right, sp_model, tmp_path, capsys):
     path = llama_folder(tmp_path, sp_model, "modern")
     for name in ("llava_hf", "vicuna_v1"):
         processor(path, name)(prompt, picture(0))
         err = capsys.readouterr().err
-        assert err == "" if right is None else right in err.replace("\\\\n", "\\n") and err.count("\n") == 1, err
+        if right is None:
+            assert err == ""
+        else:
+            assert right in err.replace("\\\\n", "\\n") and err.count("\n") == 1, err
     processor(path, "mistral")(prompt, picture(0))
     assert capsys.readouterr().err == ""
 
@@ -310,7 +335,8 @@ def test_one_picture_is_the_first_users(folder):
     for content in ("What?", "<image>\nWhat?", "What?<image>", [{"type": "text", "text": "What?"}]):
         got = p.chat([{"role": "user", "content": content}], picture(0))
         assert all(torch.equal(got[k], want[k]) for k in want), content
-    talk = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat"}, {"role": "user", "content": "Why?"}]
+    talk = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat"},
+            {"role": "user", "content": "Why?"}]
     later = talk[:2] + [{"role": "user", "content": "<image>\nWhy?"}]
     first, second = (p.chat(m, picture(0))["input_ids"][0].tolist() for m in (talk, later))
     assert first.index(p.image_token_id) < second.index(p.image_token_id)
@@ -331,8 +357,10 @@ def test_marks_in_text_are_pictures_only_where_nothing_else_says_where_they_go(f
     with pytest.raises(UserError, match="2 given"):
         p.training(parts + [{"role": "assistant", "content": "x"}], [picture(0), picture(1)])
     # an answer is never searched
-    out = p.training([{"role": "user", "content": "q"}, {"role": "assistant", "content": "use <image>"}], picture(0))
-    assert out["labels"].count(p.image_token_id) == 0 and out["input_ids"].count(p.image_token_id) == p.tokens_per_image
+    out = p.training([{"role": "user", "content": "q"}, {"role": "assistant", "content": "use <image>"}],
+                     picture(0))
+    assert out["labels"].count(p.image_token_id) == 0
+    assert out["input_ids"].count(p.image_token_id) == p.tokens_per_image
 
 
 def test_batches_of_conversations(folder):
@@ -344,8 +372,10 @@ def test_batches_of_conversations(folder):
     out = p.chat([one, none], picture(0))
     assert (out["input_ids"] == p.image_token_id).sum(1).tolist() == [4, 0]
     out = p.chat([two, none, one], [[picture(0), picture(1)], [], [picture(2)]], padding_side="right")
-    assert (out["input_ids"] == p.image_token_id).sum(1).tolist() == [8, 0, 4] and len(out["pixel_values"]) == 3
-    for messages, row, images in zip([two, none, one], out["input_ids"], [[picture(0), picture(1)], [], [picture(2)]]):
+    assert (out["input_ids"] == p.image_token_id).sum(1).tolist() == [8, 0, 4]
+    assert len(out["pixel_values"]) == 3
+    for messages, row, images in zip([two, none, one], out["input_ids"],
+                                     [[picture(0), picture(1)], [], [picture(2)]]):
         alone = p.chat(messages, images)["input_ids"][0]
         assert torch.equal(row[:len(alone)], alone)
 
@@ -353,7 +383,8 @@ def test_batches_of_conversations(folder):
 def test_chunks_stand_between_dummy_prefixes_whatever_legacy_says(sp_model, tmp_path):
     """A ▁ on both sides of the picture in vicuna_v1; the checkpoint's own rule in llava_hf and in raw
     prompts."""
-    m = [{"role": "user", "content": [IMAGE, {"type": "text", "text": "What?"}]}, {"role": "assistant", "content": "no"}]
+    m = [{"role": "user", "content": [IMAGE, {"type": "text", "text": "What?"}]},
+         {"role": "assistant", "content": "no"}]
     for kind in ("legacy", "modern"):
         (tmp_path / kind).mkdir()
         path = llama_folder(tmp_path / kind, sp_model, kind)
@@ -369,7 +400,8 @@ def test_chunks_stand_between_dummy_prefixes_whatever_legacy_says(sp_model, tmp_
 def test_stop_ids(sp_model, tmp_path):
     path = llama_folder(tmp_path, sp_model, "modern")
     t = Tokenizer.load(path)
-    assert processor(path, "vicuna_v1").stop_ids == processor(path, "llava_hf").stop_ids == processor(path, "mistral").stop_ids == [2]
+    for name in ("vicuna_v1", "llava_hf", "mistral"):
+        assert processor(path, name).stop_ids == [2]
     assert processor(path, "plain").stop_ids == [t.encode("a cat\n")[-1], 2]
     (tmp_path / "b").mkdir()
     p = processor(bytes_folder(tmp_path / "b"), "llama3")
@@ -380,7 +412,8 @@ def test_construction_refuses_what_cannot_work(sp_model, tmp_path):
     t = Tokenizer.load(llama_folder(tmp_path, sp_model, "modern"))
     with pytest.raises(UserError, match="template chatml: needs the token <|im_start|>".replace("|", r"\|")):
         Processor(t, CONFIG, "chatml", 400, 4)
-    with pytest.raises(UserError, match="image_token_index: the config says 7, the tokenizer has <image> at 400"):
+    with pytest.raises(UserError,
+                       match="image_token_index: the config says 7, the tokenizer has <image> at 400"):
         Processor(t, CONFIG, "llava_hf", 7, 4)
     with pytest.raises(UserError, match="template"):
         Processor(t, CONFIG, "nonsense", 400, 4)
@@ -393,17 +426,20 @@ def test_saved_is_loaded(folder, tmp_path):
         p.save(where)
         config = json.loads((where / "processor_config.json").read_text())
         assert config["llava_min_template"] == name and config["patch_size"] == 14
-        q = Processor(Tokenizer.load(where), ImageConfig.from_hf(json.loads((where / "preprocessor_config.json").read_text())),
+        q = Processor(Tokenizer.load(where),
+                      ImageConfig.from_hf(json.loads((where / "preprocessor_config.json").read_text())),
                       config["llava_min_template"], p.image_token_id, p.tokens_per_image)
         m = talk(random.Random(3), *((1, [1]) if name == "plain" else ()))
         images = [picture(i) for i in range(sum(part == IMAGE for x in m[::2] for part in x["content"]))]
         a, b = p.training(m, images), q.training(m, images)
         assert a["input_ids"] == b["input_ids"] and a["labels"] == b["labels"]
-        assert ("pixel_values" in a) == ("pixel_values" in b) and (not images or torch.equal(a["pixel_values"], b["pixel_values"]))
+        assert ("pixel_values" in a) == ("pixel_values" in b) == bool(images)
+        assert not images or torch.equal(a["pixel_values"], b["pixel_values"])
         assert (where / "chat_template.jinja").exists() == (name == "llava_hf")
 
 
 def test_decode_leaves_special_tokens_out(folder):
     p = processor(folder, "vicuna_v1")
     out = p("<image> two dogs", picture(0))
-    assert p.decode(out["input_ids"][0]).strip() == "two dogs" == p.decode(out["input_ids"][0].tolist()).strip()
+    for ids in (out["input_ids"][0], out["input_ids"][0].tolist()):
+        assert p.decode(ids).strip() == "two dogs"

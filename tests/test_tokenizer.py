@@ -1,13 +1,14 @@
-"""The tokenizers: ours = transformers and SentencePiece, saved = loaded, streamed = decoded, hostile files = one line.
+"""The tokenizers: ours = transformers and SentencePiece, saved = loaded, streamed = decoded, bad file = line.
 
-Tiny tokenizers are made on the spot. The real Llama and Qwen1.5 files and llama.cpp's vectors for them lie outside the
-repository (../shared/assets/tokenizers); tests that need them skip where they are not.
+Tiny tokenizers are made on the spot. The real Llama and Qwen1.5 files and llama.cpp's vectors for them lie
+outside the repository (../shared/assets/tokenizers); tests that need them skip where they are not.
 """
 
 import json
 import pickle
 import random
 import re
+import struct
 import time
 import unicodedata
 from pathlib import Path
@@ -22,10 +23,12 @@ from llava_min.data.tokenizer import Tokenizer, find_added
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets" / "tokenizers"
 REAL = {"tokenizer.model": "llama_tokenizer.model", "tokenizer.json": "qwen1_5_tokenizer.json",
         "tokenizer_config.json": "qwen1_5_tokenizer_config.json"}
-TEXT = ["A chat between a curious user and an assistant.", "USER: What is in the picture? ASSISTANT: A red circle.",
-        "the quick brown fox jumps over the lazy dog  and   then    sleeps", "There are 12 blue squares, 345 stars.",
+TEXT = ["A chat between a curious user and an assistant.", "USER: What is in it? ASSISTANT: A red circle.",
+        "the quick brown fox jumps over the lazy dog  and   then    sleeps", "There are 12 squares, 3 stars.",
         "def f(x):\n    return x  # code\n\n\tpass", "naïve café, Ünïcödé, 한국어 中文 🦙"]
-QWEN, LLAMA3 = bpe.QWEN2_SPLIT, bpe.LLAMA3_SPLIT
+QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
 def asset(name: str) -> Path:
@@ -47,28 +50,34 @@ def edit(folder: Path, name: str, change) -> None:
     write(folder, name, value)
 
 
-def train(path: Path, **options) -> Path:
+def train(path: Path, lines: list[str] = TEXT * 8, **options) -> Path:
     options = dict(vocab_size=420, model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
-                   remove_extra_whitespaces=False, character_coverage=0.98, allow_whitespace_only_pieces=True) | options
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXT * 8), model_prefix=str(path.with_suffix("")),
-                                             num_threads=1, minloglevel=2, **options)
+                   remove_extra_whitespaces=False, character_coverage=0.98, num_threads=1, minloglevel=2,
+                   allow_whitespace_only_pieces=True) | options
+    prefix = str(path.with_suffix(""))
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_prefix=prefix, **options)
     return path
 
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory) -> bytes:
-    return train(tmp_path_factory.mktemp("sp") / "tokenizer.model").read_bytes()
+    """As in Llama's, `▁▁` has the lowest score: SentencePiece merges it last, transformers by its id."""
+    model = train(tmp_path_factory.mktemp("sp") / "tokenizer.model").read_bytes()
+    start = model.index(b"\x0a\x06\xe2\x96\x81\xe2\x96\x81\x15") + 9
+    return model[:start] + struct.pack("<f", -1e9) + model[start + 4:]
 
 
 def added(content: str, id: int, **flags) -> dict:
-    return dict(id=id, content=content, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True) | flags
+    return dict(id=id, content=content, single_word=False, lstrip=False, rstrip=False, normalized=False,
+                special=True) | flags
 
 
 def byte_level(regex: str | None = QWEN, nfc: bool = True, ignore_merges: bool = False) -> dict:
     """A tokenizer.json of 256 bytes and the merges of a few words."""
     vocab = {c: i for i, c in enumerate(bpe.BYTE_TO_CHAR.values())}
     merges = []
-    for word in (" the", " quick", "ing", "'s", "'ll", "   ", "\n\n", "é", "中", "🦙", "USER", " image", "ab", "bc", "abc", "!!"):
+    for word in (" the", " quick", "ing", "'s", "'ll", "   ", "\n\n", "é", "中", "🦙", "USER", " image", "ab",
+                 "bc", "abc", "!!"):
         chars = [bpe.BYTE_TO_CHAR[b] for b in word.encode()]
         while len(chars) > 1:
             if chars[0] + chars[1] not in vocab:
@@ -79,38 +88,47 @@ def byte_level(regex: str | None = QWEN, nfc: bool = True, ignore_merges: bool =
     n = len(vocab)
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": regex is None}
     split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-    return {"version": "1.0", "truncation": None, "padding": None, "normalizer": {"type": "NFC"} if nfc else None,
+    return {"version": "1.0", "truncation": None, "padding": None,
+            "normalizer": {"type": "NFC"} if nfc else None,
             "added_tokens": [added("<|endoftext|>", n), added("<|im_end|>", n + 1)],
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]} if regex else level,
             "post_processor": None, "decoder": level,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False,
-                      "ignore_merges": ignore_merges, "vocab": vocab, "merges": merges}}
-
-
-def metaspace(model: bytes, scheme: str) -> dict:
-    """A tokenizer.json with the pieces of a tokenizer.model; scheme "prepend": the older form with normalizers."""
-    sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-    vocab = {sp.id_to_piece(i): i for i in range(len(sp))}
-    merges = [[p[:i], p[i:]] for p in vocab for i in range(1, len(p)) if {p[:i], p[i:]} <= vocab.keys() and p[0] != "<"]
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    decoders = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
-    prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
-    space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
-    bos = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-           "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-           "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}
-    return {"version": "1.0", "truncation": None, "padding": None, "normalizer": prepend if scheme == "prepend" else None,
-            "pre_tokenizer": None if scheme == "prepend" else space, "post_processor": bos,
-            "added_tokens": [added("<unk>", 0), added("<s>", 1), added("</s>", 2)],
-            "decoder": {"type": "Sequence", "decoders": decoders},
-            "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
+                      "byte_fallback": False, "ignore_merges": ignore_merges,
                       "vocab": vocab, "merges": merges}}
 
 
-FLAGS = [dict(content="<L>", lstrip=True), dict(content="<R>", rstrip=True), dict(content="qwörd", single_word=True, special=False),
-         dict(content="<LR>", lstrip=True, rstrip=True, special=False), dict(content="<LRx", normalized=True, special=False),
-         dict(content="<image>", special=False, normalized=True), dict(content="<e\u0301 f>", normalized=True, special=False)]
+def metaspace(model: bytes, scheme: str) -> dict:
+    """A tokenizer.json with the pieces of a tokenizer.model; scheme "prepend": the older form."""
+    sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+    vocab = {sp.id_to_piece(i): i for i in range(len(sp))}
+    merges = [[p[:i], p[i:]] for p in vocab for i in range(1, len(p))
+              if {p[:i], p[i:]} <= vocab.keys() and p[0] != "<"]
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    decoders = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
+                {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
+    space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    a, b = ({"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB"))
+    bos = {"type": "TemplateProcessing", "pair": [a, b],
+           "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, a],
+           "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}
+    return {"version": "1.0", "truncation": None, "padding": None,
+            "normalizer": prepend if scheme == "prepend" else None,
+            "pre_tokenizer": None if scheme == "prepend" else space, "post_processor": bos,
+            "added_tokens": [added("<unk>", 0), added("<s>", 1), added("</s>", 2)],
+            "decoder": {"type": "Sequence", "decoders": decoders},
+            "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "fuse_unk": True,
+                      "byte_fallback": True, "vocab": vocab, "merges": merges}}
+
+
+FLAGS = [dict(content="<L>", lstrip=True), dict(content="<R>", rstrip=True),
+         dict(content="qwörd", single_word=True, special=False),
+         dict(content="<LR>", lstrip=True, rstrip=True, special=False),
+         dict(content="<LRx", normalized=True, special=False),
+         dict(content="<LRxy", normalized=True, special=False),
+         dict(content="<image>", normalized=True, special=False),
+         dict(content="<e\u0301 f>", normalized=True, special=False)]
 
 
 def with_flags(spec: dict) -> dict:
@@ -120,9 +138,10 @@ def with_flags(spec: dict) -> dict:
     return spec
 
 
-AS_WRITTEN = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-SOURCES = ["llama legacy", "llama", "llama saved by transformers", "qwen", "tiny legacy", "tiny", "tiny saved by transformers",
-           "tiny prepend", "tiny always", "tiny first", "tiny never", "tiny qwen", "tiny llama-3", "tiny gpt-2"]
+AS_WRITTEN = {"tokenizer_class": "PreTrainedTokenizerFast"}
+SOURCES = ["llama legacy", "llama", "llama saved by transformers", "qwen", "tiny legacy", "tiny",
+           "tiny saved by transformers", "tiny prepend", "tiny always", "tiny first", "tiny never",
+           "tiny qwen", "tiny llama-3", "tiny gpt-2"]
 
 
 def make(source: str, tmp: Path, tiny_model: bytes) -> Path:
@@ -133,17 +152,21 @@ def make(source: str, tmp: Path, tiny_model: bytes) -> Path:
         return write(tmp, "tokenizer.json", asset("tokenizer.json").read_bytes())
     if rest in ("qwen", "llama-3", "gpt-2"):
         regex = {"qwen": QWEN, "llama-3": LLAMA3, "gpt-2": None}[rest]
-        write(tmp, "tokenizer.json", with_flags(byte_level(regex, nfc=rest != "llama-3", ignore_merges=rest == "llama-3")))
-        return write(tmp, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"})
+        spec = byte_level(regex, nfc=rest != "llama-3", ignore_merges=rest == "llama-3")
+        write(tmp, "tokenizer.json", with_flags(spec))
+        return write(tmp, "tokenizer_config.json", AS_WRITTEN | {"eos_token": "<|im_end|>"})
     if rest in ("prepend", "always", "first", "never"):
         write(tmp, "tokenizer.json", with_flags(metaspace(tiny_model, rest)))
-        return write(tmp, "tokenizer_config.json", AS_WRITTEN)
+        named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        return write(tmp, "tokenizer_config.json", AS_WRITTEN | named)
     model = asset("tokenizer.model").read_bytes() if kind == "llama" else tiny_model
-    write(tmp, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "legacy": rest == "legacy", "add_bos_token": True,
-                                         "pad_token": "<pad>"})
+    if rest == "bare":
+        return write(tmp, "tokenizer.model", model)
+    write(tmp, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "legacy": rest == "legacy",
+                                         "add_bos_token": True, "pad_token": "<pad>"})
     write(tmp, "tokenizer.model", model)
     if "saved" in rest:
-        transformers = pytest.importorskip("transformers", reason="the folder is to be written by transformers")
+        transformers = pytest.importorskip("transformers", reason="it is to write the folder")
         transformers.LlamaTokenizer.from_pretrained(tmp).save_pretrained(tmp / "saved")
         assert not (tmp / "saved" / "tokenizer.model").exists()
         return tmp / "saved"
@@ -152,19 +175,24 @@ def make(source: str, tmp: Path, tiny_model: bytes) -> Path:
 
 # Code points assigned in Unicode 14: where Python's own tables are newer, the newer ones are left out.
 ASSIGNED = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
-SPECIAL = ["<s>", "</s>", "<unk>", "<pad>", "<image>", "<|im_end|>", "<|endoftext|>", "<0x0A>", "<L>", " <L> ", "<R>", "<R>\x85 ", "\xa0<LR>\n",
-           "<LRx", "<LR>>", "qwörd", "qwörds", "aqwörd", "qwörd\u0301", "\u24d0qwörd", "<e\u0301 f>", "<é f>"]
-ODD = ["\n", "\n\n", "\r\n", "\t", " \n", "\n \n", "\t\t ", "\x85", "\xa0", "\u2028", "\u3000", "\x1c", "\x1f", "\x0b", "\0", "\u200b", "🦙", "👨‍👩‍👧", "🇩🇪",
-       "❤️", "👍🏽", "é", "e\u0301", "ǅ", "ﬁ", "İ", "ſ", "'ſ", "'S", "'LL", "'re", "한국", "①", "½", "Ⅷ", "٣", "▁", "▁▁", "a▁b", "\ufffd", "\ufeff"]
-PLAIN = "the quick Brown fox USER: ASSISTANT: What's in image Answer they'll don't I've zq x aa aaaa abcabc ababc".split()
+SPECIAL = ["<s>", "</s>", "<unk>", "<pad>", "<image>", "<|im_end|>", "<|endoftext|>", "<0x0A>", "<L>", "<R>",
+           " <L> ", "<LRxy", "<R>\x85 ", "\xa0<LR>\n", "<LRx", "<LR>>", "qwörd", "qwörds", "aqwörd",
+           "qwörd\u0301", "\u24d0qwörd", "<e\u0301 f>", "<é f>"]
+ODD = ["\n", "\n\n", "\r\n", "\t", " \n", "\n \n", "\t\t ", "\x85", "\xa0", "\u2028", "\u3000", "\x1c", "\0",
+       "\x1f", "\x0b", "\u200b", "🦙", "👨\u200d👩\u200d👧", "🇩🇪", "👍🏽", "é", "e\u0301", "ǅ", "ﬁ", "İ", "ſ", "'ſ",
+       "'S", "'LL", "'re", "한국", "①", "½", "Ⅷ", "٣", "▁", "▁▁", "a▁b", "\ufffd", "\ufeff"]
+PLAIN = ("the quick Brown fox USER: ASSISTANT: What's in image Answer they'll don't I've zq x aa aaaa abcabc "
+         "ababc").split()
 
 
 def random_text(r: random.Random) -> str:
     parts = []
     for _ in range(r.randrange(12)):
         parts.append(r.choice([
-            lambda: "".join(r.choices(ASSIGNED, k=r.randrange(1, 8))), lambda: " " * r.randrange(1, 7), lambda: r.choice(ODD),
-            lambda: r.choice(SPECIAL), lambda: str(r.randrange(10 ** r.randrange(1, 9))), lambda: "".join(r.choices("abc()[]<>/|_-'\";:,.?", k=4)),
+            lambda: "".join(r.choices(ASSIGNED, k=r.randrange(1, 8))), lambda: " " * r.randrange(1, 7),
+            lambda: r.choice(ODD), lambda: r.choice(SPECIAL),
+            lambda: str(r.randrange(10 ** r.randrange(1, 9))),
+            lambda: "".join(r.choices("abc()[]<>/|_-'\";:,.?", k=4)),
             lambda: "".join(chr(r.randrange(0x4E00, 0x9FFC)) for _ in range(4)),
             lambda: r.choice(["", " "]) + r.choice(PLAIN), lambda: r.choice(["", " "]) + r.choice(PLAIN)])())
     return "".join(parts)
@@ -179,24 +207,27 @@ def random_ids(r: random.Random, size: int) -> list[int]:
 def test_equals_transformers(source, tmp_path, tiny_model):
     transformers = pytest.importorskip("transformers", reason="the reference of the tokenizers")
     folder = make(source, tmp_path, tiny_model)
-    ours, theirs, r = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder), random.Random(source)
+    ours, theirs = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    r, exact = random.Random(source), dict(clean_up_tokenization_spaces=False)
     assert len(ours) == len(theirs)
-    assert [ours.bos_id, ours.eos_id, ours.pad_id] == [theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id]
+    assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    assert (ours.unk_id, ours.pad_id) == (theirs.unk_token_id, theirs.pad_token_id)
     assert ours.encode("hi", parse_special=True) == theirs("hi").input_ids[ours.add_bos:]
     assert ours.add_bos == (theirs("hi").input_ids[0] == ours.bos_id)
     for n in range(500 if source.startswith("tiny") else 5000):
         text = random_text(r)
-        assert ours.encode(text, parse_special=True) == theirs.encode(text, add_special_tokens=False), (n, text)
+        ids = ours.encode(text, parse_special=True)
+        assert ids == theirs.encode(text, add_special_tokens=False), (n, text)
         ids = ours.encode(text)
         assert ids == theirs.encode(text, add_special_tokens=False, split_special_tokens=True), (n, text)
         for ids in (ids, random_ids(r, len(ours))) if n % 5 == 0 else ():
-            assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False), (n, ids)
-            assert ours.decode(ids, skip_special=False) == theirs.decode(ids, clean_up_tokenization_spaces=False), (n, ids)
+            assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, **exact), (n, ids)
+            assert ours.decode(ids, skip_special=False) == theirs.decode(ids, **exact), (n, ids)
 
 
 @pytest.mark.parametrize("source", ["llama legacy", "tiny legacy", "tiny always"])
 def test_legacy_survives_transformers_save(source, tmp_path, tiny_model):
-    """transformers 5.23 writes legacy into tokenizer.json and forgets it when it reads the folder; the file stands."""
+    """transformers 5.23 writes legacy into tokenizer.json, and forgets it on reading; the file stands."""
     transformers = pytest.importorskip("transformers", reason="the folder is to be written by transformers")
     folder = make(source, tmp_path, tiny_model)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
@@ -208,7 +239,8 @@ def test_legacy_survives_transformers_save(source, tmp_path, tiny_model):
         assert ours.encode(text, parse_special=True) == theirs.encode(text, add_special_tokens=False), text
 
 
-@pytest.mark.parametrize("name, vectors", [("tokenizer.model", "ggml-vocab-llama-spm.gguf"), ("tokenizer.json", "ggml-vocab-qwen2.gguf")])
+@pytest.mark.parametrize("name, vectors", [("tokenizer.model", "ggml-vocab-llama-spm.gguf"),
+                                           ("tokenizer.json", "ggml-vocab-qwen2.gguf")])
 def test_llama_cpp_vectors(name, vectors, tmp_path):
     """llama.cpp's own tests of the two real tokenizers: texts, and their ids without BOS."""
     ours = Tokenizer.load(write(tmp_path, name, asset(name).read_bytes()))
@@ -220,46 +252,64 @@ def test_llama_cpp_vectors(name, vectors, tmp_path):
         assert ours.encode_prefixed(text) == [int(i) for i in line.split()], text
 
 
-def test_encode_prefixed_is_sentencepiece(tmp_path, tiny_model):
-    for name in ("tiny", "llama", "mistral"):
-        if name != "tiny" and not ASSETS.exists():
-            continue
-        model = tiny_model if name == "tiny" else asset("tokenizer.model.v1" if name == "mistral" else "tokenizer.model").read_bytes()
-        ours, r = Tokenizer.load(write(tmp_path, "tokenizer.model", model)), random.Random(2)
-        sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-        for _ in range(500):
-            text = random_text(r) or "x"
-            assert ours.encode_prefixed(text) == ours.encode_prefixed(text, at="special") == sp.encode(text), text
-            assert ours.encode_prefixed(" " + text, at="inside") == sp.encode(text), text
+@pytest.mark.parametrize("name", ["tiny", "tokenizer.model", "tokenizer.model.v1"])
+def test_encode_prefixed_is_sentencepiece(name, tmp_path, tiny_model):
+    model = tiny_model if name == "tiny" else asset(name).read_bytes()
+    ours, r = Tokenizer.load(write(tmp_path, "tokenizer.model", model)), random.Random(2)
+    sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+    for _ in range(500):
+        text = random_text(r) or "x"
+        ids = sp.encode(text)
+        assert ours.encode_prefixed(text) == ours.encode_prefixed(text, at="special") == ids, text
+        assert ours.encode_prefixed(" " + text, at="inside") == ids, text
 
 
 def test_dummy_space(tmp_path, tiny_model):
-    """What stands before a text decides on its dummy space; ground: Llama, `</s>USER`."""
-    legacy, ours = (Tokenizer.load(make(source, tmp_path / source, tiny_model)) for source in ("tiny legacy", "tiny"))
-    assert legacy.legacy and not ours.legacy
-    for t in (legacy, ours):
+    """What stands before a text decides on its dummy space."""
+    for source in ("tiny legacy", "tiny"):
+        t = Tokenizer.load(make(source, tmp_path / source, tiny_model))
+        assert t.legacy == (source == "tiny legacy")
         spaced, bare = t.encode("USER"), t.encode("USER", at="inside")
-        assert t.decode(bare + bare) == "USERUSER" and t.decode(bare + spaced) == "USER USER" and spaced != bare
-        assert t.encode("USER", at="special") == t.encode_prefixed("USER", at="special") == (spaced if t.legacy else bare)
-        assert t.encode("</s>USER", parse_special=True) == [2, *t.encode("USER", at="special")]
+        assert t.decode(bare + bare) == "USERUSER" and t.decode(bare + spaced) == "USER USER"
+        after = spaced if t.legacy else bare
+        assert t.encode("USER", at="special") == t.encode_prefixed("USER", at="special") == after
+        assert t.encode("</s>USER", parse_special=True) == [2, *after]
         assert t.encode_prefixed("USER") == spaced == t.encode(" USER")
         assert t.encode_prefixed(" USER") != spaced      # SentencePiece puts its space before every text
         assert t.encode("") == t.encode_prefixed("") == t.encode("", at="inside") == []
-    if ASSETS.exists():
-        legacy, ours = (Tokenizer.load(make(source, tmp_path / source, tiny_model)) for source in ("llama legacy", "llama"))
-        assert legacy.encode("</s>USER", parse_special=True) == [2, 3148, 1001]
-        assert ours.encode("</s>USER", parse_special=True) == [2, 11889]
+        assert t.decode(t.encode("  a  b") + [2] + t.encode("  c")) == " a  b  c"    # drops one space, once
+
+
+@pytest.mark.parametrize("source, ids", [("llama legacy", [2, 3148, 1001]), ("llama", [2, 11889])])
+def test_legacy_as_published(source, ids, tmp_path, tiny_model):
+    ours = Tokenizer.load(make(source, tmp_path, tiny_model))
+    assert ours.encode("</s>USER", parse_special=True) == ids == [2, *ours.encode("USER", at="special")]
 
 
 def test_only_a_tokenizer_model(tmp_path, tiny_model):
     ours = Tokenizer.load(write(tmp_path, "tokenizer.model", tiny_model))
-    assert ours.legacy and ours.add_bos and (ours.unk_id, ours.bos_id, ours.eos_id, ours.pad_id) == (0, 1, 2, None)
+    assert ours.legacy and ours.add_bos
+    assert (ours.unk_id, ours.bos_id, ours.eos_id, ours.pad_id) == (0, 1, 2, None)
     assert list(ours.added) == ["<unk>", "<s>", "</s>"] and len(ours) == 420
+    write(tmp_path, "tokenizer_config.json", {"add_bos_token": False, "legacy": False})
+    ours = Tokenizer.load(tmp_path)
+    assert not ours.legacy and not ours.add_bos and ours.bos_id == 1
+
+
+def test_spelled_bytes_are_no_bytes(tmp_path):
+    """`<0x41` and `>` may be pieces; together they are still text."""
+    train(tmp_path / "tokenizer.model", ["a<0x41 b<0x41 c<0x41 d<0x41 >"] * 20, vocab_size=280,
+          hard_vocab_limit=False, split_by_unicode_script=False, split_by_number=False)
+    ours = Tokenizer.load(tmp_path)
+    ids = ours.encode("<0x41>", at="inside")
+    assert {"<0x41", ">"} <= ours.vocab.keys() and ours.token_id("<0x41>") not in ids
+    assert ours.decode(ids) == "<0x41>"
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_text_stays_text(source, tmp_path, tiny_model):
     ours = Tokenizer.load(make(source, tmp_path, tiny_model))
+    ours.encode("<image>")                               # must leave no trace once <image> is added
     image = ours.add_special("<image>")
     special = {token.id for token in ours.added.values() if token.special}
     assert image in special and ours.encode("<image>", parse_special=True)[-1] == image
@@ -274,7 +324,8 @@ def test_text_stays_text(source, tmp_path, tiny_model):
 def test_stream(source, tmp_path, tiny_model):
     ours, r = Tokenizer.load(make(source, tmp_path, tiny_model)), random.Random(3)
     for n in range(1000):
-        ids = random_ids(r, len(ours)) if n % 2 else ours.encode(text := re.sub("\ufffd|qwörd", "", random_text(r)), parse_special=True)
+        text = re.sub("\ufffd|qwörd", "", random_text(r))
+        ids = random_ids(r, len(ours)) if n % 2 else ours.encode(text, parse_special=True)
         stream = ours.stream()
         pieces = [stream.push(i) for i in ids] + [stream.flush()]
         assert "".join(pieces) == ours.decode(ids)
@@ -282,20 +333,26 @@ def test_stream(source, tmp_path, tiny_model):
             assert not any("\ufffd" in piece for piece in pieces), text      # never half a character
     stream, ids = ours.stream(), ours.encode("a 中🦙 b")
     pieces = [stream.push(i) for i in ids]
-    assert sum(map(bool, pieces)) > 2 and "".join(pieces + [stream.flush()]) == "a 中🦙 b"       # it comes in parts
+    assert sum(map(bool, pieces)) > 2                    # it comes in parts
+    assert "".join(pieces + [stream.flush()]) == "a 中🦙 b"
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", SOURCES + ["tiny bare"])
 def test_saved_is_loaded(source, tmp_path, tiny_model):
     folder = make(source, tmp_path, tiny_model)
-    edit(folder, "tokenizer_config.json", lambda c: c.update(auto_map={"AutoTokenizer": "evil.py"}, chat_template="{{ x }}"))
+    extra = {"auto_map": {"AutoTokenizer": "evil.py"}, "chat_template": "{{ x }}"}
+    if source != "tiny bare":
+        edit(folder, "tokenizer_config.json", lambda config: config.update(extra))
     ours, r = Tokenizer.load(folder), random.Random(4)
     size = len(ours)
     assert ours.add_special("<new>") == size and ours.add_special("<new>") == size and len(ours) == size + 1
     ours.save(tmp_path / "to")
     again = Tokenizer.load(tmp_path / "to")
     config = json.loads((tmp_path / "to" / "tokenizer_config.json").read_bytes())
-    assert "auto_map" not in config and config["chat_template"] == "{{ x }}"
+    assert "auto_map" not in config and (source == "tiny bare" or config["chat_template"] == "{{ x }}")
+    if (tmp_path / "to" / "tokenizer.json").exists():
+        spec = json.loads((tmp_path / "to" / "tokenizer.json").read_bytes())
+        assert (spec["added_tokens"][-1]["content"], spec["added_tokens"][-1]["id"]) == ("<new>", size)
     assert again.added == ours.added and len(again) == len(ours) and again.token(size) == "<new>"
     for name in ("bos_id", "eos_id", "unk_id", "pad_id", "legacy", "add_bos", "scheme", "prepend"):
         assert getattr(again, name) == getattr(ours, name), name
@@ -307,22 +364,25 @@ def test_saved_is_loaded(source, tmp_path, tiny_model):
     for _ in range(200):
         text = random_text(r) + r.choice(["", "<new>", " <new> x"])
         ids = ours.encode(text, parse_special=True)
-        assert again.encode(text, parse_special=True) == ids and again.encode(text, at="special") == ours.encode(text, at="special")
+        assert again.encode(text, parse_special=True) == ids, text
+        assert again.encode(text, at="special") == ours.encode(text, at="special"), text
         assert again.decode(ids) == ours.decode(ids)
         if theirs:
             assert theirs(text).input_ids == [ours.bos_id] * ours.add_bos + ids, text
-            assert theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) == ours.decode(ids)
+            text = theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            assert text == ours.decode(ids)
 
 
 def test_added_tokens_of_the_config_files(tmp_path, tiny_model):
     write(tmp_path, "tokenizer.model", tiny_model)
     write(tmp_path, "added_tokens.json", {"<image>": 420, "word": 421})
-    write(tmp_path, "special_tokens_map.json", {"additional_special_tokens": ["<image>"], "pad_token": {"content": "<pad>"}})
+    special = {"additional_special_tokens": ["<image>"], "pad_token": {"content": "<pad>"}}
+    write(tmp_path, "special_tokens_map.json", special)
     ours = Tokenizer.load(tmp_path)
     assert ours.added["<image>"].special and not ours.added["word"].special
     assert (ours.token_id("<image>"), ours.token_id("word"), ours.pad_id, len(ours)) == (420, 421, 422, 423)
     write(tmp_path, "added_tokens.json", {"<image>": 5})
-    with pytest.raises(UserError, match="<image> with id 5: the id is taken by <0x02>"):
+    with pytest.raises(UserError, match="added_tokens.json: .*<image> with id 5: the id is taken by <0x02>"):
         Tokenizer.load(tmp_path)
 
 
@@ -333,7 +393,8 @@ def test_special_is_out_of_reach_of_the_merges(source, tmp_path, tiny_model):
     piece = "▁the" if source != "tiny llama-3" else "Ġthe"
     assert ours.encode(" the") == [ours.token_id(piece)]
     id = ours.add_special(piece)
-    assert id == ours.vocab[piece] and id not in ours.encode(" the") and ours.decode(ours.encode("x the")) == "x the"
+    assert id == ours.vocab[piece] and id not in ours.encode(" the")
+    assert ours.decode(ours.encode("x the")) == "x the"
     assert ours.decode([id]) == ""
 
 
@@ -342,7 +403,8 @@ def test_copies_travel_to_workers(source, tmp_path, tiny_model):
     ours = Tokenizer.load(make(source, tmp_path, tiny_model))
     ids = ours.encode("the quick")
     again = pickle.loads(pickle.dumps(ours))
-    assert again.encode("the quick </s>x") == ours.encode("the quick </s>x") and again.decode(ids) == "the quick"
+    assert again.encode("the quick </s>x") == ours.encode("the quick </s>x")
+    assert again.decode(ids) == "the quick"
     assert again.encode_prefixed(" the") == ours.encode_prefixed(" the")
 
 
@@ -353,7 +415,7 @@ def test_merge_equals_the_textbook():
         pairs = {(r.randrange(9), r.randrange(9)): r.randrange(3, 9) for _ in range(12)}
         pairs = {pair: (rank, new) for rank, (pair, new) in enumerate(pairs.items())}
         ids = slow = [r.randrange(4) for _ in range(r.randrange(20))]
-        while known := [(pairs[a, b][0], i) for i, (a, b) in enumerate(zip(slow, slow[1:])) if (a, b) in pairs]:
+        while known := [(pairs[p][0], i) for i, p in enumerate(zip(slow, slow[1:])) if p in pairs]:
             i = min(known)[1]
             slow = slow[:i] + [pairs[slow[i], slow[i + 1]][1]] + slow[i + 2:]
         assert bpe.merge(ids, pairs) == slow
@@ -367,7 +429,8 @@ def test_words_join_up():
 
 
 def test_words_of_the_three_regexes():
-    cuts = {name: [m[0] for m in re.finditer(bpe.SPLITS[regex], "It'S 1234\n\n  x".translate(bpe.KINDS), re.ASCII)]
+    kinds = "It'S 1234\n\n  x".translate(bpe.KINDS)
+    cuts = {name: [m[0] for m in re.finditer(bpe.SPLITS[regex], kinds, re.ASCII)]
             for name, regex in (("gpt2", bpe.GPT2_SPLIT), ("qwen", QWEN), ("llama3", LLAMA3))}
     assert cuts["gpt2"] == ["It", "'", "S", " 1234", "\n\n ", " x"]
     assert cuts["qwen"] == ["It", "'S", " ", "1", "2", "3", "4", "\n\n", " ", " x"]
@@ -400,13 +463,13 @@ def set_(*keys_and_value):
 
 
 REFUSED = [
-    ("tiny qwen", set_("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex", r"\p{Han}+"), "pre_tokenizer regex.*Han"),
+    ("tiny qwen", set_("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex", r"\p{L}"), "regex is .*L"),
     ("tiny qwen", set_("pre_tokenizer", "pretokenizers", 0, "behavior", "Removed"), "pre_tokenizer.*Removed"),
     ("tiny qwen", set_("pre_tokenizer", "pretokenizers", 0, "invert", True), "pre_tokenizer"),
     ("tiny qwen", set_("pre_tokenizer", "pretokenizers", 0, {"type": "Digits"}), "pre_tokenizer.*Digits"),
     ("tiny qwen", set_("pre_tokenizer", "pretokenizers", 1, "add_prefix_space", True), "pre_tokenizer"),
     ("tiny qwen", set_("pre_tokenizer", "pretokenizers", 1, "use_regex", True), "pre_tokenizer"),
-    ("tiny qwen", set_("pre_tokenizer", {"type": "BertPreTokenizer"}), "pre_tokenizer.*BertPreTokenizer|normalizer.*NFC"),
+    ("tiny llama-3", set_("pre_tokenizer", {"type": "BertPreTokenizer"}), "pre_tokenizer.*BertPreTokenizer"),
     ("tiny qwen", set_("normalizer", {"type": "Lowercase"}), "normalizer.*Lowercase"),
     ("tiny qwen", set_("decoder", {"type": "WordPiece"}), "decoder.*WordPiece"),
     ("tiny qwen", set_("post_processor", {"type": "BertProcessing"}), "post_processor.*BertProcessing"),
@@ -414,7 +477,7 @@ REFUSED = [
     ("tiny qwen", set_("model", "dropout", 0.1), "model.dropout"),
     ("tiny qwen", set_("model", "end_of_word_suffix", "</w>"), "end_of_word_suffix"),
     ("tiny qwen", set_("model", "merges", 0, ["zz", "zz"]), "merge 0.*zz"),
-    ("tiny qwen", set_("model", "merges", 0, ["a"]), "tokenizer.json"),
+    ("tiny qwen", set_("model", "merges", 0, ["a"]), "not laid out"),
     ("tiny qwen", set_("model", "vocab", "Ġ", -1), "id from 0"),
     ("tiny qwen", set_("model", "vocab", "Ġ", 1 << 40), "id from 0"),
     ("tiny qwen", set_("model", "vocab", {}), "vocab"),
@@ -422,29 +485,32 @@ REFUSED = [
     ("tiny qwen", set_("added_tokens", 0, "content", ""), "added token"),
     ("tiny qwen", set_("added_tokens", 0, "lstrip", "yes"), "flags"),
     ("tiny qwen", set_("added_tokens", 0, "id", 3), "taken"),
-    ("tiny qwen", set_("added_tokens", 7), "tokenizer.json"),
+    ("tiny qwen", set_("added_tokens", 7), "not laid out"),
     ("tiny first", set_("pre_tokenizer", "split", True), "pre_tokenizer"),
     ("tiny first", set_("pre_tokenizer", "prepend_scheme", "last"), "pre_tokenizer"),
     ("tiny first", set_("pre_tokenizer", None), "pre_tokenizer"),
     ("tiny first", set_("normalizer", {"type": "NFKC"}), "normalizer.*NFKC"),
     ("tiny first", set_("decoder", {"type": "Metaspace"}), "decoder.*Metaspace"),
-    ("tiny first", set_("post_processor", "single", [{"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "</s>"}}]), "add_eos_token"),
+    ("tiny first", set_("post_processor", "single", [{"Sequence": {}}, {"SpecialToken": {"id": "</s>"}}]),
+     "add_eos_token"),
 ]
 
 
-@pytest.mark.parametrize("source, change, named", REFUSED, ids=[named for _, _, named in REFUSED])
+@pytest.mark.parametrize("source, change, named", REFUSED, ids=range(len(REFUSED)))
 def test_refused_by_name(source, change, named, tmp_path, tiny_model):
     folder = make(source, tmp_path, tiny_model)
     Tokenizer.load(folder)                               # the control: it is the change that is refused
     edit(folder, "tokenizer.json", change)
-    with pytest.raises(UserError, match=named) as e:
+    with pytest.raises(UserError, match=f"tokenizer.*json: .*({named})") as e:
         Tokenizer.load(folder)
     assert "\n" not in str(e.value) and len(str(e.value)) < 2000
 
 
 @pytest.mark.parametrize("options, named", [
-    (dict(model_type="unigram", hard_vocab_limit=False), "unigram"), (dict(normalization_rule_name="nmt_nfkc"), "nmt_nfkc"),
-    (dict(remove_extra_whitespaces=True), "remove_extra_whitespaces"), (dict(add_dummy_prefix=False), "add_dummy_prefix"),
+    (dict(model_type="unigram", hard_vocab_limit=False), "unigram"),
+    (dict(normalization_rule_name="nmt_nfkc"), "nmt_nfkc"),
+    (dict(remove_extra_whitespaces=True), "remove_extra_whitespaces"),
+    (dict(add_dummy_prefix=False), "add_dummy_prefix"),
     (dict(user_defined_symbols=["<x>"]), "user-defined")])
 def test_other_sentencepiece_models_are_refused(options, named, tmp_path):
     train(tmp_path / "tokenizer.model", **options)
@@ -453,15 +519,17 @@ def test_other_sentencepiece_models_are_refused(options, named, tmp_path):
 
 
 @pytest.mark.parametrize("name, data, said", [
-    ("tokenizer.json", b"", "line 1 column 1"), ("tokenizer.json", b'{"a": 1,\n}', "line 2"), ("tokenizer.json", b"[]", "object"),
+    ("tokenizer.json", b"", "line 1 column 1"), ("tokenizer.json", b'{"a": 1,\n}', "line 2"),
+    ("tokenizer.json", b"[]", "object"),
     ("tokenizer.json", b"\xff\xfe{", "not UTF-8 at byte 0"), ("tokenizer.json", b"[" * 100_000, "nested"),
-    ("tokenizer.json", b"{}", "tokenizer.json"), ("tokenizer.json", b'{"a": ' + b"9" * 5000 + b"}", "bad JSON"),
+    ("tokenizer.json", b"{}", "KeyError"), ("tokenizer.json", b'{"a": ' + b"9" * 5000 + b"}", "bad JSON"),
     ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
-    ("tokenizer.model", b"", "not a SentencePiece model"), ("tokenizer.model", b"not a model", "not a SentencePiece model"),
+    ("tokenizer.model", b"", "not a SentencePiece"), ("tokenizer.model", b"hello", "not a SentencePiece"),
     ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
-    ("tokenizer_config.json", b"{", "line 1"), ("tokenizer_config.json", {"legacy": "no"}, "legacy is .no., expected true"),
+    ("tokenizer_config.json", b"{", "line 1"), ("tokenizer_config.json", {"legacy": "no"}, "legacy is .no."),
     ("tokenizer_config.json", {"tokenizer_class": "T5Tokenizer"}, "tokenizer_class is T5Tokenizer"),
-    ("tokenizer_config.json", {"add_eos_token": True}, "add_eos_token"), ("tokenizer_config.json", {"bos_token": 3}, "expected a token"),
+    ("tokenizer_config.json", {"add_eos_token": True}, "add_eos_token"),
+    ("tokenizer_config.json", {"bos_token": 3}, "expected a token"),
     ("tokenizer_config.json", {"additional_special_tokens": "<x>"}, "expected a list"),
     ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<x>"}}}, "added token"),
     ("tokenizer_config.json", {"added_tokens_decoder": {"99999999999": {"content": "<x>"}}}, "added token"),
@@ -497,14 +565,16 @@ def test_two_tokenizers_that_disagree(tmp_path, tiny_model):
         Tokenizer.load(folder)
 
 
-@pytest.mark.parametrize("source, name", [("tiny qwen", "tokenizer.json"), ("tiny first", "tokenizer.json"), ("tiny", "tokenizer.model"),
-                                          ("tiny", "tokenizer_config.json"), ("tiny qwen", "tokenizer_config.json")])
+@pytest.mark.parametrize("source, name", [
+    ("tiny qwen", "tokenizer.json"), ("tiny first", "tokenizer.json"), ("tiny", "tokenizer.model"),
+    ("tiny", "tokenizer_config.json"), ("tiny qwen", "tokenizer_config.json")])
 def test_fuzzed_files(source, name, tmp_path, tiny_model):
     """Whatever a file holds: it loads and works, or one UserError."""
     folder, r, outcomes = make(source, tmp_path, tiny_model), random.Random(6), [0, 0]
     good = (folder / name).read_bytes()
     if name.endswith("config.json"):
-        good = json.dumps(json.loads(good) | {"added_tokens_decoder": {"600": {"content": "<x>", "special": True}}}).encode()
+        extra = {"added_tokens_decoder": {"600": {"content": "<x>", "special": True}}}
+        good = json.dumps(json.loads(good) | extra).encode()
     for _ in range(400):
         data = bytearray(good)
         for _ in range(r.randrange(1, 4)):

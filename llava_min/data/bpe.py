@@ -143,8 +143,8 @@ CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 
 class Kinds(dict):
     r"""Character → an ASCII character of the same kind, for str.translate: `a` for \p{L}, `0` for \p{N}, tab
-    for \s, `!` for the rest. The regexes of the checkpoints ask for nothing else outside ASCII, so on translated
-    text the standard library's `re` finds their words. Filled as characters are met."""
+    for \s, `!` for the rest. The regexes of the checkpoints ask for nothing else outside ASCII, so on
+    translated text the standard library's `re` finds their words. Filled as characters are met."""
 
     def __missing__(self, code: int) -> str:
         char = chr(code)

@@ -1,14 +1,15 @@
 """Files of conversations → records → the two views of a record: one to train on, one to evaluate with.
 
-Between the files and the model: `read_records` checks every record before any weight is read; `Dataset` and `collate`
-make training batches (the answers are in the ids and the labels); `evaluation_batch` makes prompts that stop where the
-last answer begins, from the same records. `batches` says which records make which step.
+Between the files and the model: `read_records` checks every record before any weight is read; `Dataset` and
+`collate` make training batches (the answers are in the ids and the labels); `evaluation_batch` makes prompts
+that stop where the last answer begins, from the same records. `batches` says which records make which step.
 
 The format is LLaVA's (haotian-liu/LLaVA, docs/Finetune_Custom_Data.md): a JSON list, or one record a line, of
     {"id": "7", "image": "cat.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
                                                       {"from": "gpt", "value": "A cat."}]}
-`image` may be absent or a list. Every `<image>` in a human turn is one picture, and there must be as many as pictures;
-in an answer it is text. As in LLaVA the marks are taken out, the rest is stripped and follows the pictures.
+`image` may be absent or a list. Every `<image>` in a human turn is one picture, and there must be as many as
+pictures; in an answer it is text. As in LLaVA the marks are taken out, the rest is stripped and follows the
+pictures.
 """
 
 import json
@@ -30,7 +31,7 @@ from llava_min.data.processor import IGNORE, MARK, Processor
 from llava_min.files import check_file
 
 ROLES = {"human": "user", "gpt": "assistant"}
-MAX_TEXT = 1_000_000                        # characters in a turn; more is a broken export, not a conversation
+MAX_TEXT = 1_000_000                        # characters in a turn; more is a broken export
 NAMED = 5                                   # how many bad records a message tells of
 
 
@@ -47,18 +48,17 @@ class Record:
     @property
     def length(self) -> int:
         """Roughly how many tokens, to put like with like: the words, and 256 a picture."""
-        texts = (part if isinstance(part, str) else part.get("text", "") for m in self.messages
-                 for part in ([m["content"]] if isinstance(m["content"], str) else m["content"]))
-        return sum(len(t.split()) for t in texts) + 256 * len(self.images)
+        return sum(len(text_of(m).split()) for m in self.messages) + 256 * len(self.images)
 
     def pictures(self, exif: bool = False) -> list[Image.Image]:
         try:
-            return [p if isinstance(p, Image.Image) else open_image(p, root=self.root, exif=exif) for p in self.images]
+            return [p if isinstance(p, Image.Image) else open_image(p, root=self.root, exif=exif)
+                    for p in self.images]
         except UserError as e:
             raise UserError(f"record {short(self.id)}: {e}") from None
 
 
-# ---- reading ------------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 
 class Bad(Exception):
@@ -71,15 +71,15 @@ def short(x: object, n: int = 60) -> str:
 
 
 def read_records(path: str | os.PathLike, image_folder: str | os.PathLike | None = None) -> list[Record]:
-    """Every record of a LLaVA JSON or JSONL file, checked; pictures are looked for under `image_folder` (the file's own
-    folder if None) but not yet opened.
+    """Every record of a LLaVA JSON or JSONL file, checked; pictures are looked for under `image_folder` (the
+    file's own folder if None) but not yet opened.
 
-    Raises UserError: the file cannot be read, or records are bad, which are all counted and the first ones named.
+    Raises UserError: the file cannot be read, or records are bad; all are counted and the first ones named.
     """
     path = Path(path)
     root = Path(os.path.abspath(path.parent if image_folder is None else image_folder))
     if image_folder is not None and not root.is_dir():
-        raise UserError(f"{short(root, 400)}: no such folder; give the folder of the pictures as the image folder")
+        raise UserError(f"{short(root, 400)}: no such folder; give the folder of the pictures")
     files, records, bad, headless = Files(root), [], [], 0
     for where, raw in raw_records(path):
         if isinstance(raw, dict) and isinstance(raw.get("id"), (str, int)):
@@ -96,11 +96,12 @@ def read_records(path: str | os.PathLike, image_folder: str | os.PathLike | None
     if not records and not bad:
         raise UserError(f"{path}: holds no records; give a file with at least one conversation")
     if files.asked and not files.found:
-        raise UserError(f"{path}: 0 of {files.asked} pictures found under {short(root.resolve(), 400)} (the first: "
+        raise UserError(f"{path}: 0 of {files.asked} pictures found under {short(root, 400)} (the first: "
                         f"{short(files.first, 200)}); check the image folder")
     if bad:
         told = " | ".join(b[:280] for b in bad[:NAMED]) + (" | …" if len(bad) > NAMED else "")
-        raise UserError(f"{path}: {len(bad)} of {len(records) + len(bad)} records are bad: {told}; mend or remove them")
+        n = len(records) + len(bad)
+        raise UserError(f"{path}: {len(bad)} of {n} records are bad: {told}; mend or remove them")
     if headless:
         warn(f"{path}: {headless} records begin with an answer, which is left out, as LLaVA does")
     twice = [id for id, n in Counter(r.id for r in records).items() if n > 1]
@@ -110,7 +111,7 @@ def read_records(path: str | os.PathLike, image_folder: str | os.PathLike | None
 
 
 def raw_records(path: Path) -> Iterator[tuple[str, object]]:
-    """(where, parsed record). A file whose first character is `[` is one JSON list, any other has a record a line."""
+    """(where, parsed record). A file that begins with `[` is one JSON list, any other has a record a line."""
     check_file(path)
     try:
         data = path.read_bytes()
@@ -164,9 +165,10 @@ def parse(text: str, path: Path, line: int | None = None) -> object:
             looks = " (it looks like one JSON object over many lines: put the records into a list [ … ])"
         if line is None and e.msg == "Extra data":
             looks = " (lists one after the other: join them into one)"
-        raise UserError(f"{where}: {at}: {e.msg}{looks}; expected a JSON list of records, or a record a line") from None
+        raise UserError(f"{where}: {at}: {e.msg}{looks}; "
+                        "expected a JSON list of records, or a record a line") from None
     except RecursionError:
-        raise UserError(f"{where}: is nested too deeply to be conversations; check that it is the right file") from None
+        raise UserError(f"{where}: is nested too deeply for conversations; is it the right file?") from None
     except ValueError as e:                 # an integer of thousands of digits
         raise UserError(f"{where}: {short(e, 200)}; correct it") from None
 
@@ -221,12 +223,13 @@ def from_llava(raw: object, number: str, root: Path) -> tuple[Record, bool]:
     if len(messages) % 2:
         raise Bad("ends with a human turn, but there must be an answer to learn from or to compare with")
     if marks != len(images):
-        raise Bad(f"{len(images)} pictures, but the human turns mark {marks} with {MARK}; there must be one each")
+        raise Bad(f"{len(images)} pictures, but the human turns mark {marks} with {MARK}")
     return Record(id := str(id), messages, [root / p for p in images], root, raw), beheaded
 
 
 def kind(x: object) -> str:
-    names = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false"}
+    names = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number",
+             bool: "true or false"}
     return "null" if x is None else "empty" if x in ("", []) else names[type(x)]
 
 
@@ -240,7 +243,7 @@ def check_text(text: str, what: str) -> None:
 
 
 class Files:
-    """Which pictures are there: each folder is listed once, for a stat of every file of a large set takes minutes."""
+    """Which pictures are there. Each folder is listed once, as a stat of every file can take minutes."""
 
     def __init__(self, root: Path):
         self.root, self.names = root, {}
@@ -259,22 +262,22 @@ class Files:
         return name in self.names[folder]
 
 
-# ---- which records make which step --------------------------------------------------------------------------------
+# ---- which records make which step -------------------------------------------------------------------------
 
 
 def order(n: int, seed: int, epoch: int) -> list[int]:
-    """A permutation of 0 … n − 1 that depends on its arguments alone, so that a resumed run goes on where it was."""
+    """A permutation of 0 … n − 1, a function of its arguments alone, so that runs can be resumed."""
     rows = list(range(n))
     random.Random(f"{seed}/{epoch}").shuffle(rows)
     return rows
 
 
-def batches(n: int, batch_size: int, grad_accum: int = 1, epochs: float = 1.0, max_steps: int = 0, seed: int = 0,
-            ) -> list[list[list[int]]]:
+def batches(n: int, batch_size: int, grad_accum: int = 1, epochs: float = 1.0, max_steps: int = 0,
+            seed: int = 0) -> list[list[list[int]]]:
     """Steps of micro-batches of indices of `n` records.
 
-    Each epoch holds every record once: its last step, and that step's last micro-batch, may be smaller. `max_steps`
-    wins over `epochs`.
+    Each epoch holds every record once: its last step, and that step's last micro-batch, may be smaller.
+    `max_steps` wins over `epochs`.
     """
     rows = batch_size * grad_accum
     total = max_steps or math.ceil(epochs * math.ceil(n / rows))
@@ -288,34 +291,35 @@ def batches(n: int, batch_size: int, grad_accum: int = 1, epochs: float = 1.0, m
     return steps[:total]
 
 
-# ---- the training view --------------------------------------------------------------------------------------------
+# ---- the training view -------------------------------------------------------------------------------------
 
 
 class Dataset(torch.utils.data.Dataset):
     """Records as {input_ids, labels: lists of one length, pixel_values (N, 3, S, S) if there are pictures}.
 
-    A record of more than `max_length` tokens, pictures included, is a UserError when the dataset is made: cut, it
-    would lose its end token, and at times all that it teaches.
+    A record of more than `max_length` tokens, pictures included, is a UserError when the dataset is made:
+    cut, it would lose its end token, and at times all that it teaches.
     """
 
-    def __init__(self, records: list[Record], processor: Processor, *, max_length: int = 2048, exif: bool = False):
+    def __init__(self, records: list[Record], processor: Processor, *, max_length: int = 2048,
+                 exif: bool = False):
         self.records, self.processor, self.exif = records, processor, exif
         long = [f"{short(r.id)} ({n})" for r in records if (n := self.tokens(r, max_length)) > max_length]
         if long:
             told = ", ".join(long[:NAMED]) + (", …" if len(long) > NAMED else "")
-            raise UserError(f"--max-length {max_length}: {len(long)} of {len(records)} records have more tokens: {told}; "
-                            "raise it, or shorten or remove them")
+            raise UserError(f"--max-length {max_length}: {len(long)} of {len(records)} records have more tokens: "
+                            f"{told}; raise it, or shorten or remove them")
 
     def tokens(self, r: Record, enough: int) -> int:
-        """Exact if it is more than `enough`; a token is at least a byte, so most records need no count."""
+        """Exact if it is more than `enough`. A token is at least a byte, so most records need no count: the
+        bound allows for every template's system text (Vicuna's, 158 bytes, is the longest) and role names."""
         p = self.processor
-        most = 64 + len(r.images) * (p.tokens_per_image + 2)
+        most = 256 + len(r.images) * (p.tokens_per_image + 2)
         for m in r.messages:
-            parts = [m["content"]] if isinstance(m["content"], str) else [x.get("text", "") for x in m["content"]]
-            most += 32 + sum(len(t.encode()) for t in parts)
+            most += 32 + len(text_of(m).encode())
         if most <= enough:
             return most
-        return len(p._encode(render(p.template_name, r.messages, answer=True))[0])
+        return len(p.encode(render(p.template_name, r.messages, answer=True))[0])
 
     def __len__(self) -> int:
         return len(self.records)
@@ -326,7 +330,7 @@ class Dataset(torch.utils.data.Dataset):
 
 
 def collate(items: list[dict]) -> dict[str, torch.Tensor]:
-    """input_ids, labels, attention_mask (B, T), padded on the right, and pixel_values (N, 3, S, S) in reading order."""
+    """input_ids, labels, attention_mask (B, T), padded on the right; pixel_values (N, 3, S, S), in order."""
     T = max(len(x["input_ids"]) for x in items)
     pad = lambda key, value: torch.tensor([[*x[key], *[value] * (T - len(x[key]))] for x in items])
     mask = torch.tensor([[i < len(x["input_ids"]) for i in range(T)] for x in items], dtype=torch.int64)
@@ -335,13 +339,13 @@ def collate(items: list[dict]) -> dict[str, torch.Tensor]:
     return out | {"pixel_values": torch.cat(pixels)} if pixels else out
 
 
-# ---- the evaluation view ------------------------------------------------------------------------------------------
+# ---- the evaluation view -----------------------------------------------------------------------------------
 
 
 def evaluation_batch(records: list[Record], processor: Processor, exif: bool = False,
                      ) -> tuple[dict[str, torch.Tensor], list[str], list[list[str]]]:
-    """(batch padded on the left, last questions, references): what stands before each record's last answer, and that
-    answer. Earlier turns are given as the record has them."""
+    """(batch padded on the left, last questions, references): what stands before each record's last answer,
+    and that answer. Earlier turns are given as the record has them."""
     pictures = [r.pictures(exif) for r in records]
     batch = processor.chat([r.messages[:-1] for r in records], pictures if any(pictures) else None)
     return batch, [text_of(r.messages[-2]) for r in records], [[text_of(r.messages[-1])] for r in records]

@@ -182,14 +182,17 @@ def _to_8bit(im: Image.Image, name: str) -> Image.Image:
 
 
 def _rgb(im: Image.Image, name: str) -> Image.Image:
-    if im.mode in ("I", "F") or im.mode.startswith("I;16"):
-        im = _to_8bit(im, name)
     try:
+        im.load()  # the caller may have opened a damaged file
+        if im.mode in ("I", "F") or im.mode.startswith("I;16"):
+            im = _to_8bit(im, name)
         if "A" in im.getbands() or im.info.get("transparency") is not None:
             im = im.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", im.size, (255, 255, 255, 255)), im).convert("RGB")
         return im.convert("RGB")
-    except (OSError, ValueError, SyntaxError, struct.error) as e:  # a damaged file, an odd mode
+    except UserError:
+        raise
+    except (OSError, ValueError, SyntaxError, struct.error) as e:
         why = f"mode {im.mode} does not convert to RGB ({_short(e)})"
         raise UserError(f"{name}: {why}; save it as an RGB PNG") from e
 

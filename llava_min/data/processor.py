@@ -104,7 +104,7 @@ class Processor:
         ids = []
         for talk, row in zip(talks, rows):
             pieces = render(self.template_name, _place(talk, len(row)), answer=False)
-            ids.append(self._encode(pieces)[0])
+            ids.append(self.encode(pieces)[0])
         return self._batch(ids, sum(rows, []), padding_side)
 
     def training(self, messages: list[dict], images: Pictures = None) -> dict:
@@ -112,11 +112,12 @@ class Processor:
         pixel_values (N, 3, S, S) when there are pictures. Pictures are found as in `chat`. Labels are −100
         but on the answers and their end tokens; they are not shifted."""
         (row,) = _by_row(images, [_count(messages, images)])
-        ids, labels = self._encode(render(self.template_name, _place(messages, len(row)), answer=True))
+        ids, labels = self.encode(render(self.template_name, _place(messages, len(row)), answer=True))
         out = {"input_ids": ids, "labels": labels}
         return out | {"pixel_values": self._pixels(row)} if row else out
 
-    def _encode(self, pieces: list[Piece]) -> tuple[list[int], list[int]]:
+    def encode(self, pieces: list[Piece]) -> tuple[list[int], list[int]]:
+        """A rendered conversation -> its ids and labels, of one length."""
         t, ids, labels = self.tokenizer, [], []
         if t.add_bos and pieces[0].token != "bos":
             ids, labels = [t.bos_id], [IGNORE]

@@ -4,9 +4,9 @@
     tokenizer.json    SentencePiece-style BPE (what transformers ≥ 5 saves for Llama)
     tokenizer.json    byte-level BPE (Qwen1.5, Qwen2, Llama-3)
 
-Between chat templates and the processor. The reference is transformers (which makes a BPE of `tokenizers` out of
-a tokenizer.model), and for `encode_prefixed` SentencePiece itself. A file that asks for anything this page does
-not do is refused by name. Text never becomes a special token unless asked: BOS, EOS, `<image>` come by id.
+Between chat templates and the processor. The reference is transformers (which makes a BPE of `tokenizers` out
+of a tokenizer.model), and for `encode_prefixed` SentencePiece itself. A file that asks for anything this page
+does not do is refused by name. Text never becomes a special token unless asked: BOS and `<image>` come by id.
 """
 
 import json
@@ -163,7 +163,7 @@ def read_sentencepiece(path: Path, data: bytes) -> sentencepiece.SentencePiecePr
 
 def pairs_of_pieces(sp: sentencepiece.SentencePieceProcessor, vocab: dict[str, int]) -> Pairs:
     """The merges that transformers draws from a tokenizer.model: every way to halve a piece into two pieces,
-    ranked by the piece's id. (SentencePiece ranks by score: `▁▁` comes first here and last there.) Byte tokens
+    ranked by the piece's id. (SentencePiece ranks by score: `▁▁` comes first here, last there.) Byte tokens
     are for characters that have no piece, never for a text that spells `<0x0A>`."""
     pairs = {}
     for piece, id in vocab.items():
@@ -228,9 +228,9 @@ STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 # ------------------------------------------------------------------------------------------ the tokenizer
 
 class Tokenizer:
-    """Made by `load`. Special ids: `bos_id`, `eos_id`, `unk_id`, `pad_id` (None where there is none). `add_bos`:
-    the checkpoint puts BOS before a text. `legacy`: it puts the dummy space after every special token, not only
-    at the start of a text (transformers' LlamaTokenizer). `added`: content → AddedToken. len: highest id + 1."""
+    """Made by `load`. Special ids: `bos_id`, `eos_id`, `unk_id`, `pad_id` (None where there is none).
+    `add_bos`: the checkpoint puts BOS before a text. `legacy`: it puts the dummy space after every special
+    token, not only at the start (LlamaTokenizer). `added`: content → AddedToken. len: highest id + 1."""
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Tokenizer":
@@ -293,7 +293,7 @@ class Tokenizer:
         model, self.vocab, pairs = read_model(spec, path)
         self.tokens = {id: token for token, id in self.vocab.items()}
         for entry in spec.get("added_tokens") or []:
-            self.declare(read_added(entry, entry.get("id"), path))
+            self.declare(read_added(entry, entry.get("id"), path), path)
         bos, self.add_eos = read_template(spec, path)
         self.add_bos, self.defaults = bos is not None, {"bos_token": bos} if bos else {}
         normalizers = sequence(spec.get("normalizer"), "normalizers")
@@ -343,7 +343,7 @@ class Tokenizer:
         if level["type"] != "ByteLevel" or level.get("add_prefix_space", True) or len(split) > 1 \
                 or level.get("use_regex", True) == bool(split) or split and split[0]["type"] != "Split":
             raise unknown(path, "pre_tokenizer", splitters,
-                          "a Split and a ByteLevel without regex and prefix space, or a ByteLevel with its regex")
+                          "Split, then ByteLevel without regex and prefix space; or ByteLevel with its regex")
         regex = GPT2_SPLIT
         if split:
             regex = split[0]["pattern"].get("Regex")
@@ -375,8 +375,8 @@ class Tokenizer:
         kind = config.get("tokenizer_class")
         if self.kind == "sentencepiece" and kind not in (None, *LLAMA):
             raise unknown(path, "tokenizer_class", kind, "LlamaTokenizer beside a tokenizer.model")
-        # transformers' LlamaTokenizer takes these two from the config even where tokenizer.json differs. Where
-        # the config is silent the file stands: it says how the model was trained.
+        # transformers' LlamaTokenizer takes these two from the config even where tokenizer.json differs.
+        # Where the config is silent the file stands: it says how the model was trained.
         if self.kind == "sentencepiece" or self.kind == "metaspace" and kind in LLAMA:
             if config.get("add_prefix_space") is False:
                 self.scheme, self.prepend, self.bpe.strip = "never", False, False
@@ -384,7 +384,7 @@ class Tokenizer:
                 self.scheme, self.prepend = "always" if config["legacy"] else "first", False
 
         for id, entry in (config.get("added_tokens_decoder") or {}).items():
-            self.declare(read_added(entry, id, path))
+            self.declare(read_added(entry, id, path), path)
         names = self.read_json(folder, "special_tokens_map.json")
         names |= {k: v for k, v in config.items() if v is not None}
         extra = []
@@ -396,9 +396,10 @@ class Tokenizer:
         named = {name: content_of(names[name]) if names.get(name) is not None else self.defaults.get(name)
                  for name in NAMED if config.get(name, "") is not None}
         special = [content for content in [*named.values(), *extra] if content]
-        for content, id in self.read_json(folder, "added_tokens.json").items():
+        extra_path = folder / "added_tokens.json"
+        for content, id in self.read_json(folder, extra_path.name).items():
             entry = {"content": content, "special": content in special}
-            self.declare(read_added(entry, id, folder / "added_tokens.json"))
+            self.declare(read_added(entry, id, extra_path), extra_path)
         for content in special:
             self.declare(AddedToken(content, self.free_id(content)))
 
@@ -417,14 +418,14 @@ class Tokenizer:
     def legacy(self) -> bool:
         return self.scheme == "always"
 
-    def declare(self, token: AddedToken) -> None:
+    def declare(self, token: AddedToken, path: Path = Path("add_special")) -> None:
         """The first declaration of a content stands; any may make it special (as in `tokenizers`)."""
         known, other = self.token_id(token.content), self.token(token.id)
         if known not in (None, token.id) or other not in (None, token.content):
-            taken = f"the id is taken by {printable(other)[:100]}"
-            clash = taken if known in (None, token.id) else f"has id {known}"
-            raise UserError(f"added token {printable(token.content)[:100]} with id {token.id}: {clash}; "
-                            f"correct the tokenizer files so that they agree")
+            taken = f"the id is taken by {other}"[:100]
+            clash = taken if known in (None, token.id) else f"it has id {known}"
+            raise fault(path, f"added token {token.content[:100]} with id {token.id}: {clash}",
+                        "correct the tokenizer files so that they agree")
         if first := self.added.get(token.content):
             first.special |= token.special
         else:
@@ -467,8 +468,8 @@ class Tokenizer:
 
         at: what stands before it: "start" nothing (or BOS), "special" a token put in by id, "inside" text
         already encoded (then no dummy space). parse_special: special tokens spelled in the text become their
-        ids; otherwise they stay text (transformers' split_special_tokens). Added tokens that are not special are
-        words like any other and always found. UserError for a lone surrogate, which no tokenizer can spell."""
+        ids; otherwise they stay text (transformers' split_special_tokens). Added tokens that are not special
+        are words like any other, always found. UserError for a lone surrogate, which no tokenizer spells."""
         assert at in ("start", "special", "inside")
         check_text(text)
         raw, normalized = self.matchers
@@ -486,7 +487,7 @@ class Tokenizer:
     def encode_prefixed(self, text: str, *, at: str = "start") -> list[int]:
         """Ids of `text` as the original LLaVA has them: each chunk between pictures is encoded by itself and
         has its dummy space, whatever `legacy` says (mm_utils.py tokenizer_image_token). `at` as in `encode`:
-        after `</s>` within a chunk `legacy` decides. SentencePiece itself where there is a tokenizer.model."""
+        after `</s>` in a chunk `legacy` decides. SentencePiece itself where there is a tokenizer.model."""
         check_text(text)
         prefixed = at == "start" or self.prefixed(at)
         if self.sp:
@@ -570,7 +571,7 @@ class Tokenizer:
 def check_text(text: str) -> None:
     if surrogate := SURROGATE.search(text):
         code, at = ord(surrogate[0]), surrogate.start()
-        raise UserError(f"text: lone surrogate U+{code:04X} at character {at}, which is not text; read it as UTF-8")
+        raise UserError(f"text: lone surrogate U+{code:04X} at character {at}, which is no text; use UTF-8")
 
 
 # ------------------------------------------------------------------------ added tokens in text, streaming

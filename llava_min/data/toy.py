@@ -1,12 +1,13 @@
 """The toy world: small pictures of coloured shapes, questions about them, captions of them.
 
-Where it sits: `python -m llava_min toy` writes it as LLaVA JSON + images; `tiny` is trained on `questions` and
-`python train.py` LoRA-tunes it on `captions`. In the manner of CLEVR (Johnson et al. 2017, arXiv 1612.06890): a scene
-is drawn at random, then everything that is asked or told follows from the scene, so the answers are exact.
+Where it sits: `python -m llava_min toy` writes it as LLaVA JSON + images; `tiny` is trained on `questions`
+and `python train.py` LoRA-tunes it on `captions`. In the manner of CLEVR (Johnson et al. 2017, arXiv
+1612.06890): a scene is drawn at random, then everything that is asked or told follows from the scene, so the
+answers are exact.
 
-A picture is a function of (task, split, seed, index) alone. A digest of what it shows, not of how it is drawn,
-decides whether it may be trained on or is kept for validation: no scene is ever on both sides, whatever the
-task, the seed or the number of pictures.
+A picture is a function of (task, split, seed, index) alone. A digest of what it shows, not of how it is
+drawn, decides whether it may be trained on or is kept for validation: no scene is ever on both sides,
+whatever the task, the seed or the number of pictures.
 """
 
 import hashlib
@@ -26,15 +27,15 @@ from llava_min.files import check_free, write_json
 TASKS = ("questions", "captions", "captions-text")
 KINDS = ("colour", "shape", "count", "position", "reading", "open")
 SIZE = 64                                   # pixels a side
-CELL = SIZE / 3                             # a shape fills most of one cell of a 3 x 3 grid
+CELL = SIZE / 2                             # a shape fills most of one cell of a 2 x 2 grid
 HELD_OUT = 8                                # one scene in eight is kept for validation
 
-SHAPES = {"circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars", "cross": "crosses",
-          "ring": "rings"}
+SHAPES = {"circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars",
+          "cross": "crosses", "ring": "rings"}
 COLORS = {"red": (220, 30, 35), "orange": (250, 135, 20), "yellow": (240, 210, 0), "green": (30, 165, 60),
-          "blue": (40, 90, 235), "purple": (145, 50, 190), "pink": (250, 130, 190)}
-PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
-AT = [f"{'in' if p == 'center' else 'on' if p in ('left', 'right') else 'at'} the {p}" for p in PLACES]
+          "blue": (40, 90, 235), "purple": (145, 50, 190)}
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+ROWS = ("top", "bottom")                    # where a printed string may be
 
 # Five bits a row, seven rows a glyph. Look-alikes (0/O, 1/I, 2/Z, 5/S, 8/B, Q) have no place at 64 pixels.
 GLYPHS = {
@@ -46,13 +47,14 @@ GLYPHS = {
     "Y": "11110a04040404", "2": "0e11010204081f", "3": "1f02040201110e", "4": "02060a121f0202",
     "6": "0608101e11110e", "7": "1f010204080808", "9": "0e11110f01020c"}
 LETTERS = [c for c in GLYPHS if c.isalpha()]
+READ = ("What is written?", "What does the text say?", "Read the text.")
 
 
 @dataclass(frozen=True)
 class Shape:
     color: str
     name: str
-    cell: int                               # 0..8 in reading order
+    cell: int                               # 0..3 in reading order
 
     def __str__(self) -> str:
         return f"{'an' if self.color[0] in 'aeiou' else 'a'} {self.color} {self.name}"
@@ -73,12 +75,13 @@ class Scene:
 
 def scene(rng: random.Random, most: int = 4, text: float = 0.4) -> Scene:
     """A scene of one to `most` shapes, with a printed string in a share `text` of the cases."""
-    count = rng.choices(range(1, most + 1), weights=(2, 4, 4, 3)[:most])[0]
     string, row = "", 0
     if rng.random() < text:
         string = rng.choice(LETTERS) + "".join(rng.choices(list(GLYPHS), k=rng.choice((1, 2))))
-        row = rng.randrange(3)
-    free = [c for c in range(9) if not string or c // 3 != row]
+        row = rng.randrange(2)
+    free = [c for c in range(4) if not string or c // 2 != row]
+    most = min(most, len(free))
+    count = rng.choices(range(1, most + 1), weights=(2, 4, 4, 2)[:most])[0]
     pairs = []
     while len(pairs) < count:
         pair = rng.choice(list(COLORS)), rng.choice(list(SHAPES))
@@ -99,9 +102,9 @@ def draw(scene: Scene, size: int = SIZE) -> Image.Image:
     image = Image.new("RGB", (4 * size, 4 * size), background)
     pen = ImageDraw.Draw(image)
     for s in scene.shapes:
-        x = (s.cell % 3 + 0.5) * CELL + rng.uniform(-1.2, 1.2)
-        y = (s.cell // 3 + 0.5) * CELL + rng.uniform(-1.2, 1.2)
-        r = rng.uniform(7.6, 9.0)
+        x = (s.cell % 2 + 0.5) * CELL + rng.uniform(-1.5, 1.5)
+        y = (s.cell // 2 + 0.5) * CELL + rng.uniform(-1.5, 1.5)
+        r = rng.uniform(11.0, 13.5)
         fill = tuple(min(255, max(0, v + rng.randint(-12, 12))) for v in COLORS[s.color])
         if s.name in ("circle", "ring"):
             pen.ellipse([k * (x - r), k * (y - r), k * (x + r), k * (y + r)], fill=fill)
@@ -112,7 +115,7 @@ def draw(scene: Scene, size: int = SIZE) -> Image.Image:
             pen.polygon([(k * (x + r * u), k * (y + r * v)) for u, v in OUTLINES[s.name]], fill=fill)
     if scene.text:
         ink, plate = rng.choice(((10, 245), (245, 10)))
-        dot = 2.5                           # pixels of one dot of a glyph; a glyph is 5 x 7 dots, 1 dot apart
+        dot = 2.9                           # pixels of one dot of a glyph; a glyph is 5 x 7 dots, 1 dot apart
         w, h = dot * (6 * len(scene.text) - 1), dot * 7
         x = (SIZE - w) / 2 + rng.uniform(-3, 3)
         y = (scene.row + 0.5) * CELL - h / 2 + rng.uniform(-0.5, 0.5)
@@ -147,9 +150,9 @@ def phrase(scene: Scene) -> str:
 
 def caption(scene: Scene) -> str:
     """Every shape with colour and place in reading order, then the printed string, in full sentences."""
-    told = [f"There is {s} {AT[s.cell]}." for s in scene.shapes]
+    told = [f"There is {s} at the {PLACES[s.cell]}." for s in scene.shapes]
     if scene.text:
-        told.append(f'The text "{scene.text}" is {AT[3 * scene.row + 1]}.')
+        told.append(f'The text "{scene.text}" is at the {ROWS[scene.row]}.')
     return " ".join(told)
 
 
@@ -161,10 +164,10 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
     colors, names = [s.color for s in scene.shapes], [s.name for s in scene.shapes]
     for s in scene.shapes:
         place = PLACES[s.cell]
-        add("colour", f"What {color} is the shape {AT[s.cell]}?", s.color)
-        add("shape", f"What shape is {AT[s.cell]}?", s.name)
+        add("colour", f"What {color} is the shape at the {PLACES[s.cell]}?", s.color)
+        add("shape", f"What shape is at the {PLACES[s.cell]}?", s.name)
         add("position", f"Where is the {s.color} {s.name}?", place)
-        add("position", f"What is {AT[s.cell]}?", s)
+        add("position", f"What is at the {PLACES[s.cell]}?", s)
         if names.count(s.name) == 1:
             add("colour", f"What {color} is the {s.name}?", s.color)
             add("position", f"Where is the {s.name}?", place)
@@ -172,14 +175,14 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
             add("shape", f"What shape is {s.color}?", s.name)
             add("shape", f"What is the {s.color} shape?", s.name)
             add("position", f"Where is the {s.color} shape?", place)
-    for name in {*names, rng.choice(list(SHAPES))}:             # the one drawn at random may well be absent: 0
+    for name in {*names, rng.choice(list(SHAPES))}:     # the one drawn at random may well be absent: 0
         add("count", f"How many {SHAPES[name]} are there?", names.count(name))
     for c in {*colors, rng.choice(list(COLORS))}:
         add("count", f"How many {c} shapes are there?", colors.count(c))
     add("count", "How many shapes are there?", len(names))
     if scene.text:
-        add("reading", rng.choice(("What is written?", "What does the text say?", "Read the text.")), scene.text)
-        add("position", "Where is the text?", PLACES[3 * scene.row + 1])
+        add("reading", rng.choice(READ), scene.text)
+        add("position", "Where is the text?", ROWS[scene.row])
     add("open", "What is in the picture?", phrase(scene))
     asked.sort()                            # the sets above come in another order in every process
     rng.shuffle(asked)
@@ -190,8 +193,9 @@ def generate(task: str, n: int, seed: int = 0, split: str = "train", turns: int 
              ) -> Iterator[tuple[dict, Image.Image]]:
     """`n` pictures with their LLaVA records, made as they are asked for.
 
-    `questions`: up to `turns` questions a picture in `train`; in `val` one, of a `kind` that goes round KINDS.
-    Within `val` no scene comes twice (`train` is drawn with replacement: there are few one-shape scenes).
+    `questions`: up to `turns` questions a picture in `train`; in `val` one, of a `kind` that goes round
+    KINDS. Within `val` no scene comes twice (`train` is drawn with replacement: there are few one-shape
+    scenes).
     """
     if task not in TASKS or split not in ("train", "val"):
         raise ValueError(f"task {task!r}, split {split!r}; there are {TASKS} and train, val")
@@ -217,9 +221,9 @@ def generate(task: str, n: int, seed: int = 0, split: str = "train", turns: int 
             record["kind"] = kind
         else:
             pairs = conversation(s, rng, turns)
-        record["conversations"] = [{"from": who, "value": v} for pair in pairs for who, v in zip(("human", "gpt"), pair)]
-        first = record["conversations"][0]
-        first["value"] = "<image>\n" + first["value"]
+        turns_of = [{"from": who, "value": v} for pair in pairs for who, v in zip(("human", "gpt"), pair)]
+        turns_of[0]["value"] = "<image>\n" + turns_of[0]["value"]
+        record["conversations"] = turns_of
         yield record, draw(s)
 
 
@@ -241,7 +245,7 @@ def conversation(scene: Scene, rng: random.Random, turns: int) -> list[tuple[str
 def write(out: str | Path, task: str = "questions", train: int = 2000, val: int = 200, seed: int = 0) -> None:
     """`out`/train.json, `out`/val.json and `out`/images/*.png: complete or absent, and never over something.
 
-    Not `new_folder`: it syncs every file to disk, which takes ten times as long as drawing, and toys are soon remade.
+    Not `new_folder`: that syncs every file, which takes ten times as long, and toys are soon remade.
     """
     out = Path(out)
     check_free(out)

@@ -1,8 +1,9 @@
-"""The vocabulary of the bundled tiny model: SentencePiece BPE in Llama's manner, trained on words.txt and the toy world.
+"""The vocabulary of the bundled tiny model: BPE in Llama's manner, from words.txt and the toy world.
 
-Sennrich et al. 2016 (arXiv 1508.07909), Kudo & Richardson 2018 (arXiv 1808.06226). Byte fallback, split digits and
-ids (unk 0, bos 1, eos 2, no pad) as Llama 2. The tiny model answers about shapes, but what is typed to it, or taught
-to it, is everyday English: no such word costs more than PIECES pieces. A printed string is read letter by letter.
+Sennrich et al. 2016 (arXiv 1508.07909), Kudo & Richardson 2018 (arXiv 1808.06226). Byte fallback, split
+digits and ids (unk 0, bos 1, eos 2, no pad) as Llama 2. The tiny model answers about shapes, but what is
+typed to it, or taught to it, is everyday English: no such word costs more than PIECES pieces. A printed
+string is read letter by letter.
 """
 
 import io
@@ -18,9 +19,9 @@ VOCAB_SIZE = 3072                           # 2048 leaves a tenth of the list ab
 PIECES = 3
 ROUNDS = 40
 ROLES = ("USER", "ASSISTANT")
-STARTERS = ("A An And Are At But Can Could Did Do Does Give Has Have He Here How I If In Is It List Look My Name No Not "
-            "Now On One Please Read She Show So Tell That The Then There These They This To Two We What When Where Which "
-            "Who Why Will Write Yes You Your Describe").split()
+STARTERS = ("A An And Are At But Can Could Did Do Does Give Has Have He Here How I If In Is It List Look My Name "
+            "No Not Now On One Please Read She Show So Tell That The Then There These They This To Two We What "
+            "When Where Which Who Why Will Write Yes You Your Describe").split()
 
 
 def words() -> list[str]:
@@ -29,7 +30,7 @@ def words() -> list[str]:
 
 
 def toy_words() -> list[str]:
-    """Every word of the toy world's questions and answers, and what sentences begin with; printed strings not."""
+    """Every word of the toy world but its printed strings, and what sentences begin with."""
     said = set(STARTERS)
     for task in toy.TASKS:
         for record, _ in toy.generate(task, 300):
@@ -39,10 +40,10 @@ def toy_words() -> list[str]:
 
 
 def tokenizer_model(words: list[str], always: list[str], vocab_size: int = VOCAB_SIZE) -> bytes:
-    """A `tokenizer.model`: `words` in few pieces each, the words of `always` in one. Same arguments, same bytes.
+    """A `tokenizer.model`, the same bytes each time: `words` in few pieces each, those of `always` in one.
 
-    BPE merges what is frequent, and a long word's pieces may not be. So after each round the words above PIECES
-    count a quarter more in the next; the round that leaves the fewest wins.
+    BPE merges what is frequent, and a long word's pieces may not be. So after each round the words above
+    PIECES count a quarter more in the next; the round that leaves the fewest wins.
     """
     weight = {w: 10.0 for w in words} | {w: 1000.0 for w in always}
     best, fewest = b"", len(words) + 1
@@ -74,8 +75,8 @@ def lines(weight: dict[str, float]) -> Iterator[str]:
     for c in string.ascii_letters + string.digits:
         yield " ".join([c] * 1500)          # alone as a word: "▁K" is one piece
         yield " ".join([f"-{c}"] * 1500)
-    # A role is built from its left end only: "▁ASSISTAN" + "T". No piece such as "AN" or "ER" comes to be, which would
-    # swallow two letters of a printed string; S, in all that are made, is never printed.
+    # A role is built from its left end only: "▁ASSISTAN" + "T". No piece such as "AN" or "ER" comes to be, which
+    # would swallow two letters of a printed string; S, in all that are made, is never printed.
     for role in ROLES:
         for n in range(2, len(role) + 1):
             yield from [" ".join([role[:n]] * 50)] * 20

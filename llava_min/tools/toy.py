@@ -1,4 +1,4 @@
-"""`python -m llava_min toy OUT`: write the toy data, drawn pictures with questions or captions, as LLaVA JSON and PNG."""
+"""`python -m llava_min toy OUT`: write the toy data, drawn pictures with questions or captions, as LLaVA JSON."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,14 +9,14 @@ from llava_min.cli import Seed, UserError, Whole, note, parse
 @dataclass
 class Knobs:
     out: list[str] = field(default_factory=list)  # the folder to write: train.json, val.json, images/*.png
-    task: Literal["questions", "captions", "captions-text"] = "questions"  # short answers; captions; captions that quote a printed string
+    task: Literal["questions", "captions", "captions-text"] = "questions"  # -text: captions quote a printed string
     train: Whole = 2000  # training pictures
     val: Whole = 200  # validation pictures, of scenes that are never trained on
     seed: Seed = 0  # the same seed draws the same files
 
 
 def main(argv: list[str]) -> None:
-    knobs = parse(Knobs, argv, "Draw pictures of shapes, with questions or captions, in LLaVA's format.", positional="out")
+    knobs = parse(Knobs, argv, "Draw pictures, with questions or captions, in LLaVA's format.", positional="out")
     if len(knobs.out) != 1:
         raise UserError("OUT: give the one folder to write")
 

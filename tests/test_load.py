@@ -1,0 +1,274 @@
+"""load.py and the package: one call gives a ready model, and what is wrong with a small file is found before weights are read."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import IMAGE, PIECES, hf_config, pixels, rows, their_model, write_folder, write_processor
+from PIL import Image
+
+import llava_min
+from llava_min.cli import UserError
+from llava_min.config import SIZES, LlavaConfig
+from llava_min.data.image import to_pixels
+from llava_min.load import TINY, fresh, on_meta, pick_device, pick_dtype, save
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def base(spm, tmp_path_factory) -> Path:
+    """A sound folder of a fresh model."""
+    folder = tmp_path_factory.mktemp("load") / "base"
+    folder.mkdir()
+    write_processor(folder, spm)
+    (folder / "config.json").write_text(json.dumps(hf_config()))
+    model, processor = fresh(LlavaConfig.from_hf(hf_config())), None
+    from llava_min.weights import save_weights
+    save_weights(dict(model.named_parameters()), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(base, tmp_path) -> Path:
+    return shutil.copytree(base, tmp_path / "m")
+
+
+def change(path: Path, **keys) -> None:
+    data = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({k: v for k, v in {**data, **keys}.items() if v is not ...}))
+
+
+# ---- the package
+
+ORDERS = [
+    "import llava_min",
+    "from llava_min.load import save",
+    "import llava_min.load",
+    "import llava_min.generate, llava_min.load",
+    "from llava_min.generate import generate, stream; from llava_min import load",
+    "from llava_min import generate; import llava_min.generate",
+    "import importlib; importlib.import_module('llava_min.load'); importlib.reload(sys.modules['llava_min.load'])",
+    "from llava_min import *; from llava_min.load import *",
+    "import llava_min.load as f; assert f is llava_min.load",
+]
+
+
+def test_the_functions_stand_whatever_is_imported_first():
+    """The modules load.py and generate.py share their names with the functions."""
+    code = """
+import os, sys, torch
+for order in sys.argv[1:]:
+    if os.fork() == 0:
+        import llava_min
+        exec(order)
+        import llava_min
+        from llava_min import generate, load, stream
+        for f, name in ((llava_min.load, "load"), (llava_min.generate, "generate"), (llava_min.stream, "stream"), (load, "load")):
+            assert callable(f) and not isinstance(f, type(sys)) and f.__name__ == name, (order, f)
+        assert llava_min.UserError is sys.modules["llava_min.cli"].UserError
+        assert not hasattr(llava_min, "nonsense") and set(llava_min.__all__) == {"load", "generate", "stream", "UserError"}
+        os._exit(0)
+    assert os.wait()[1] == 0, order
+"""
+    subprocess.run([sys.executable, "-c", code, *ORDERS], check=True)
+
+
+def test_the_package_and_its_flags_come_without_torch():
+    code = "import sys, llava_min, llava_min.cli; assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- the model
+
+
+def test_the_page_of_the_interface(folder):
+    model, processor = llava_min.load(folder, dtype="bf16", device="cpu")
+    batch = processor("USER: <image>\nwhat is in the picture? ASSISTANT:", images=Image.new("RGB", (40, 30), "red"))
+    assert model(**batch).shape == (1, batch["input_ids"].shape[1], 384) and model.dtype == torch.bfloat16
+    ids = llava_min.generate(model, batch, max_new_tokens=4, min_new_tokens=4)
+    assert len(ids) == 1 and len(ids[0]) == 4 and isinstance(processor.decode(ids[0]), str)
+
+
+def test_the_bundled_tiny_model():
+    if not (TINY / "config.json").exists():
+        pytest.skip("the tiny checkpoint is not there yet")
+    model, processor = llava_min.load("tiny", device="cpu")
+    assert sum(p.numel() for p in model.parameters()) <= 4_000_000
+    assert sum(f.stat().st_size for f in TINY.iterdir()) <= 8 << 20
+
+
+def test_dtypes(folder):
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16), (torch.float16, torch.float16), ("auto", torch.float32)):
+        model, _ = llava_min.load(folder, dtype=name, device="cpu")
+        assert {p.dtype for p in model.parameters()} == {dtype} and {p.device for p in model.parameters()} == {CPU}
+    small, big = on_meta(SIZES["300m"]), on_meta(SIZES["1b"])
+    assert pick_dtype("auto", small, CPU) == torch.float32 and pick_dtype("auto", big, CPU) == torch.bfloat16
+    on_gpu = [pick_dtype("auto", on_meta(LlavaConfig.from_hf(hf_config(dtype=d))), torch.device("cuda")) for d in ("float32", "bfloat16", None)]
+    assert on_gpu == [torch.float32, torch.bfloat16, torch.float16]  # as stored
+    for bad in ("fp8", "int8", "", None, 16, torch.float64, torch.int8, ["fp32"]):
+        with pytest.raises(UserError, match="dtype: .*auto, fp32, bf16, fp16"):
+            llava_min.load(folder, dtype=bad, device="cpu")
+
+
+def test_devices(monkeypatch):
+    assert pick_device("cpu") == pick_device(CPU) == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == CPU
+    for bad in ("cuda", "cuda:0", torch.device("cuda")):
+        with pytest.raises(UserError, match="no CUDA GPU"):
+            pick_device(bad)
+    for bad in ("gpu", "", "cuda:x", None, "cpu "):
+        with pytest.raises(UserError, match="is not a device"):
+            pick_device(bad)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("auto") == torch.device("cuda") and pick_device("cuda:1").index == 1
+    with pytest.raises(UserError, match="cuda:2 was asked for and there are 2 GPUs"):
+        pick_device("cuda:2")
+
+
+def test_fresh_is_seeded_and_ready():
+    a, b, c = (fresh(LlavaConfig.from_hf(hf_config(kind)), seed=seed) for kind, seed in (("qwen2", 1), ("qwen2", 1), ("qwen2", 2)))
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters())) and not torch.equal(a.lm_head.weight, c.lm_head.weight)
+    assert a.lm_head.weight is a.language_model.embed_tokens.weight and not a.training
+    flat = {n: p for n, p in a.named_parameters() if p.dim() == 1}
+    assert all((p == (0 if n.endswith("bias") else 1)).all() for n, p in flat.items() if "class_embedding" not in n)
+    assert 0.019 < a.lm_head.weight.std() < 0.021 and a(rows(1), pixels(1)).isfinite().all()
+    state = torch.get_rng_state()
+    on_meta(a.config)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_saved_in_another_dtype(folder, tmp_path):
+    model, processor = llava_min.load(folder, device="cpu")
+    save(model, processor, tmp_path / "half", "bf16")
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    half, _ = llava_min.load(tmp_path / "half", device="cpu")
+    assert all(torch.equal(a.bfloat16().float(), b) for a, b in zip(model.parameters(), half.parameters()))
+
+
+# ---- how pictures are prepared
+
+
+def aspect_of(folder: Path, capsys, **options) -> tuple[str, int]:
+    """The aspect that is taken, and how often stderr says that none is recorded."""
+    capsys.readouterr()
+    _, processor = llava_min.load(folder, device="cpu", **options)
+    return processor.image_config.aspect, capsys.readouterr().err.count("does not record image_aspect_ratio")
+
+
+@pytest.mark.parametrize("recorded, taken, said", [
+    ({"do_pad": ..., "image_aspect_ratio": ...}, "pad", 1), ({"do_pad": True}, "pad", 0), ({"do_pad": False}, "crop", 0), ({"do_pad": None}, "pad", 1),
+    ({"do_pad": ..., "image_aspect_ratio": "pad"}, "pad", 0), ({"do_pad": ..., "image_aspect_ratio": "crop"}, "crop", 0),
+    ({"do_pad": ..., "image_aspect_ratio": "square"}, "crop", 0)])
+def test_the_aspect_is_what_is_recorded_and_else_pad(folder, capsys, recorded, taken, said):
+    change(folder / "preprocessor_config.json", **recorded)
+    assert aspect_of(folder, capsys) == (taken, said)
+    for asked in ("pad", "crop"):
+        assert aspect_of(folder, capsys, image_aspect_ratio=asked) == (asked, 0)
+
+
+def test_a_saved_folder_records_the_aspect(folder, tmp_path, capsys):
+    for asked in ("pad", "crop"):
+        save(*llava_min.load(folder, device="cpu", image_aspect_ratio=asked), tmp_path / asked)
+        assert aspect_of(tmp_path / asked, capsys) == (asked, 0)
+
+
+def test_transformers_of_today_saves_the_settings_elsewhere(folder, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers", reason="writes the folder that is read here")
+    tokenizer = transformers.LlamaTokenizer.from_pretrained(folder)
+    for pad in (True, False):
+        images = transformers.LlavaImageProcessorPil(do_pad=pad, size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+        saved = shutil.copytree(folder, tmp_path / f"{pad}", ignore=shutil.ignore_patterns("tokenizer*", "preprocessor*"))
+        transformers.LlavaProcessor(images, tokenizer, patch_size=14, num_additional_image_tokens=1,
+                                    vision_feature_select_strategy="default").save_pretrained(saved)
+        assert not (saved / "preprocessor_config.json").exists()
+        assert aspect_of(saved, capsys) == ("pad" if pad else "crop", 0)
+        _, processor = llava_min.load(saved, device="cpu")
+        picture = Image.linear_gradient("L").resize((50, 30))
+        assert torch.equal(to_pixels(picture, processor.image_config), images(picture, return_tensors="pt").pixel_values[0])
+
+
+@pytest.mark.parametrize("key, taken", [(..., "crop"), (None, "crop"), ("square", "crop"), ("pad", "pad")])
+@pytest.mark.parametrize("clip_settings", [True, False])
+def test_the_original_records_the_aspect_in_config_json(spm, tmp_path, capsys, key, taken, clip_settings):
+    from test_weights import write_original
+
+    folder = write_original(tmp_path / "llava", spm, their_model(), "bin")
+    change(folder / "config.json", image_aspect_ratio=key)
+    if clip_settings:
+        (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(
+            {"size": 28, "crop_size": 28, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.2]}))
+    assert aspect_of(folder, capsys) == (taken, 0)
+    _, processor = llava_min.load(folder, device="cpu", image_aspect_ratio="crop" if taken == "pad" else "pad")
+    assert processor.image_config.aspect != taken
+    assert processor.image_config.mean[0] == (0.5 if clip_settings else 0.48145466) and processor.image_config.size == 28
+
+
+def test_a_tower_that_is_not_there(spm, tmp_path):
+    from test_weights import write_original
+
+    folder = write_original(tmp_path / "llava", spm, their_model(), "bin")
+    for tower in ("nobody/no-such-clip", "openai/clip-vit-large-patch14-336"):
+        change(folder / "config.json", mm_vision_tower=tower)
+        with pytest.raises(UserError, match=f"{tower}: not a folder here, and the hub did not give it"):
+            llava_min.load(folder, device="cpu")
+
+
+# ---- which template
+
+
+@pytest.mark.parametrize("files, template", [
+    ({}, "llava_hf"), ({"chat_template.jinja": "{{ '<|im_start|>' }}"}, "chatml"), ({"chat_template.jinja": "USER: ASSISTANT:"}, "llava_hf"),
+    ({"chat_template.json": json.dumps({"chat_template": "x <|im_start|>"})}, "chatml"), ({"processor_config.json": '{"llava_min_template": "plain"}'}, "plain")])
+def test_the_template_of_the_checkpoint(folder, tmp_path, files, template):
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    model, processor = llava_min.load(folder, device="cpu")
+    assert processor.template_name == template
+    save(model, processor, tmp_path / "saved")
+    assert llava_min.load(tmp_path / "saved", device="cpu")[1].template_name == template
+    assert llava_min.load(folder, device="cpu", template="vicuna_v1")[1].template_name == "vicuna_v1"
+
+
+def test_the_template_in_tokenizer_config(folder):
+    change(folder / "tokenizer_config.json", chat_template="<|im_start|>")
+    assert llava_min.load(folder, device="cpu")[1].template_name == "chatml"
+
+
+# ---- before weights are read
+
+EARLY = {
+    "config": (lambda f: change(f / "config.json", model_type="llava_next"), {}, "llava_next"),
+    "preprocessor": (lambda f: change(f / "preprocessor_config.json", image_std=[1, 1]), {}, "image_std"),
+    "tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(b"x"), {}, "tokenizer.model"),
+    "template": (lambda f: None, {"template": "vicuna_v9"}, "vicuna_v9"),
+    "aspect": (lambda f: None, {"image_aspect_ratio": "anyres"}, "image_aspect_ratio: 'anyres' is not pad or crop"),
+    "aspect of another kind": (lambda f: None, {"image_aspect_ratio": True}, "image_aspect_ratio"),
+    "dtype": (lambda f: None, {"dtype": "int3"}, "dtype"),
+    "device": (lambda f: None, {"device": "tpu9"}, "device"),
+    "adapter": (lambda f: None, {"adapter": "/no/such/adapter"}, "/no/such/adapter/adapter_config.json: no such file"),
+    "a missing tensor": (lambda f: change(f / "config.json", text_config={**hf_config()["text_config"], "num_hidden_layers": 3}), {}, "missing 9 tensors"),
+}
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_found_before_weights_are_read(name, folder, monkeypatch):
+    case, options, says = EARLY[name]
+    monkeypatch.setattr(sys.modules["llava_min.load"], "load_weights", lambda *_: pytest.fail("weights are read"))
+    case(folder)
+    with pytest.raises(UserError) as e:
+        llava_min.load(folder, **{"device": "cpu"} | options)
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_the_tokenizer_gets_an_image_token_where_it_has_none(folder):
+    change(folder / "tokenizer_config.json", added_tokens_decoder={})
+    _, processor = llava_min.load(folder, device="cpu")
+    assert processor("<image>", images=Image.new("RGB", (28, 28)))["input_ids"].tolist() == [[1] + [IMAGE] * 4]
+    assert PIECES == IMAGE
