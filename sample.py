@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
                             image_aspect_ratio=knobs.image_aspect_ratio, template=knobs.template)
     dtype = str(model.dtype).removeprefix("torch.")
     note(f"loaded {source} in {time.perf_counter() - start:.1f} s: {model.device}, {dtype}")
-    options["compile"] = knobs.compile
+    options |= {"compile": knobs.compile, "suppress_tokens": processor.silent_ids(model.config.text.vocab_size)}
     if knobs.chat:
         chat(model, processor, images[0], prompt, knobs.exif, options)
         return

@@ -148,7 +148,10 @@ def parse(knobs: type, argv: list[str], description: str, positional: str | None
             choices = typing.get_args(kinds[f.name]) if typing.get_origin(kinds[f.name]) is Literal else None
             meta = "{" + ",".join(map(str, choices)) + "}" if choices else "X"
             parser.add_argument(flag, action="once", default=None, metavar=meta, help=text + default)
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None and v != []}
+    cut = argv.index("--") if positional and "--" in argv else len(argv)  # what follows -- may begin with a dash
+    given = {k: v for k, v in vars(parser.parse_intermixed_args(argv[:cut])).items() if v is not None and v != []}
+    if cut < len(argv):
+        given[positional] = given.get(positional, []) + argv[cut + 1 :]
     if recipes is not None and (name := given.get("recipe", getattr(knobs, "recipe", None))):
         given = {**read_recipe(name, recipes, kinds), **given}
     return knobs(**{k: v if k == positional else convert("--" + k.replace("_", "-"), kinds[k], v) for k, v in given.items()})

@@ -21,10 +21,11 @@ def predict(model: Llava, processor: Processor, records: Sequence[Record], batch
     model.eval()
     order = sorted(range(len(records)), key=lambda i: records[i].length)
     rows: list[dict] = [{}] * len(records)
+    options |= {"eos_token_id": processor.stop_ids, "suppress_tokens": processor.silent_ids(model.config.text.vocab_size)}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch, prompts, references = evaluation_batch([records[i] for i in chosen], processor, exif=exif)
-        answers = generate(model, batch, eos_token_id=processor.stop_ids, **options)
+        answers = generate(model, batch, **options)
         for i, prompt, right, ids in zip(chosen, prompts, references, answers, strict=True):
             rows[i] = {"id": records[i].id, "prompt": prompt, "prediction": processor.decode(ids), "references": right}
         progress(f"answered {start + len(chosen)} of {len(records)}")

@@ -67,7 +67,10 @@ def save(model: Llava, processor: Processor, target: str | Path, dtype: str | to
 
 
 def write_model(model: Llava, processor: Processor, folder: Path, dtype: torch.dtype) -> None:
-    save_weights(dict(model.named_parameters()), folder, dtype)
+    state = dict(model.named_parameters())
+    if any(".lora_" in name for name in state):
+        raise UserError(f"{folder}: the model has an adapter that is not merged; save the adapter, or load the base without it")
+    save_weights(state, folder, dtype)
     config = replace(model.config, dtype=NAMES[dtype], vision_source=None)
     write_json(folder / "config.json", config.to_hf())
     text = config.text
@@ -193,7 +196,7 @@ def pick_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise UserError(f"device: {device!r} is not a device; give auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda was asked for and this machine has no CUDA GPU that torch can use; give cpu")
@@ -206,7 +209,7 @@ def pick_dtype(dtype: str | torch.dtype, model: Llava, device: torch.device) -> 
     if isinstance(dtype, torch.dtype) and dtype in NAMES:
         return dtype
     if dtype != "auto":
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise UserError(f"dtype: {printable(dtype)!r} is not one of auto, fp32, bf16, fp16; choose one")
         return DTYPES[dtype]
     if device.type == "cpu":

@@ -124,7 +124,7 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict[str, 
         handle = open_file(file)
         for key in handle.keys():
             tensor = handle[key] if file.suffix == ".bin" else handle.get_tensor(key)
-            name = translate(key.removeprefix(PEFT), READ)
+            name = translate(key.removeprefix(PEFT).replace(".base_layer.", "."), READ)
             if name not in want:
                 raise UserError(f"{file}: {printable(key)[:200]} has no home in this model; the adapter belongs to another base")
             if name in tensors:
@@ -148,7 +148,10 @@ def lora_paths(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def apply_adapter(model: nn.Module, config: LoRAConfig, tensors: dict[str, Tensor]) -> None:
-    add_lora(model, config, lora_paths(tensors))
-    for name, tensor in tensors.items():
-        model.get_parameter(name).data.copy_(tensor)
+    pairs = {name: x for name, x in tensors.items() if ".lora_" in name}
+    for name in tensors.keys() - pairs.keys():  # whole tensors first, while layers have their own names
+        model.get_parameter(name).data.copy_(tensors[name])
+    add_lora(model, config, lora_paths(pairs))
+    for name, x in pairs.items():
+        model.get_parameter(name).data.copy_(x)
     model.requires_grad_(False)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import llava_min
 from llava_min.cli import UserError
+from llava_min.load import save
 from llava_min.lora import LINEARS, PEFT, LoRAConfig, LoRALinear, add_lora, adapter_state, load_adapter, save_adapter
 
 KINDS = ["mistral", "qwen2"]
@@ -24,6 +25,7 @@ def logits(model) -> torch.Tensor:
 def taught(kind: str = "mistral", config: LoRAConfig = LoRAConfig(4, 10), projector: bool = True):
     """A model with an adapter that says something, as after training."""
     model = our_model(their_model(kind))
+    torch.manual_seed(0)
     add_lora(model, config)
     for name, p in model.named_parameters():
         if ".lora_" in name or projector and "projector" in name:
@@ -246,6 +248,14 @@ def test_refused_and_the_model_is_as_before(case, says, tmp_path):
         load_adapter(model, folder)
     assert says in str(e.value) and str(folder) in str(e.value) and str(e.value).isprintable() and len(str(e.value)) <= 2000
     assert model.state_dict().keys() == before.keys() and all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+
+
+def test_a_model_with_an_adapter_is_not_saved_as_if_it_had_none(spm, tmp_path):
+    model, processor = llava_min.load(write_folder(tmp_path / "base", spm, their_model("mistral")),
+                                      adapter=str(saved(tmp_path / "a", taught())), device="cpu")
+    with pytest.raises(UserError, match="not merged"):
+        save(model, processor, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_an_adapter_is_not_applied_twice(tmp_path):

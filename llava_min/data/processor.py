@@ -157,6 +157,10 @@ class Processor:
             id = t.encode(stop, at="inside")[-1]
         return [i for i in dict.fromkeys([id, t.eos_id]) if i is not None]
 
+    def silent_ids(self, vocab_size: int) -> list[int]:
+        """Ids that a head of `vocab_size` rows scores but that are no text: the placeholder, and rows of padding."""
+        return [self.image_token_id, *range(len(self.tokenizer), vocab_size)]
+
     def decode(self, ids) -> str:
         """Text of one row of ids (a list or a 1-D tensor), special tokens left out."""
         return self.tokenizer.decode([int(i) for i in ids])

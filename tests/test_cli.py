@@ -1,0 +1,78 @@
+"""Flags from a dataclass: kinds, bounds, recipes, guesses; what is printed cannot drive a terminal."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from llava_min.cli import Count, Fraction, Positive, UserError, parse, printable
+
+
+@dataclass
+class Knobs:
+    files: list[str] = field(default_factory=list)  # what is not a flag
+    recipe: str | None = None  # settings by name
+    lr: Positive = 1e-3  # a number above 0
+    batch_size: Count = 4  # rows, 100 % of them
+    share: Fraction = 0.5  # from 0 to 1
+    mode: Literal["a", "b"] = "a"  # one of two
+    betas: tuple[float, ...] = (0.9, 0.999)  # several
+    shuffle: bool = True  # a switch
+    name: str | None = None  # text
+
+
+def read(*argv, recipes=None):
+    return parse(Knobs, list(argv), "A test.", positional="files", recipes=recipes)
+
+
+def test_flags_become_fields():
+    k = read("one", "--lr", "2e-4", "--batch-size=8", "--mode", "b", "--betas", "0.8,0.9", "--no-shuffle", "two words")
+    assert (k.lr, k.batch_size, k.mode, k.betas, k.shuffle, k.files) == (2e-4, 8, "b", (0.8, 0.9), False, ["one", "two words"])
+    assert read() == Knobs()
+    assert read("--", "-dashed.jpg").files == ["-dashed.jpg"]
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["--lr", "abc"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "inf"], "--lr"), (["--lr", "0"], "--lr"), (["--lr", "-1"], "--lr"),
+    (["--batch-size", "0"], "--batch-size"), (["--batch-size", "-1"], "--batch-size"), (["--batch-size", "1.5"], "--batch-size"),
+    (["--share", "1.1"], "--share"), (["--mode", "c"], "a, b"), (["--betas", "0.9,x"], "--betas"),
+    (["--shuffle", "False", "--shuffle=False"], "--shuffle"), (["--batchsize", "3"], "did you mean --batch-size"),
+    (["--lr", "1", "--lr", "2"], "twice"), (["--lr"], "--lr"), (["--no-such-thing-at-all"], "see --help"),
+])
+def test_what_does_not_fit_is_one_line(argv, named):
+    with pytest.raises(UserError, match=named) as e:
+        read(*argv)
+    assert "\n" not in str(e.value)
+
+
+def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
+    (tmp_path / "mine.toml").write_text('lr = 0.5\nbatch_size = 2\nbetas = [0.1, 0.2]\nshuffle = false\n')
+    k = read("--recipe", "mine", "--lr", "0.25", "--shuffle", recipes=tmp_path)
+    assert (k.lr, k.batch_size, k.betas, k.shuffle) == (0.25, 2, (0.1, 0.2), True)
+    assert read("--recipe", str(tmp_path / "mine.toml"), recipes=tmp_path).batch_size == 2
+
+
+@pytest.mark.parametrize("text, named", [("lr = 'fast'", "lr"), ("batchsize = 3", "did you mean batch_size"), ("lr = ", "mine.toml"),
+                                         ("batch_size = 1.5", "batch"), ("shuffle = 'no'", "shuffle"), ("recipe = 'x'", "recipe")])
+def test_a_recipe_that_does_not_fit_names_the_key(tmp_path, text, named):
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(UserError, match=named):
+        read("--recipe", "mine", recipes=tmp_path)
+
+
+def test_an_unknown_recipe_is_guessed(tmp_path):
+    (tmp_path / "pretrain.toml").write_text("lr = 1.0")
+    with pytest.raises(UserError, match="did you mean pretrain"):
+        read("--recipe", "pretran", recipes=tmp_path)
+
+
+def test_help_shows_comments_and_defaults(capsys):
+    with pytest.raises(SystemExit) as e:
+        read("--help")
+    out = capsys.readouterr().out
+    assert e.value.code == 0 and "rows, 100 % of them (4)" in out and "--no-shuffle" in out and "{a,b}" in out
+
+
+def test_printable_escapes_what_drives_a_terminal():
+    assert printable("a\x1b]52;c;x\x07\u202eb\r\n") == "a\\x1b]52;c;x\\x07\\u202eb\\r\\n"
+    assert printable("é 猫 🙂") == "é 猫 🙂"
