@@ -1,8 +1,8 @@
 """LLaVA-1.5 in plain PyTorch: `load` a checkpoint, `generate` or `stream` an answer about a picture.
 
-The functions share their names with the modules that hold them, and the import system puts a module, once it is
-imported, under its name into the package. Here the function always stands, whatever was imported first; and torch is
-imported only when one is used.
+The functions share their names with the modules that hold them, and the import system puts a module, once it
+is imported, under its name into the package. Here the function always stands, whatever was imported first; and
+torch is imported only when one is used.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""`python -m llava_min VERB …`: a verb is a page of llava_min/tools whose docstring begins with its command."""
+"""`python -m llava_min VERB …`: a verb is a page of tools/ whose docstring begins with its command."""
 
 import difflib
 import importlib
@@ -11,20 +11,23 @@ from llava_min.cli import UserError, printable, run
 
 def verbs() -> dict[str, str]:
     """Verb -> what it does, read from the pages without importing them."""
+    first = re.compile(r'"""`python -m llava_min (\w+)[^`]*`: (.+?)[.:]?(?:""")?\n')
     pages = sorted((Path(__file__).parent / "tools").glob("*.py"))
-    found = [re.match(r'"""`python -m llava_min (\w+)[^`]*`: (.+?)[.:]?(?:""")?\n', page.read_text(encoding="utf-8")) for page in pages]
+    found = (first.match(page.read_text(encoding="utf-8")) for page in pages)
     return {m[1]: m[2] for m in found if m}
 
 
 def main(argv: list[str]) -> int | None:
     if not argv or argv[0] in ("-h", "--help"):
-        lines = ["usage: python -m llava_min VERB [-h] …", "", *(f"  {verb:10}{what}" for verb, what in verbs().items())]
+        lines = ["usage: python -m llava_min VERB [-h] …", ""]
+        lines += [f"  {verb:10}{what}" for verb, what in verbs().items()]
         print("\n".join(lines), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     verb = argv[0]
     if verb not in verbs():
         near = difflib.get_close_matches(verb, verbs(), n=1)
-        raise UserError(f"{printable(verb)}: no such verb; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(verbs())}"))
+        mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(verbs())}"
+        raise UserError(f"{printable(verb)}: no such verb; {mend}")
     sys.argv[0] = f"python -m llava_min {verb}"  # what --help calls the program
     return importlib.import_module(f"llava_min.tools.{verb}").main(argv[1:])
 

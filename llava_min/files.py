@@ -1,4 +1,4 @@
-"""Files in and out, one careful way each: JSON that errors by name, and folders that appear whole or not at all."""
+"""Files in and out, one careful way each: JSON that errors by name, folders that are there whole or not."""
 
 import json
 import os
@@ -16,14 +16,15 @@ LFS = b"version https://git-lfs"
 def check_file(path: Path) -> None:
     """`path` is a readable regular file and not a git-lfs pointer, or UserError."""
     if not path.is_file():
-        raise UserError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}; check the path")
+        what = "not a regular file" if path.exists() else "no such file"
+        raise UserError(f"{path}: {what}; check the path")
     try:
         with open(path, "rb") as f:
             head = f.read(len(LFS))
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); check its permissions") from None
     if head == LFS:
-        raise UserError(f"{path}: a git-lfs pointer and not the file itself; run `git lfs pull` in its folder")
+        raise UserError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` in its folder")
 
 
 def read_json(path: Path) -> dict:
@@ -32,11 +33,11 @@ def read_json(path: Path) -> dict:
     try:
         data = json.loads(path.read_bytes())
     except json.JSONDecodeError as e:
-        raise UserError(f"{path}: line {e.lineno} column {e.colno}: {e.msg}; the file must hold JSON") from None
+        raise UserError(f"{path}: line {e.lineno} column {e.colno}: {e.msg}; the file must be JSON") from None
     except (ValueError, RecursionError) as e:  # not text, a number of 5000 digits, 1000 brackets
-        raise UserError(f"{path}: not readable as JSON ({type(e).__name__}); download the file again") from None
+        raise UserError(f"{path}: not readable as JSON ({type(e).__name__}); download it again") from None
     if not isinstance(data, dict):
-        raise UserError(f"{path}: holds a JSON {type(data).__name__}, expected an object; check that it is the right file")
+        raise UserError(f"{path}: a JSON {type(data).__name__}, expected an object; is it the right file?")
     return data
 
 
@@ -54,9 +55,9 @@ def check_free(target: Path) -> None:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill that takes the name `target` only when the block ends well: written aside, synced, renamed.
+    """A folder to fill that is named `target` only when the block ends well: written aside, synced, renamed.
 
-    Raises UserError when `target` exists already, or the disk is full or not writable; then nothing is left behind.
+    Raises UserError when `target` exists, or the disk is full or not writable; then nothing is left behind.
     """
     aside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     try:
@@ -71,7 +72,8 @@ def new_folder(target: Path) -> Iterator[Path]:
         os.rename(aside, target)
         sync(target.parent)
     except OSError as e:
-        raise UserError(f"{target}: cannot be written ({e.strerror or printable(e)}); free space or give another path") from None
+        raise UserError(f"{target}: cannot be written ({e.strerror or printable(e)}); "
+                        "free space or give another path") from None
     finally:
         if aside.exists():
             shutil.rmtree(aside)

@@ -23,23 +23,22 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.float()
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * h.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rotary(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """positions (B, T) -> cos, sin (B, 1, T, D/2), the angles in fp32 (Su et al. 2021)."""
+    """positions (B, T) -> cos, sin (B, 1, T, D) for `rotate`, the angles in fp32 (Su et al. 2021)."""
     d = config.head_dim
     freq = config.rope_theta ** -(torch.arange(0, d, 2, device=positions.device, dtype=torch.float32) / d)
     angle = positions[:, None, :, None].float() * freq
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x[i], x[i + D/2]) by its angle: the half-split form of the Hugging Face checkpoints."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin)
 
 
 def causal_mask(real: Tensor) -> Tensor:
@@ -140,11 +139,12 @@ class KVCache:
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """k, v (rows, K, T, D) of the tokens just counted."""
+        end = self.length if self.tail is None else self.tail_length
         for store, x in zip(self.trunk[layer] if self.tail is None else self.tail[layer], (k, v)):
-            if self.tail is None:
+            if self.static and self.tail is None:  # no length of the host's in the program
                 store.index_copy_(2, self.new, x.to(self.dtype))
             else:
-                store[:, :, self.tail_length - 1 : self.tail_length] = x
+                store[:, :, end - x.shape[2] : end] = x
 
     def attend(self, layer: int, q: Tensor, mask: Tensor | None) -> Tensor:
         """q (B*N, H, T, D) against the trunk and, after `branch`, each row's own tail -> (B*N, H, T, D).

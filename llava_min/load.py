@@ -1,4 +1,4 @@
-"""The one place that builds a ready model: config -> modules on meta -> weights -> adapter, with its processor.
+"""The one place that builds a ready model: config -> modules on meta -> weights -> adapter; and its processor.
 
 Everything that can be wrong with a checkpoint's small files is found before its weights are read.
 """
@@ -19,23 +19,24 @@ from llava_min.data.tokenizer import Tokenizer
 from llava_min.files import check_file, new_folder, read_json, write_json
 from llava_min.llava import Llava
 from llava_min.lora import apply_adapter, read_adapter
-from llava_min.weights import (CLIP_REST, DTYPES, NAMES, Entry, check_entries, find_files, find_folder, load_weights,
-                               read_entries, save_weights)
+from llava_min.weights import (CLIP_REST, DTYPES, NAMES, Entry, check_entries, find_files, find_folder,
+                               load_weights, read_entries, save_weights)
 
 TINY = Path(__file__).parent / "tiny"
 CLIP_336 = "openai/clip-vit-large-patch14-336"  # LLaVA-1.5's tower, whose shapes are VisionConfig's defaults
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-SMALL = 500_000_000  # parameters: up to here `dtype="auto"` is fp32 on CPU, where the exact answer costs little
+SMALL = 500_000_000  # parameters: up to here `dtype="auto"` is fp32 on CPU, where exactness costs little
 
 
-def load(source: str, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto", adapter: str | None = None,
-         image_aspect_ratio: str | None = None, template: str | None = None, revision: str | None = None) -> tuple[Llava, Processor]:
+def load(source: str, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto",
+         adapter: str | None = None, image_aspect_ratio: str | None = None, template: str | None = None,
+         revision: str | None = None) -> tuple[Llava, Processor]:
     """A ready model and its processor.
 
-    source: a folder in the layout of llava-hf or of the original LLaVA-1.5, a hub id, or "tiny", the bundled one.
-    dtype: "auto", "fp32", "bf16", "fp16" or a torch.dtype; auto is what the checkpoint stores, but on CPU fp32 for
-    small models and bf16 for large ones. device: "auto" takes the GPU where there is one.
-    adapter: a PEFT folder, applied unmerged. image_aspect_ratio: "pad" or "crop", None for what the checkpoint records.
+    source: a folder in the layout of llava-hf or of the original LLaVA-1.5, a hub id, or "tiny", the bundled
+    one. dtype: "auto", "fp32", "bf16", "fp16" or a torch.dtype; auto is what the checkpoint stores, but on CPU
+    fp32 for small models and bf16 for large ones. device: "auto" takes the GPU where there is one. adapter: a PEFT
+    folder, applied unmerged. image_aspect_ratio: "pad" or "crop", None for what the checkpoint records.
     Raises UserError, in one line, for whatever is wrong with the files.
     """
     folder = TINY if str(source) == "tiny" else find_folder(str(source), revision)
@@ -45,9 +46,7 @@ def load(source: str, *, dtype: str | torch.dtype = "auto", device: str | torch.
     model = on_meta(config)
     device = pick_device(device)
     dtype = pick_dtype(dtype, model, device)
-    # the original's vocabulary lacks the rows that LlavaConfig adds for <image> and <pad>
-    rows = dict.fromkeys(("language_model.embed_tokens.weight", "lm_head.weight"), config.image_token_id) if config.vision_source else {}
-    check_entries(entries, model, rows)
+    check_entries(entries, model, stored_rows(config))
     if adapter is not None:
         lora = read_adapter(model, Path(adapter))
         base = read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
@@ -59,7 +58,8 @@ def load(source: str, *, dtype: str | torch.dtype = "auto", device: str | torch.
     return model.eval(), processor
 
 
-def save(model: Llava, processor: Processor, target: str | Path, dtype: str | torch.dtype | None = None) -> None:
+def save(model: Llava, processor: Processor, target: str | Path,
+         dtype: str | torch.dtype | None = None) -> None:
     """Write `model` and all that goes with it as a llava-hf folder; `target` must not exist."""
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype or model.dtype
     with new_folder(Path(target)) as folder:
@@ -69,13 +69,14 @@ def save(model: Llava, processor: Processor, target: str | Path, dtype: str | to
 def write_model(model: Llava, processor: Processor, folder: Path, dtype: torch.dtype) -> None:
     state = dict(model.named_parameters())
     if any(".lora_" in name for name in state):
-        raise UserError(f"{folder}: the model has an adapter that is not merged; save the adapter, or load the base without it")
+        raise UserError(f"{folder}: the model has an adapter that is not merged; "
+                        "save the adapter, or load the base without it")
     save_weights(state, folder, dtype)
     config = replace(model.config, dtype=NAMES[dtype], vision_source=None)
     write_json(folder / "config.json", config.to_hf())
-    text = config.text
-    write_json(folder / "generation_config.json", {"bos_token_id": text.bos_token_id, "eos_token_id": list(text.eos_token_ids),
-                                                   "pad_token_id": text.pad_token_id})
+    ids = {"bos_token_id": config.text.bos_token_id, "eos_token_id": list(config.text.eos_token_ids),
+           "pad_token_id": config.text.pad_token_id}
+    write_json(folder / "generation_config.json", ids)
     processor.save(folder)
 
 
@@ -110,7 +111,7 @@ def fresh(config: LlavaConfig, dtype: torch.dtype = torch.float32, seed: int = 0
 
 
 def read_config(folder: Path) -> tuple[LlavaConfig, Path | None]:
-    """The config, and for the original layout the folder of its CLIP tower, None when the tower's shapes are known."""
+    """The config, and for the original layout the folder of its CLIP tower, None where its shapes are known."""
     path = folder / "config.json"
     config = LlavaConfig.from_hf(read_json(path), str(path))
     path_to_stops = folder / "generation_config.json"  # chat models name their end-of-turn token only there
@@ -118,7 +119,8 @@ def read_config(folder: Path) -> tuple[LlavaConfig, Path | None]:
         config = replace(config, text=replace(config.text, eos_token_ids=stops))
     if config.vision_source is None:
         return config, None
-    near = [Path(config.vision_source), folder / config.vision_source, folder.parent / Path(config.vision_source).name]
+    source = Path(config.vision_source)
+    near = (source, folder / source, folder.parent / source.name)
     clip = next((p for p in near if (p / "config.json").is_file()), None)
     if clip is None and config.vision_source != CLIP_336:
         clip = find_folder(config.vision_source)
@@ -138,7 +140,14 @@ def collect_entries(folder: Path, config: LlavaConfig, clip_folder: Path | None)
     return entries
 
 
-def build_processor(folder: Path, config: LlavaConfig, clip_folder: Path | None, aspect: str | None, template: str | None) -> Processor:
+def stored_rows(config: LlavaConfig) -> dict[str, int]:
+    """The original's vocabulary lacks the rows that LlavaConfig adds for <image> and <pad>."""
+    tables = ("language_model.embed_tokens.weight", "lm_head.weight") if config.vision_source else ()
+    return dict.fromkeys(tables, config.image_token_id)
+
+
+def build_processor(folder: Path, config: LlavaConfig, clip_folder: Path | None, aspect: str | None,
+                    template: str | None) -> Processor:
     tokenizer = Tokenizer.load(folder)
     if tokenizer.token_id("<image>") is None:
         tokenizer.add_special("<image>", config.image_token_id)
@@ -146,8 +155,8 @@ def build_processor(folder: Path, config: LlavaConfig, clip_folder: Path | None,
         raise UserError(f"{folder}: image_token_index is {config.image_token_id} in config.json but <image> is "
                         f"{tokenizer.token_id('<image>')} in the tokenizer; correct one of them")
     if len(tokenizer) > config.text.vocab_size:
-        raise UserError(f"{folder}: the tokenizer knows {len(tokenizer)} tokens but vocab_size is {config.text.vocab_size}; "
-                        "the tokenizer belongs to another model")
+        raise UserError(f"{folder}: the tokenizer knows {len(tokenizer)} tokens but vocab_size is "
+                        f"{config.text.vocab_size}; the tokenizer belongs to another model")
     images = read_image_config(folder, config, clip_folder, aspect)
     template = template or pick_template(folder, tokenizer)
     return Processor(tokenizer, images, template, config.image_token_id, config.tokens_per_image)
@@ -157,14 +166,18 @@ def read_optional(path: Path) -> dict:
     return read_json(path) if path.exists() else {}
 
 
-def read_image_config(folder: Path, config: LlavaConfig, clip_folder: Path | None, aspect: str | None) -> ImageConfig:
-    """How pictures are prepared. The aspect is the caller's choice, else what the checkpoint records, else "pad"."""
+def read_image_config(folder: Path, config: LlavaConfig, clip_folder: Path | None,
+                      aspect: str | None) -> ImageConfig:
+    """How pictures are prepared. The aspect is the caller's, else what the checkpoint records, else "pad"."""
     if aspect is not None and aspect not in ASPECTS:
         raise UserError(f"image_aspect_ratio: {printable(aspect)!r} is not pad or crop; choose one")
     if config.vision_source:
         path = (clip_folder or folder) / "preprocessor_config.json"
-        images = ImageConfig.from_hf(read_json(path), str(path)) if path.exists() else ImageConfig(config.vision.image_size, CLIP_MEAN, CLIP_STD, None)
-        images = replace(images, aspect=ASPECTS[read_json(folder / "config.json").get("image_aspect_ratio") or "square"])
+        images = ImageConfig(config.vision.image_size, CLIP_MEAN, CLIP_STD, None)
+        if path.exists():
+            images = ImageConfig.from_hf(read_json(path), str(path))
+        recorded = read_json(folder / "config.json").get("image_aspect_ratio")
+        images = replace(images, aspect=ASPECTS[recorded or "square"])
     else:
         # transformers 5 saves the settings inside processor_config.json, and reads that one first
         path = folder / "processor_config.json"
@@ -174,21 +187,25 @@ def read_image_config(folder: Path, config: LlavaConfig, clip_folder: Path | Non
             data = read_json(path)
         images = ImageConfig.from_hf(data, str(path))
     if images.size != config.vision.image_size:
-        raise UserError(f"{path}: pictures are made {images.size} pixels wide but image_size in config.json is {config.vision.image_size}; correct one of them")
+        raise UserError(f"{path}: pictures are made {images.size} pixels wide but image_size in config.json is "
+                        f"{config.vision.image_size}; correct one of them")
     if aspect is None and images.aspect is None:
-        note(f"{folder}: does not record image_aspect_ratio; taking pad, how LLaVA-1.5 was tuned (crop is what transformers does)")
+        note(f"{folder}: does not record image_aspect_ratio; taking pad, how LLaVA-1.5 was tuned "
+             "(crop is what transformers does)")
     return replace(images, aspect=ASPECTS[aspect or images.aspect or "pad"])
 
 
 def pick_template(folder: Path, tokenizer: Tokenizer) -> str:
-    """The template that the checkpoint records, or whose marks stand in the jinja text it ships, which is never run."""
+    """The template that the checkpoint records, or whose marks stand in its jinja text, which is never run."""
     jinja = folder / "chat_template.jinja"
     if jinja.exists():
         check_file(jinja)
         text = jinja.read_text(encoding="utf-8", errors="replace")
     else:
-        text = read_optional(folder / "chat_template.json").get("chat_template") or read_optional(folder / "tokenizer_config.json").get("chat_template")
-    return choose(read_json(folder / "config.json"), read_optional(folder / "processor_config.json"), text, tokenizer)
+        files = (read_optional(folder / name) for name in ("chat_template.json", "tokenizer_config.json"))
+        text = next((data["chat_template"] for data in files if data.get("chat_template")), None)
+    config, processor_config = read_json(folder / "config.json"), read_optional(folder / "processor_config.json")
+    return choose(config, processor_config, text, tokenizer)
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -199,9 +216,10 @@ def pick_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, TypeError):
         raise UserError(f"device: {device!r} is not a device; give auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda was asked for and this machine has no CUDA GPU that torch can use; give cpu")
+        raise UserError("device: cuda was asked for and torch finds no CUDA GPU on this machine; give cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device: {device} was asked for and there are {torch.cuda.device_count()} GPUs; give cuda:0")
+        count = torch.cuda.device_count()
+        raise UserError(f"device: {device} was asked for and there are {count} GPUs; give cuda:0")
     return device
 
 

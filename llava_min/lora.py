@@ -1,6 +1,6 @@
 """LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685): y = W x + (alpha / r) B A x, with W frozen.
 
-Swapped in from outside: a layer that is to learn is replaced by one that wraps it, and no model file hears of it.
+Swapped in from outside: a layer that is to learn is replaced by one that wraps it; no model file hears of it.
 Adapters are read and written as PEFT folders, the projector in them when it was trained.
 """
 
@@ -21,7 +21,8 @@ from llava_min.weights import READ, is_finite, open_file, save_tensors, translat
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a decoder block
 PEFT = "base_model.model."
 # Our prefix -> the module path in transformers of today, which PEFT's keys repeat.
-PATHS = [("vision_tower.layers.", "model.vision_tower.encoder.layers."), ("lm_head.", "lm_head."), ("", "model.")]
+PATHS = [("vision_tower.layers.", "model.vision_tower.encoder.layers."), ("lm_head.", "lm_head."),
+         ("", "model.")]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.dropout(x, self.dropout, self.training)
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else self.lora_A.weight.dtype
+        kind, dtype = x.device.type, self.lora_A.weight.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
         update = self.lora_B(self.lora_A(h.to(dtype)))
         return self.base(x) + (self.scaling * update).to(x.dtype)
 
@@ -57,7 +60,8 @@ def targets_of(model: nn.Module, config: LoRAConfig) -> list[str]:
              if name.rsplit(".", 1)[-1] in config.targets and hasattr(m, "in_features")]
     found = {p.rsplit(".", 1)[-1] for p in paths}
     if absent := [t for t in config.targets if t not in found]:
-        raise UserError(f"lora targets: {absent[0]!r} names no linear layer of the language model; there are {', '.join(LINEARS)}")
+        raise UserError(f"lora targets: {absent[0]!r} names no linear layer of the language model; "
+                        f"there are {', '.join(LINEARS)}")
     return paths
 
 
@@ -90,7 +94,7 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder: Path, base: str) 
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Apply the PEFT adapter of `folder` to `model`, unmerged. Every tensor must have a home, or UserError."""
+    """Apply the PEFT adapter of `folder` to `model`, unmerged; UserError for a tensor without a home."""
     apply_adapter(model, *read_adapter(model, folder))
 
 
@@ -100,15 +104,18 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict[str, 
         raise UserError(f"{folder}: the model has an adapter already; load the base anew")
     path = folder / "adapter_config.json"
     data = read_json(path)
-    for key, *plain in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("use_rslora", False), ("fan_in_fan_out", False),
-                        ("rank_pattern", {}), ("alpha_pattern", {}), ("layer_replication",),
-                        ("init_lora_weights", True, False, "gaussian", "orthogonal", "eva")):  # others change the base
+    for key, *plain in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("use_rslora", False),
+                        ("fan_in_fan_out", False), ("rank_pattern", {}), ("alpha_pattern", {}),
+                        ("layer_replication",),
+                        # the others change the base
+                        ("init_lora_weights", True, False, "gaussian", "orthogonal", "eva")):
         if data.get(key) is not None and data[key] not in plain:
-            raise UserError(f"{path}: {key} is {reprlib.repr(data[key])}, which is not implemented; use an adapter without it")
+            raise UserError(f"{path}: {key} is {reprlib.repr(data[key])}, which is not implemented; "
+                            "give an adapter without it")
     r, alpha = data.get("r"), data.get("lora_alpha", 8)
     if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not 0 < abs(alpha) < 1e6:
-        raise UserError(f"{path}: r is {reprlib.repr(r)} and lora_alpha {reprlib.repr(alpha)}, expected a whole number from 1 "
-                        "and a number other than 0; the file is damaged")
+        raise UserError(f"{path}: r is {reprlib.repr(r)} and lora_alpha {reprlib.repr(alpha)}, expected a whole "
+                        "number from 1 and a number other than 0; the file is damaged")
     files = [p for end in ("safetensors", "bin") if (p := folder / f"adapter_model.{end}").exists()][:1]
     if not files:
         raise UserError(f"{folder}: no adapter_model.safetensors; give the folder of a PEFT adapter")
@@ -118,26 +125,27 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict[str, 
     want = {name: tuple(p.shape) for name, p in own.items()}
     for name, m in model.named_modules():
         if hasattr(m, "in_features"):
-            want |= {f"{name}.lora_A.weight": (r, m.in_features), f"{name}.lora_B.weight": (m.out_features, r)}
+            want[f"{name}.lora_A.weight"], want[f"{name}.lora_B.weight"] = (r, m.in_features), (m.out_features, r)
     tensors: dict[str, Tensor] = {}
     for file in files:
         handle = open_file(file)
         for key in handle.keys():
             tensor = handle[key] if file.suffix == ".bin" else handle.get_tensor(key)
             name = translate(key.removeprefix(PEFT).replace(".base_layer.", "."), READ)
+            where = f"{file}: {printable(key)[:200]}"
             if name not in want:
-                raise UserError(f"{file}: {printable(key)[:200]} has no home in this model; the adapter belongs to another base")
+                raise UserError(f"{where} has no home in this model; the adapter belongs to another base")
             if name in tensors:
-                raise UserError(f"{file}: {printable(key)[:200]} stands twice; the file is damaged")
+                raise UserError(f"{where} stands twice; the file is damaged")
             if tensor.shape != want[name]:
-                raise UserError(f"{file}: {printable(key)[:200]} is {list(tensor.shape)}, expected {list(want[name])}; the adapter has "
-                                "another rank or base")
+                raise UserError(f"{where} is {list(tensor.shape)}, expected {list(want[name])}; "
+                                "the adapter has another rank or base")
             if not tensor.is_floating_point() or not is_finite(tensor):
-                raise UserError(f"{file}: {printable(key)[:200]} holds integers, NaN or infinity; the file is damaged")
+                raise UserError(f"{where} holds integers, NaN or infinity; the file is damaged")
             tensors[name] = tensor
     halves = {f"{path}.lora_{x}.weight" for path in lora_paths(tensors) for x in "AB"}
     if half := sorted(halves - tensors.keys()):
-        raise UserError(f"{files[0]}: {half[0]} is missing while its other half is there; the file is damaged")
+        raise UserError(f"{files[0]}: {half[0]} is missing and its other half is there; the file is damaged")
     if not halves:
         raise UserError(f"{files[0]}: no LoRA tensor; give the folder of a PEFT adapter")
     return LoRAConfig(r, alpha), tensors

@@ -1,8 +1,8 @@
-"""Weights in and out: four published name layouts, safetensors or `.bin`, sharded or not, a folder or the hub.
+"""Weights in and out: four published name layouts, safetensors or `.bin`, sharded or not, folder or hub.
 
 Names cross in one table of prefixes, read in every layout and written in the one that every reader accepts
-(llava-hf as transformers 4.36 wrote it). Every tensor is accounted for. A model is built on the meta device and its
-tensors are copied in piece by piece, so the peak is the model itself, whatever the dtype asked.
+(llava-hf as transformers 4.36 wrote it). Every tensor is accounted for. A model is built on the meta device and
+its tensors are copied in piece by piece, so the peak is the model itself, whatever the dtype asked.
 """
 
 import math
@@ -56,7 +56,7 @@ REOPEN = 32 << 20  # bytes read through one mapping: its pages count as ours unt
 SHARD_BYTES = 5 << 30
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
           "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FLOATS = {"F64", "F32", "F16", "BF16", *map(str, (torch.float64, torch.float32, torch.float16, torch.bfloat16))}
+FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -86,11 +86,14 @@ def find_files(folder: Path) -> list[Path]:
                 raise UserError(f"{index}: no weight_map; download the file again")
             names = sorted(set(map(str, shards.values())))
             if bad := [n for n in names if not SHARD.fullmatch(n)]:
-                raise UserError(f"{index}: {printable(bad[0])!r} is not the name of a file beside it; the index is damaged or hostile")
+                raise UserError(f"{index}: {printable(bad[0])!r} is not the name of a file beside it; "
+                                "the index is damaged or hostile")
             if absent := [n for n in names if not (folder / n).is_file()]:
-                raise UserError(f"{index}: {len(absent)} of {len(names)} shards are absent ({', '.join(absent[:4])}); download them")
+                raise UserError(f"{index}: {len(absent)} of {len(names)} shards are absent "
+                                f"({', '.join(absent[:4])}); download them")
             return [folder / n for n in names]
-    raise UserError(f"{folder}: no model.safetensors, pytorch_model.bin or index of shards; give the folder of a checkpoint")
+    raise UserError(f"{folder}: no model.safetensors, pytorch_model.bin or index of shards; "
+                    "give the folder of a checkpoint")
 
 
 def open_file(path: Path):
@@ -102,7 +105,8 @@ def open_file(path: Path):
         # CLIP and Vicuna are published so; weights_only refuses anything but tensors
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # both readers raise many kinds for damaged files; none of them is our fault
-        raise UserError(f"{path}: damaged or not a weight file ({printable(e)[:200]}); download it again") from None
+        why = printable(e)[:200]
+        raise UserError(f"{path}: damaged or not a weight file ({why}); download it again") from None
     plain = lambda x: isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
     if not isinstance(tensors, dict) or not all(isinstance(k, str) and plain(x) for k, x in tensors.items()):
         raise UserError(f"{path}: not a table of named tensors; give the weights of a model")
@@ -124,7 +128,8 @@ def read_entries(paths: Iterable[Path], ignored: re.Pattern = TABLES) -> dict[st
             if ours is None:
                 unknown.append(name)
             elif ours in entries:
-                raise UserError(f"{path}: {printable(name)} and {printable(entries[ours].name)} in {entries[ours].path.name} "
+                other = entries[ours]
+                raise UserError(f"{path}: {printable(name)} and {printable(other.name)} in {other.path.name} "
                                 "are the same tensor; keep one")
             elif path.suffix == ".bin":
                 entries[ours] = Entry(path, name, tuple(file[name].shape), str(file[name].dtype))
@@ -132,12 +137,13 @@ def read_entries(paths: Iterable[Path], ignored: re.Pattern = TABLES) -> dict[st
                 part = file.get_slice(name)
                 entries[ours] = Entry(path, name, tuple(part.get_shape()), part.get_dtype())
     if unknown:
-        raise UserError(f"{path.parent}: {_some(unknown)} have no place in a LLaVA-1.5; is this another architecture?")
+        raise UserError(f"{path.parent}: {_some(unknown)} have no place in a LLaVA-1.5; "
+                        "is this another architecture?")
     return entries
 
 
 def check_entries(entries: dict[str, Entry], model: nn.Module, rows: dict[str, int] = {}) -> None:
-    """Every parameter of `model` has a tensor of its shape and kind and every tensor a parameter, or UserError.
+    """Every parameter of `model` has a tensor of its shape and kind, every tensor a parameter, or UserError.
 
     `rows` gives tensors that have fewer rows than the model: the vocabulary of the original layout.
     """
@@ -149,8 +155,10 @@ def check_entries(entries: dict[str, Entry], model: nn.Module, rows: dict[str, i
         faults.append(f"missing {_some(missing)}")
     if unknown := sorted(e.name for n, e in entries.items() if n not in want):
         faults.append(f"unknown {_some(unknown)}")
-    faults += [f"shape {list(e.shape)} of {printable(e.name)[:200]}, expected {list(shape)}" for e, shape in both if e.shape != shape][:4]
-    faults += [f"{printable(e.name)[:200]} holds {e.dtype}, expected floating point" for e, _ in both if e.dtype not in FLOATS][:4]
+    faults += [f"shape {list(e.shape)} of {printable(e.name)[:200]}, expected {list(shape)}"
+               for e, shape in both if e.shape != shape][:4]
+    faults += [f"{printable(e.name)[:200]} holds {e.dtype}, expected floating point"
+               for e, _ in both if e.dtype not in FLOATS][:4]
     if faults:
         where = next(iter(entries.values())).path.parent if entries else "checkpoint"
         raise UserError(f"{where}: {'; '.join(faults)}; the weights do not belong to config.json")
@@ -162,7 +170,7 @@ def _some(names: list[str], most: int = 6) -> str:
 
 
 def read_tensors(entries: dict[str, Entry]) -> Iterator[tuple[str, int, Tensor]]:
-    """(our name, first row, rows as stored), file by file, PIECE elements at a time; each valid until the next."""
+    """(our name, first row, rows as stored), file by file, PIECE elements at a time; valid until the next."""
     path, file, read = None, None, 0
     for name, entry in sorted(entries.items(), key=lambda item: (str(item[1].path), item[0])):
         step = max(1, PIECE // math.prod(entry.shape[1:]))
@@ -170,19 +178,17 @@ def read_tensors(entries: dict[str, Entry]) -> Iterator[tuple[str, int, Tensor]]
             if entry.path != path or read > REOPEN:
                 path, file, read = entry.path, None, 0  # closed before it is opened again
                 file = open_file(path)
-            try:
-                part = (file[entry.name] if path.suffix == ".bin" else file.get_slice(entry.name))[row : row + step]
-            except (SafetensorError, RuntimeError) as e:
-                raise UserError(f"{path}: {printable(entry.name)} cannot be read ({printable(e)[:200]}); download it again") from None
+            whole = file[entry.name] if path.suffix == ".bin" else file.get_slice(entry.name)
+            part = whole[row : row + step]
             read += part.nbytes
             yield name, row, part
-            del part
+            del whole, part
 
 
 def load_weights(model: nn.Module, entries: dict[str, Entry], dtype: torch.dtype, device: torch.device) -> None:
     """Fill `model`, built on meta, with the tensors of `entries`, which `check_entries` has passed.
 
-    Raises UserError for a value that is not finite in `dtype`, and for a tied head that differs from the embedding.
+    Raises UserError for a value that is not finite in `dtype`, and a tied head that is not the embedding.
     """
     shapes = {n: p.shape for n, p in model.named_parameters()}
     own, tied = ({n: e for n, e in entries.items() if (n in shapes) == here} for here in (True, False))
@@ -191,16 +197,16 @@ def load_weights(model: nn.Module, entries: dict[str, Entry], dtype: torch.dtype
             new = torch.empty(shapes[name], dtype=dtype, device=device)
             set_parameter(model, name, new)
         if not is_finite(new[row : row + len(part)].copy_(part)):
-            raise UserError(f"{entries[name].path}: {printable(entries[name].name)} holds NaN, infinity or numbers too large for "
-                            f"{NAMES[dtype]}; load it in another dtype, or download it again")
+            raise UserError(f"{entries[name].path}: {printable(entries[name].name)} holds NaN, infinity or numbers "
+                            f"too large for {NAMES[dtype]}; load it in another dtype, or download it again")
         filled = entries[name].shape[0]
-        if row + len(part) == filled < len(new):  # rows for added tokens, as the converter of the original makes them
+        if row + len(part) == filled < len(new):  # rows for added tokens are about the mean, as the converter's
             new[filled:] = new[:filled].mean(0, dtype=torch.float32)
     model.tie_weights()
     for name, row, part in read_tensors(tied):
         if not torch.equal(part.to(device, dtype), model.get_parameter(name)[row : row + len(part)]):
-            raise UserError(f"{entries[name].path}: {printable(entries[name].name)} differs from the embedding, but config.json "
-                            "says tie_word_embeddings; correct one of them")
+            raise UserError(f"{entries[name].path}: {printable(entries[name].name)} differs from the embedding, "
+                            "but config.json says tie_word_embeddings; correct one of them")
 
 
 def is_finite(x: Tensor) -> bool:
@@ -231,15 +237,16 @@ def save_weights(state: dict[str, Tensor], folder: Path, dtype: torch.dtype | No
         save_tensors({n: t.detach().to("cpu", dtype).contiguous() for n, t in shard.items()}, folder / name)
     if len(shards) > 1:
         total = sum(map(size, state.values()))
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": {
-            n: file for file, shard in zip(names, shards) for n in shard}})
+        places = {n: file for file, shard in zip(names, shards) for n in shard}
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as e:  # a full disk is told so, and not as OSError
-        raise UserError(f"{path}: cannot be written ({printable(e)[:200]}); free space or give another path") from None
+        why = printable(e)[:200]
+        raise UserError(f"{path}: cannot be written ({why}); free space or give another path") from None
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, 0o666 & ~mask)  # save_file leaves 0600, which a group cannot read
@@ -252,16 +259,18 @@ def find_folder(source: str, revision: str | None = None) -> Path:
         if path.is_dir():
             return path
         if path.exists():
-            raise UserError(f"{printable(source)}: a file, expected the folder of a checkpoint; give its folder")
+            raise UserError(f"{printable(source)}: a file, expected a checkpoint's folder; give that")
     except (OSError, RuntimeError) as e:  # a name too long, a ~user that is not there
-        raise UserError(f"{printable(source)[:400]}: cannot be looked up ({printable(e)[:200]}); check the path") from None
+        why = printable(e)[:200]
+        raise UserError(f"{printable(source)[:400]}: cannot be looked up ({why}); check the path") from None
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        raise UserError(f"{printable(source)[:400]}: no such folder; give a checkpoint's folder, a hub id such as "
-                        "llava-hf/llava-1.5-7b-hf, or tiny")
+        raise UserError(f"{printable(source)[:400]}: no such folder; give a checkpoint's folder, "
+                        "a hub id such as llava-hf/llava-1.5-7b-hf, or tiny")
     from huggingface_hub import snapshot_download
 
+    wanted = ["*.json", "*.jinja", "*.model", "*.safetensors"]
     try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.jinja", "*.model", "*.safetensors"]))
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
         if not any(folder.glob("*.safetensors")):
             snapshot_download(source, revision=revision, allow_patterns=["pytorch_model*.bin"])
     except Exception as e:  # the hub's client raises its own errors, its HTTP library's and the system's
