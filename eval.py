@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llava_min.cli import Count, Seed, UserError, note, parse, run
+from llava_min.cli import Count, Seed, UserError, note, parse, printable, run
 
 
 @dataclass
@@ -21,6 +21,7 @@ class Knobs:
     batch_size: Count = 8  # rows generated at a time; the answers do not depend on it
     num_beams: Count = 1  # 1 is greedy
     max_new_tokens: Count = 128  # tokens of an answer
+    by: str | None = None  # a field of the records (kind, in the toy questions): scores for each of its values too
     out: str | None = None  # folder for predictions.jsonl and metrics.json; none is written if not given
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the weights
     device: str = "auto"  # cpu, cuda, cuda:N
@@ -51,10 +52,16 @@ def main(argv: list[str]) -> int | None:
     rows = predict(model, processor, records, knobs.batch_size, exif=knobs.exif, progress=note,
                    num_beams=knobs.num_beams, max_new_tokens=knobs.max_new_tokens)
     table = score(rows, knobs.metrics, knobs.seed)
-    print(f"{'metric':<16}{'score':>8}{'95 % interval':>20}{'n':>8}")
+    if knobs.by:
+        groups: dict[str, list[dict]] = {}
+        for record, row in zip(records, rows, strict=True):
+            groups.setdefault(str(record.extra.get(knobs.by)), []).append(row)
+        for value, members in sorted(groups.items()):
+            table |= {f"{name} {value}": m for name, m in score(members, knobs.metrics, knobs.seed).items()}
+    print(f"{'metric':<28}{'score':>8}{'95 % interval':>20}{'n':>8}")
     for name, m in table.items():
         interval = f"{m['low']:.3f} to {m['high']:.3f}"
-        print(f"{name:<16}{m['score']:>8.3f}{interval:>20}{m['n']:>8}")
+        print(f"{printable(name):<28}{m['score']:>8.3f}{interval:>20}{m['n']:>8}")
     if knobs.out:
         with new_folder(Path(knobs.out)) as folder:
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

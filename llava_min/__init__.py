@@ -1,16 +1,21 @@
 """LLaVA-1.5 in plain PyTorch: `load` a checkpoint, `generate` or `stream` an answer about a picture.
 
 The functions share their names with the modules that hold them, and the import system puts a module, once it
-is imported, under its name into the package. Here the function always stands, whatever was imported first; and
-torch is imported only when one is used.
+is imported, under its name into the package. Here the function always stands, whatever was imported first;
+and torch is imported only when one is used.
 """
 
+import os
 import sys
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 from llava_min.cli import UserError
+
+# Large blocks in huge pages: weights are read once per token on CPU, and with small pages the address look-ups cost a
+# fifth of that. PyTorch reads it at its first allocation.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __all__ = ["UserError", "generate", "load", "new_cache", "save", "stream"]
 _HOMES = {"load": "llava_min.load", "save": "llava_min.load", "generate": "llava_min.generate",

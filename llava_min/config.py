@@ -274,7 +274,8 @@ class LlavaConfig:
     def _checked(self, f: Fields) -> "LlavaConfig":
         n = self.vision.num_hidden_layers
         if not -n - 1 <= self.vision_feature_layer <= n:
-            f.fail("vision_feature_layer", self.vision_feature_layer, f"{-n - 1} to {n}, the tower's {n} blocks")
+            layer = self.vision_feature_layer
+            f.fail("vision_feature_layer", layer, f"{-n - 1} to {n}: the tower has {n} blocks")
         if self.image_token_id >= self.text.vocab_size:
             f.fail("image_token_index", self.image_token_id, f"an id below vocab_size {self.text.vocab_size}")
         return self

@@ -1,4 +1,4 @@
-"""The one place that builds a ready model: config -> modules on meta -> weights -> adapter; and its processor.
+"""Where a ready model is built: config -> modules on meta -> weights -> adapter, and its processor.
 
 Everything that can be wrong with a checkpoint's small files is found before its weights are read.
 """
@@ -34,9 +34,10 @@ def load(source: str, *, dtype: str | torch.dtype = "auto", device: str | torch.
     """A ready model and its processor.
 
     source: a folder in the layout of llava-hf or of the original LLaVA-1.5, a hub id, or "tiny", the bundled
-    one. dtype: "auto", "fp32", "bf16", "fp16" or a torch.dtype; auto is what the checkpoint stores, but on CPU
-    fp32 for small models and bf16 for large ones. device: "auto" takes the GPU where there is one. adapter: a PEFT
-    folder, applied unmerged. image_aspect_ratio: "pad" or "crop", None for what the checkpoint records.
+    one. dtype: "auto", "fp32", "bf16", "fp16" or a torch.dtype; auto is what the checkpoint stores, but on
+    CPU fp32 for small models and bf16 for large ones. device: "auto" takes the GPU where there is one.
+    adapter: a PEFT folder, applied unmerged. image_aspect_ratio: "pad" or "crop", None for what the
+    checkpoint records.
     Raises UserError, in one line, for whatever is wrong with the files.
     """
     folder = TINY if str(source) == "tiny" else find_folder(str(source), revision)
@@ -111,7 +112,7 @@ def fresh(config: LlavaConfig, dtype: torch.dtype = torch.float32, seed: int = 0
 
 
 def read_config(folder: Path) -> tuple[LlavaConfig, Path | None]:
-    """The config, and for the original layout the folder of its CLIP tower, None where its shapes are known."""
+    """The config, and for the original layout its tower's folder, None where the tower's shapes are known."""
     path = folder / "config.json"
     config = LlavaConfig.from_hf(read_json(path), str(path))
     path_to_stops = folder / "generation_config.json"  # chat models name their end-of-turn token only there
@@ -152,8 +153,8 @@ def build_processor(folder: Path, config: LlavaConfig, clip_folder: Path | None,
     if tokenizer.token_id("<image>") is None:
         tokenizer.add_special("<image>", config.image_token_id)
     if tokenizer.token_id("<image>") != config.image_token_id:
-        raise UserError(f"{folder}: image_token_index is {config.image_token_id} in config.json but <image> is "
-                        f"{tokenizer.token_id('<image>')} in the tokenizer; correct one of them")
+        raise UserError(f"{folder}: image_token_index is {config.image_token_id} in config.json but <image> "
+                        f"is {tokenizer.token_id('<image>')} in the tokenizer; correct one of them")
     if len(tokenizer) > config.text.vocab_size:
         raise UserError(f"{folder}: the tokenizer knows {len(tokenizer)} tokens but vocab_size is "
                         f"{config.text.vocab_size}; the tokenizer belongs to another model")
@@ -187,8 +188,8 @@ def read_image_config(folder: Path, config: LlavaConfig, clip_folder: Path | Non
             data = read_json(path)
         images = ImageConfig.from_hf(data, str(path))
     if images.size != config.vision.image_size:
-        raise UserError(f"{path}: pictures are made {images.size} pixels wide but image_size in config.json is "
-                        f"{config.vision.image_size}; correct one of them")
+        raise UserError(f"{path}: pictures are made {images.size} pixels wide but image_size in config.json "
+                        f"is {config.vision.image_size}; correct one of them")
     if aspect is None and images.aspect is None:
         note(f"{folder}: does not record image_aspect_ratio; taking pad, how LLaVA-1.5 was tuned "
              "(crop is what transformers does)")
@@ -196,7 +197,7 @@ def read_image_config(folder: Path, config: LlavaConfig, clip_folder: Path | Non
 
 
 def pick_template(folder: Path, tokenizer: Tokenizer) -> str:
-    """The template that the checkpoint records, or whose marks stand in its jinja text, which is never run."""
+    """The template the checkpoint records, or whose marks stand in its jinja text, which is never run."""
     jinja = folder / "chat_template.jinja"
     if jinja.exists():
         check_file(jinja)
@@ -204,8 +205,8 @@ def pick_template(folder: Path, tokenizer: Tokenizer) -> str:
     else:
         files = (read_optional(folder / name) for name in ("chat_template.json", "tokenizer_config.json"))
         text = next((data["chat_template"] for data in files if data.get("chat_template")), None)
-    config, processor_config = read_json(folder / "config.json"), read_optional(folder / "processor_config.json")
-    return choose(config, processor_config, text, tokenizer)
+    recorded = read_optional(folder / "processor_config.json")
+    return choose(read_json(folder / "config.json"), recorded, text, tokenizer)
 
 
 def pick_device(device: str | torch.device) -> torch.device:

@@ -9,6 +9,9 @@ from typing import Any
 from llava_min.cli import note
 
 
+SHORT = {"grad_norm": "grad", "tokens_per_s": "tok/s", "rows_per_s": "rows/s"}  # the line fits 80 columns
+
+
 class Log:
     """Progress on stderr and `metrics.jsonl` in the run folder."""
 
@@ -25,7 +28,7 @@ class Log:
         """Record the numbers of an optimizer step and show them: one line that is drawn over on a terminal."""
         seconds = time.perf_counter() - self.start
         self.write(step=step, seconds=round(seconds, 3), **values)
-        shown = " · ".join(f"{name.replace('_', ' ')} {brief(value)}" for name, value in values.items())
+        shown = " · ".join(f"{SHORT.get(name, name)} {brief(value)}" for name, value in values.items())
         left = clock(seconds / step * (self.total - step))
         line = f"step {step}/{self.total} · {shown} · {left} left"
         print(f"\r{line}\033[K" if self.tty else line, end="" if self.tty else "\n", file=sys.stderr, flush=True)
@@ -38,7 +41,7 @@ class Log:
 
 
 def brief(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:.2g}" if abs(value) < 0.01 else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def clock(seconds: float) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llava_min.cli import UserError, printable
 from llava_min.files import read_json, write_json
-from llava_min.weights import READ, is_finite, open_file, save_tensors, translate
+from llava_min.weights import FLOATS, READ, is_finite, open_file, save_tensors, translate
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a decoder block
 PEFT = "base_model.model."
@@ -89,8 +89,8 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder: Path, base: str) 
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": config.r,
         "lora_alpha": config.alpha, "lora_dropout": config.dropout, "bias": "none",
         "target_modules": rf".*language_model\..*\.({'|'.join(config.targets)})", "modules_to_save": saved,
-        "use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "fan_in_fan_out": False,
-        "init_lora_weights": True, "inference_mode": True})
+        "use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
+        "fan_in_fan_out": False, "init_lora_weights": True, "inference_mode": True})
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
@@ -98,11 +98,8 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     apply_adapter(model, *read_adapter(model, folder))
 
 
-def read_adapter(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
-    """The adapter of `folder`, our name -> tensor, checked against `model`, which may still be on meta."""
-    if any(isinstance(m, LoRALinear) for m in model.modules()):
-        raise UserError(f"{folder}: the model has an adapter already; load the base anew")
-    path = folder / "adapter_config.json"
+def read_config(path: Path) -> LoRAConfig:
+    """`adapter_config.json`; what would change the result and is not implemented is refused by name."""
     data = read_json(path)
     for key, *plain in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("use_rslora", False),
                         ("fan_in_fan_out", False), ("rank_pattern", {}), ("alpha_pattern", {}),
@@ -114,18 +111,26 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict[str, 
                             "give an adapter without it")
     r, alpha = data.get("r"), data.get("lora_alpha", 8)
     if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not 0 < abs(alpha) < 1e6:
-        raise UserError(f"{path}: r is {reprlib.repr(r)} and lora_alpha {reprlib.repr(alpha)}, expected a whole "
-                        "number from 1 and a number other than 0; the file is damaged")
+        raise UserError(f"{path}: r is {reprlib.repr(r)} and lora_alpha {reprlib.repr(alpha)}, expected a "
+                        "whole number from 1 and a number other than 0; the file is damaged")
+    return LoRAConfig(r, alpha)
+
+
+def read_adapter(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """The adapter of `folder`, our name -> tensor, checked against `model`, which may still be on meta."""
+    if any(isinstance(m, LoRALinear) for m in model.modules()):
+        raise UserError(f"{folder}: the model has an adapter already; load the base anew")
+    config = read_config(folder / "adapter_config.json")
     files = [p for end in ("safetensors", "bin") if (p := folder / f"adapter_model.{end}").exists()][:1]
     if not files:
         raise UserError(f"{folder}: no adapter_model.safetensors; give the folder of a PEFT adapter")
     if (projector := folder / "non_lora_trainables.bin").exists():  # where the original LLaVA keeps it
         files.append(projector)
-    own = dict(model.named_parameters())
-    want = {name: tuple(p.shape) for name, p in own.items()}
+    want = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for name, m in model.named_modules():
         if hasattr(m, "in_features"):
-            want[f"{name}.lora_A.weight"], want[f"{name}.lora_B.weight"] = (r, m.in_features), (m.out_features, r)
+            want[f"{name}.lora_A.weight"] = (config.r, m.in_features)
+            want[f"{name}.lora_B.weight"] = (m.out_features, config.r)
     tensors: dict[str, Tensor] = {}
     for file in files:
         handle = open_file(file)
@@ -140,15 +145,20 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict[str, 
             if tensor.shape != want[name]:
                 raise UserError(f"{where} is {list(tensor.shape)}, expected {list(want[name])}; "
                                 "the adapter has another rank or base")
-            if not tensor.is_floating_point() or not is_finite(tensor):
-                raise UserError(f"{where} holds integers, NaN or infinity; the file is damaged")
+            if str(tensor.dtype) not in FLOATS or not is_finite(tensor):
+                raise UserError(f"{where} holds {tensor.dtype}, NaN or infinity; the file is damaged")
             tensors[name] = tensor
     halves = {f"{path}.lora_{x}.weight" for path in lora_paths(tensors) for x in "AB"}
     if half := sorted(halves - tensors.keys()):
         raise UserError(f"{files[0]}: {half[0]} is missing and its other half is there; the file is damaged")
     if not halves:
         raise UserError(f"{files[0]}: no LoRA tensor; give the folder of a PEFT adapter")
-    return LoRAConfig(r, alpha), tensors
+    saved = read_json(folder / "adapter_config.json").get("modules_to_save") or []
+    for module in saved if isinstance(saved, list) else [saved]:
+        if not any(str(module) in name.split(".") for name in tensors.keys() - halves):
+            raise UserError(f"{files[0]}: no tensor of {printable(module)[:200]}, which modules_to_save names; "
+                            "the file is damaged")
+    return config, tensors
 
 
 def lora_paths(tensors: dict[str, Tensor]) -> list[str]:

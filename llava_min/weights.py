@@ -1,8 +1,8 @@
 """Weights in and out: four published name layouts, safetensors or `.bin`, sharded or not, folder or hub.
 
 Names cross in one table of prefixes, read in every layout and written in the one that every reader accepts
-(llava-hf as transformers 4.36 wrote it). Every tensor is accounted for. A model is built on the meta device and
-its tensors are copied in piece by piece, so the peak is the model itself, whatever the dtype asked.
+(llava-hf as transformers 4.36 wrote it). Every tensor is accounted for. A model is built on the meta device
+and its tensors are copied in piece by piece, so the peak is the model itself, whatever the dtype asked.
 """
 
 import math
@@ -73,6 +73,9 @@ class Entry:
     shape: tuple[int, ...]
     dtype: str  # as the file calls it
 
+    def __str__(self) -> str:
+        return f"{self.path}: {printable(self.name)[:200]}"
+
 
 def find_files(folder: Path) -> list[Path]:
     """The weight files of a folder, shards by their index; safetensors before `.bin`."""
@@ -128,9 +131,8 @@ def read_entries(paths: Iterable[Path], ignored: re.Pattern = TABLES) -> dict[st
             if ours is None:
                 unknown.append(name)
             elif ours in entries:
-                other = entries[ours]
-                raise UserError(f"{path}: {printable(name)} and {printable(other.name)} in {other.path.name} "
-                                "are the same tensor; keep one")
+                raise UserError(f"{entries[ours]} is the same tensor as {printable(name)[:200]} in {path.name}; "
+                                "keep one")
             elif path.suffix == ".bin":
                 entries[ours] = Entry(path, name, tuple(file[name].shape), str(file[name].dtype))
             else:
@@ -166,7 +168,7 @@ def check_entries(entries: dict[str, Entry], model: nn.Module, rows: dict[str, i
 
 def _some(names: list[str], most: int = 6) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} tensors ({', '.join(printable(n)[:100] for n in names[:most])}{more})"
+    return f"{len(names)} tensor(s) ({', '.join(printable(n)[:100] for n in names[:most])}{more})"
 
 
 def read_tensors(entries: dict[str, Entry]) -> Iterator[tuple[str, int, Tensor]]:
@@ -185,7 +187,8 @@ def read_tensors(entries: dict[str, Entry]) -> Iterator[tuple[str, int, Tensor]]
             del whole, part
 
 
-def load_weights(model: nn.Module, entries: dict[str, Entry], dtype: torch.dtype, device: torch.device) -> None:
+def load_weights(model: nn.Module, entries: dict[str, Entry], dtype: torch.dtype,
+                 device: torch.device) -> None:
     """Fill `model`, built on meta, with the tensors of `entries`, which `check_entries` has passed.
 
     Raises UserError for a value that is not finite in `dtype`, and a tied head that is not the embedding.
@@ -197,16 +200,16 @@ def load_weights(model: nn.Module, entries: dict[str, Entry], dtype: torch.dtype
             new = torch.empty(shapes[name], dtype=dtype, device=device)
             set_parameter(model, name, new)
         if not is_finite(new[row : row + len(part)].copy_(part)):
-            raise UserError(f"{entries[name].path}: {printable(entries[name].name)} holds NaN, infinity or numbers "
-                            f"too large for {NAMES[dtype]}; load it in another dtype, or download it again")
+            raise UserError(f"{entries[name]} holds NaN, infinity or numbers too large for {NAMES[dtype]}; "
+                            "load it in another dtype, or download it again")
         filled = entries[name].shape[0]
-        if row + len(part) == filled < len(new):  # rows for added tokens are about the mean, as the converter's
+        if row + len(part) == filled < len(new):  # rows for added tokens, about where the converter puts them
             new[filled:] = new[:filled].mean(0, dtype=torch.float32)
     model.tie_weights()
     for name, row, part in read_tensors(tied):
         if not torch.equal(part.to(device, dtype), model.get_parameter(name)[row : row + len(part)]):
-            raise UserError(f"{entries[name].path}: {printable(entries[name].name)} differs from the embedding, "
-                            "but config.json says tie_word_embeddings; correct one of them")
+            raise UserError(f"{entries[name]} differs from the embedding, but config.json says "
+                            "tie_word_embeddings; correct one of them")
 
 
 def is_finite(x: Tensor) -> bool:
@@ -238,7 +241,8 @@ def save_weights(state: dict[str, Tensor], folder: Path, dtype: torch.dtype | No
     if len(shards) > 1:
         total = sum(map(size, state.values()))
         places = {n: file for file, shard in zip(names, shards) for n in shard}
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+        write_json(folder / "model.safetensors.index.json",
+                   {"metadata": {"total_size": total}, "weight_map": places})
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

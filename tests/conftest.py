@@ -1,4 +1,4 @@
-"""What the tests of the spine share: tiny random models of every kind that is read, each twice, ours and transformers'."""
+"""What the tests of the spine share: tiny random models of every kind that is read, ours and transformers'."""
 
 import io
 import json
@@ -20,11 +20,13 @@ PATCHES = 4
 VISION = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=48, num_hidden_layers=3,
               num_attention_heads=4, image_size=28, patch_size=14, projection_dim=16)
 TEXT = dict(model_type="llama", vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, rms_norm_eps=1e-5, pad_token_id=PAD)
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, rms_norm_eps=1e-5,
+            pad_token_id=PAD)
 KINDS = {  # every decoder that is read, as changes of TEXT
     "llama": {},
     "mistral": dict(model_type="mistral", num_key_value_heads=2, rope_theta=1e6, sliding_window=64),
-    "qwen2": dict(model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=[2, 3]),
+    "qwen2": dict(model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1,
+                  eos_token_id=[2, 3]),
     "llama3": dict(num_key_value_heads=1, rope_theta=500000.0),
     "head_dim": dict(head_dim=16, num_key_value_heads=2),
 }
@@ -38,18 +40,23 @@ def one_thread():
 def hf_config(kind: str = "llama", **top) -> dict:
     """The config.json of a tiny llava-hf model."""
     text = {**TEXT, **KINDS[kind]}
-    return {"model_type": "llava", "vision_config": dict(VISION), "text_config": text, "image_token_index": IMAGE,
-            "image_seq_length": PATCHES, "vision_feature_layer": -2, "vision_feature_select_strategy": "default", **top}
+    return {"model_type": "llava", "vision_config": dict(VISION), "text_config": text,
+            "image_token_index": IMAGE,
+            "image_seq_length": PATCHES, "vision_feature_layer": -2,
+            "vision_feature_select_strategy": "default", **top}
 
 
 def their_model(kind: str = "llama", seed: int = 0, **top):
-    """transformers' model, every parameter random, biases and norms too, and large enough that logits are far apart."""
-    transformers = pytest.importorskip("transformers", reason="the oracle of this test; pip install -e '.[test]'")
-    model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**hf_config(kind, **top))).eval()
+    """transformers' model, every parameter random, biases and norms too, so large that logits are far apart."""
+    transformers = pytest.importorskip("transformers",
+                                       reason="the oracle of this test; pip install -e '.[test]'")
+    model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**hf_config(kind,
+                                                                                            **top))).eval()
     g = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=g)
-        p.data = (noise * p[0].numel() ** -0.5 if p.dim() > 1 else ("norm" in name and "bias" not in name) + 0.3 * noise)
+        p.data = (noise * p[0].numel() ** -0.5 if p.dim() > 1
+                  else ("norm" in name and "bias" not in name) + 0.3 * noise)
     model.tie_weights()
     return model.requires_grad_(False)
 
@@ -57,7 +64,8 @@ def their_model(kind: str = "llama", seed: int = 0, **top):
 def our_model(theirs) -> Llava:
     """The same model as ours, through no code of weights.py."""
     model = Llava(LlavaConfig.from_hf(theirs.config.to_dict())).eval()
-    model.load_state_dict({n.removeprefix("model.").replace("encoder.", ""): x for n, x in theirs.state_dict().items()})
+    model.load_state_dict({n.removeprefix("model.").replace("encoder.", ""): x
+                           for n, x in theirs.state_dict().items()})
     return model.requires_grad_(False)
 
 
@@ -90,7 +98,8 @@ def spm() -> bytes:
     words = "USER: ASSISTANT: what is in the picture a red circle left of two blue squares ? . ,".split()
     lines = [" ".join(rng.choices(words, k=12)) for _ in range(200)]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=out, model_type="bpe", vocab_size=PIECES, byte_fallback=True,
+        sentence_iterator=iter(lines), model_writer=out, model_type="bpe", vocab_size=PIECES,
+        byte_fallback=True,
         normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, num_threads=1)
     return out.getvalue()
 
@@ -98,18 +107,22 @@ def spm() -> bytes:
 def write_processor(folder: Path, spm: bytes) -> None:
     """The small files of a llava-hf folder beside config.json and the weights."""
     names = ("<image>", "<pad>", "<|im_start|>", "<|im_end|>")  # the last two are for Qwen's template
-    added = {str(IMAGE + i): {"content": name, "special": True, "normalized": False} for i, name in enumerate(names)}
+    added = {str(IMAGE + i): {"content": name, "special": True, "normalized": False}
+             for i, name in enumerate(names)}
     (folder / "tokenizer.model").write_bytes(spm)
     (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+        "tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>", "eos_token": "</s>",
+        "unk_token": "<unk>",
         "pad_token": "<pad>", "added_tokens_decoder": added}))
     (folder / "preprocessor_config.json").write_text(json.dumps({
-        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28},
-        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711], "do_pad": False}))
+        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 28},
+        "crop_size": {"height": 28, "width": 28},
+        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "do_pad": False}))
 
 
 def write_folder(folder: Path, spm: bytes, theirs, rename=lambda name: name) -> Path:
-    """A llava-hf folder of `theirs` whose tensors are named by `rename` from transformers' names in memory."""
+    """A llava-hf folder of `theirs`, its tensors named by `rename` from transformers' names in memory."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)

@@ -39,10 +39,12 @@ def test_the_answers_are_the_same_whatever_the_batch_and_the_order_that_of_the_r
 
 
 def test_the_script_writes_predictions_and_metrics(data, tmp_path, capsys):
-    script.main(["--data", str(data), "--out", str(tmp_path / "out"), "--max-new-tokens", "8", "--device", "cpu"])
+    script.main(["--data", str(data), "--out", str(tmp_path / "out"), "--max-new-tokens", "8", "--device", "cpu", "--by", "kind"])
     rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
     table = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert len(rows) == 18 and set(rows[0]) == {"id", "prompt", "prediction", "references", "scores"}
+    assert set(table) == {"exact_match", *(f"exact_match {kind}" for kind in toy.KINDS)}
+    assert table["exact_match colour"]["n"] == 3
     found = table["exact_match"]
     assert found["n"] == 18 and found["score"] == pytest.approx(sum(r["scores"]["exact_match"] for r in rows) / 18)
     assert found["low"] <= found["score"] <= found["high"]

@@ -1,4 +1,4 @@
-"""llama.py: transformers' hidden states for every decoder, and the same whatever the cache, the padding and the branches."""
+"""llama.py: transformers' hidden states for every decoder; the same whatever the cache, padding and branches."""
 
 import itertools
 
@@ -57,7 +57,8 @@ def test_hidden_states_equal_transformers(kind):
     x, real = batch(pads=(0, 7))
     for real in (torch.ones_like(real), real):
         positions = (real.cumsum(-1) - 1).clamp(min=0)
-        expected = theirs(inputs_embeds=x, attention_mask=real.long(), position_ids=positions).last_hidden_state
+        expected = theirs(inputs_embeds=x, attention_mask=real.long(),
+                          position_ids=positions).last_hidden_state
         assert ((uncached(ours, x, real) - expected)[real]).abs().max() <= 1e-5
     blocks = []  # and before the last norm, whose weights could hide a scale
     for layers in (ours.layers, theirs.layers):
@@ -73,23 +74,29 @@ def test_rotary_angles_far_out(theta):
 
     config = config_of("llama", rope_theta=theta, head_dim=64, max_position_embeddings=1 << 17)
     positions = torch.tensor([[0, 1, 577, 4095, 131071]])
-    theirs = rope.LlamaRotaryEmbedding(LlamaConfig(hidden_size=256, num_attention_heads=4, rope_parameters={"rope_type": "default", "rope_theta": theta}))
+    theirs = rope.LlamaRotaryEmbedding(LlamaConfig(hidden_size=256, num_attention_heads=4,
+                                                   rope_parameters={"rope_type": "default",
+                                                                    "rope_theta": theta}))
     minus = torch.tensor([-1.0] * 32 + [1.0] * 32)  # ours has the sign of rotate_half in its sines
-    for got, expected, sign in zip(rotary(positions, config, torch.float32), theirs(torch.zeros(1), positions), (1, minus)):
+    for got, expected, sign in zip(rotary(positions, config, torch.float32),
+                                   theirs(torch.zeros(1), positions), (1, minus)):
         expected = expected * sign
-        # fp32 angles of 1e5 are known to 0.01; both sides round alike but for the last bits of the frequencies
-        assert (got[:, 0, :4] - expected[:, :4]).abs().max() <= 2e-3 and (got[:, 0] - expected).abs().max() <= 0.05
+        # angles of 1e5 are known to 0.01 in fp32; both sides round alike but for the frequencies' last bits
+        assert (got[:, 0, :4] - expected[:,
+                                         :4]).abs().max() <= 2e-3 and (got[:,
+                                                                           0] - expected).abs().max() <= 0.05
 
 
 @pytest.mark.parametrize("cuts", [(), (1,), (10, 14, 15, 16), (1, 2, 3), (5, 19)], ids=str)
 @pytest.mark.parametrize("pads", [(), (3, 0), (0, 9)], ids=str)
 @pytest.mark.parametrize("static", [False, True])
 def test_cached_is_uncached(decoder, cuts, pads, static):
-    """The row in pieces of every kind: one prompt, a prompt and steps, a second prompt after the first (a chat)."""
+    """The row in pieces of every kind: one prompt, a prompt and steps, two prompts as in a chat."""
     x, real = batch(pads=pads)
     cuts = tuple(c for c in cuts if c > max((0, *pads)))  # padding is at the start of the first piece only
     expected, cache = uncached(decoder, x, real), new_cache(decoder, static=static)
-    pieces = [step(decoder, cache, x[:, a:b], real[:, a:b] if a == 0 else None) for a, b in itertools.pairwise((0, *cuts, T))]
+    pieces = [step(decoder, cache, x[:, a:b], real[:, a:b] if a == 0 else None)
+              for a, b in itertools.pairwise((0, *cuts, T))]
     assert (torch.cat(pieces, 1) - expected)[real].abs().max() <= 1e-5
     assert cache.length == T and torch.equal(cache.positions, real.sum(-1))
 
@@ -111,7 +118,8 @@ def test_branches_go_on_from_one_prompt(decoder, pads, n):
     rows[0] = rows[n - 1]
     cache.reorder(rows)
     last = torch.randn(2 * n, 1, TEXT["hidden_size"])
-    expected = uncached(decoder, torch.cat([whole[rows], last], 1), torch.cat([seen, seen[:, :1] | True], 1))[:, -1:]
+    expected = uncached(decoder, torch.cat([whole[rows], last], 1),
+                        torch.cat([seen, seen[:, :1] | True], 1))[:, -1:]
     assert (step(decoder, cache, last) - expected).abs().max() <= 1e-5
 
 

@@ -1,4 +1,4 @@
-"""llava.py: features, logits and loss of transformers for every decoder, whatever is in the batch and how it is padded."""
+"""llava.py: features, logits and loss of transformers for every decoder, whatever the batch and its padding."""
 
 import pytest
 import torch
@@ -114,12 +114,25 @@ def test_gradients_are_transformers_gradients():
     labels = labels_of(ids, [20, 15])
     theirs(input_ids=ids, pixel_values=px, labels=labels).loss.mul((labels[:, 1:] != IGNORE).sum()).backward()
     ours.loss(ids, labels, px).backward()
-    expected = {n.removeprefix("model.").replace("encoder.", ""): p.grad for n, p in theirs.named_parameters()}
+    expected = {n.removeprefix("model.").replace("encoder.", ""): p.grad
+                for n, p in theirs.named_parameters()}
     for name, p in ours.named_parameters():
         if name.startswith(("vision_tower.layers.2.", "vision_tower.post_layernorm")):
             assert p.grad is None  # not read
         else:
             assert (p.grad - expected[name]).norm() <= 1e-4 * expected[name].norm() + 1e-5, name
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_training_on_padded_rows_is_the_same_forward(kind):
+    """Attention takes another path where gradients are wanted."""
+    ours = our_model(their_model(kind))
+    ids, px = rows(0, 2), pixels(2)
+    for side in (slice(0, 4), slice(16, 20), slice(0, 0)):
+        mask = torch.ones_like(ids)
+        mask[0, side] = 0
+        plain = ours.requires_grad_(False)(ids, px, mask)
+        assert difference(ours.requires_grad_(True)(ids, px, mask), plain) <= 1e-5
 
 
 def test_a_batch_that_teaches_nothing_has_loss_zero(pair):
@@ -146,7 +159,8 @@ def test_the_head_is_tied_where_the_config_says_so(kind):
 
 @pytest.mark.parametrize("pictures, given", [((1,), 2), ((2,), 1), ((0,), 1), ((1, 1), 3)])
 def test_placeholders_are_counted(pair, pictures, given):
-    with pytest.raises(UserError, match=f"{PATCHES * sum(pictures)} image tokens for {given} pictures of {PATCHES} each"):
+    found = PATCHES * sum(pictures)
+    with pytest.raises(UserError, match=f"{found} image tokens for {given} pictures of {PATCHES} each"):
         pair[1](rows(*pictures), pixels(given))
 
 

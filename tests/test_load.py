@@ -1,4 +1,5 @@
-"""load.py and the package: one call gives a ready model, and what is wrong with a small file is found before weights are read."""
+"""load.py and the package: one call gives a ready model; what is wrong with a small file is found before weights
+are read."""
 
 import json
 import shutil
@@ -51,7 +52,7 @@ ORDERS = [
     "import llava_min.generate, llava_min.load",
     "from llava_min.generate import generate, stream; from llava_min import load",
     "from llava_min import generate; import llava_min.generate",
-    "import importlib; importlib.import_module('llava_min.load'); importlib.reload(sys.modules['llava_min.load'])",
+    "import importlib, llava_min.load; importlib.reload(sys.modules['llava_min.load'])",
     "from llava_min import *; from llava_min.load import *",
     "import llava_min.load as f; assert f is llava_min.load",
 ]
@@ -67,10 +68,11 @@ for order in sys.argv[1:]:
         exec(order)
         import llava_min
         from llava_min import generate, load, stream
-        for f, name in ((llava_min.load, "load"), (llava_min.generate, "generate"), (llava_min.stream, "stream"), (load, "load")):
+        for f, name in ((llava_min.load, "load"), (llava_min.generate, "generate"), (llava_min.stream, "stream"),
+                        (load, "load"), (generate, "generate"), (stream, "stream")):
             assert callable(f) and not isinstance(f, type(sys)) and f.__name__ == name, (order, f)
         assert llava_min.UserError is sys.modules["llava_min.cli"].UserError
-        assert not hasattr(llava_min, "nonsense") and all(hasattr(llava_min, name) for name in llava_min.__all__)
+        assert all(hasattr(llava_min, name) for name in llava_min.__all__) and not hasattr(llava_min, "nonsense")
         os._exit(0)
     assert os.wait()[1] == 0, order
 """
@@ -87,7 +89,8 @@ def test_the_package_and_its_flags_come_without_torch():
 
 def test_the_page_of_the_interface(folder):
     model, processor = llava_min.load(folder, dtype="bf16", device="cpu")
-    batch = processor("USER: <image>\nwhat is in the picture? ASSISTANT:", images=Image.new("RGB", (40, 30), "red"))
+    batch = processor("USER: <image>\nwhat is in the picture? ASSISTANT:",
+                      images=Image.new("RGB", (40, 30), "red"))
     assert model(**batch).shape == (1, batch["input_ids"].shape[1], 384) and model.dtype == torch.bfloat16
     ids = llava_min.generate(model, batch, max_new_tokens=4, min_new_tokens=4)
     assert len(ids) == 1 and len(ids[0]) == 4 and isinstance(processor.decode(ids[0]), str)
@@ -102,12 +105,15 @@ def test_the_bundled_tiny_model():
 
 
 def test_dtypes(folder):
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16), (torch.float16, torch.float16), ("auto", torch.float32)):
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16),
+                        (torch.float16, torch.float16), ("auto", torch.float32)):
         model, _ = llava_min.load(folder, dtype=name, device="cpu")
-        assert {p.dtype for p in model.parameters()} == {dtype} and {p.device for p in model.parameters()} == {CPU}
+        assert {p.dtype
+                for p in model.parameters()} == {dtype} and {p.device for p in model.parameters()} == {CPU}
     small, big = (torch.nn.Linear(1000, n, bias=False, device="meta") for n in (500_000, 500_001))
     assert pick_dtype("auto", small, CPU) == torch.float32 and pick_dtype("auto", big, CPU) == torch.bfloat16
-    on_gpu = [pick_dtype("auto", on_meta(LlavaConfig.from_hf(hf_config(dtype=d))), torch.device("cuda")) for d in ("float32", "bfloat16", None)]
+    on_gpu = [pick_dtype("auto", on_meta(LlavaConfig.from_hf(hf_config(dtype=d))), torch.device("cuda"))
+              for d in ("float32", "bfloat16", None)]
     assert on_gpu == [torch.float32, torch.bfloat16, torch.float16]  # as stored
     for bad in ("fp8", "int8", "", None, 16, torch.float64, torch.int8, ["fp32"]):
         with pytest.raises(UserError, match="dtype: .*auto, fp32, bf16, fp16"):
@@ -119,7 +125,7 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto") == CPU
     for bad in ("cuda", "cuda:0", torch.device("cuda")):
-        with pytest.raises(UserError, match="no CUDA GPU"):
+        with pytest.raises(UserError, match="torch finds no CUDA GPU"):
             pick_device(bad)
     for bad in ("gpu", "", "cuda:x", None, "cpu "):
         with pytest.raises(UserError, match="is not a device"):
@@ -132,11 +138,15 @@ def test_devices(monkeypatch):
 
 
 def test_fresh_is_seeded_and_ready():
-    a, b, c = (fresh(LlavaConfig.from_hf(hf_config(kind)), seed=seed) for kind, seed in (("qwen2", 1), ("qwen2", 1), ("qwen2", 2)))
-    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters())) and not torch.equal(a.lm_head.weight, c.lm_head.weight)
+    a, b, c = (fresh(LlavaConfig.from_hf(hf_config(kind)), seed=seed)
+               for kind, seed in (("qwen2", 1), ("qwen2", 1), ("qwen2", 2)))
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(),
+                                                 b.parameters())) and not torch.equal(a.lm_head.weight,
+                                                                                      c.lm_head.weight)
     assert a.lm_head.weight is a.language_model.embed_tokens.weight and not a.training
     flat = {n: p for n, p in a.named_parameters() if p.dim() == 1}
-    assert all((p == (0 if n.endswith("bias") else 1)).all() for n, p in flat.items() if "class_embedding" not in n)
+    assert all((p == (0 if n.endswith("bias") else 1)).all()
+               for n, p in flat.items() if "class_embedding" not in n)
     assert abs(a.lm_head.weight.std() * 32**0.5 - 1) < 0.03 and a(rows(1), pixels(1)).isfinite().all()
     state = torch.get_rng_state()
     on_meta(a.config)
@@ -162,8 +172,10 @@ def aspect_of(folder: Path, capsys, **options) -> tuple[str, int]:
 
 
 @pytest.mark.parametrize("recorded, taken, said", [
-    ({"do_pad": ..., "image_aspect_ratio": ...}, "pad", 1), ({"do_pad": True}, "pad", 0), ({"do_pad": False}, "crop", 0), ({"do_pad": None}, "pad", 1),
-    ({"do_pad": ..., "image_aspect_ratio": "pad"}, "pad", 0), ({"do_pad": ..., "image_aspect_ratio": "crop"}, "crop", 0),
+    ({"do_pad": ..., "image_aspect_ratio": ...}, "pad", 1), ({"do_pad": True}, "pad", 0),
+    ({"do_pad": False}, "crop", 0), ({"do_pad": None}, "pad", 1),
+    ({"do_pad": ..., "image_aspect_ratio": "pad"}, "pad", 0),
+    ({"do_pad": ..., "image_aspect_ratio": "crop"}, "crop", 0),
     ({"do_pad": ..., "image_aspect_ratio": "square"}, "crop", 0)])
 def test_the_aspect_is_what_is_recorded_and_else_pad(folder, capsys, recorded, taken, said):
     change(folder / "preprocessor_config.json", **recorded)
@@ -182,15 +194,18 @@ def test_transformers_of_today_saves_the_settings_elsewhere(folder, tmp_path, ca
     transformers = pytest.importorskip("transformers", reason="writes the folder that is read here")
     tokenizer = transformers.LlamaTokenizer.from_pretrained(folder)
     for pad in (True, False):
-        images = transformers.LlavaImageProcessorPil(do_pad=pad, size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-        saved = shutil.copytree(folder, tmp_path / f"{pad}", ignore=shutil.ignore_patterns("tokenizer*", "preprocessor*"))
+        images = transformers.LlavaImageProcessorPil(do_pad=pad, size={"shortest_edge": 28},
+                                                     crop_size={"height": 28, "width": 28})
+        saved = shutil.copytree(folder, tmp_path / f"{pad}",
+                                ignore=shutil.ignore_patterns("tokenizer*", "preprocessor*"))
         transformers.LlavaProcessor(images, tokenizer, patch_size=14, num_additional_image_tokens=1,
                                     vision_feature_select_strategy="default").save_pretrained(saved)
         assert not (saved / "preprocessor_config.json").exists()
         assert aspect_of(saved, capsys) == ("pad" if pad else "crop", 0)
         _, processor = llava_min.load(saved, device="cpu")
         picture = Image.linear_gradient("L").resize((50, 30))
-        assert torch.equal(to_pixels(picture, processor.image_config), images(picture, return_tensors="pt").pixel_values[0])
+        assert torch.equal(to_pixels(picture, processor.image_config),
+                           images(picture, return_tensors="pt").pixel_values[0])
 
 
 @pytest.mark.parametrize("key, taken", [(..., "crop"), (None, "crop"), ("square", "crop"), ("pad", "pad")])
@@ -204,9 +219,11 @@ def test_the_original_records_the_aspect_in_config_json(spm, tmp_path, capsys, k
         (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(
             {"size": 28, "crop_size": 28, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.2]}))
     assert aspect_of(folder, capsys) == (taken, 0)
-    _, processor = llava_min.load(folder, device="cpu", image_aspect_ratio="crop" if taken == "pad" else "pad")
+    _, processor = llava_min.load(folder, device="cpu",
+                                  image_aspect_ratio="crop" if taken == "pad" else "pad")
     assert processor.image_config.aspect != taken
-    assert processor.image_config.mean[0] == (0.5 if clip_settings else 0.48145466) and processor.image_config.size == 28
+    assert processor.image_config.mean[0] == (0.5 if clip_settings
+                                              else 0.48145466) and processor.image_config.size == 28
 
 
 def test_a_tower_that_is_not_there(spm, tmp_path):
@@ -223,8 +240,10 @@ def test_a_tower_that_is_not_there(spm, tmp_path):
 
 
 @pytest.mark.parametrize("files, template", [
-    ({}, "llava_hf"), ({"chat_template.jinja": "{{ '<|im_start|>' }}"}, "chatml"), ({"chat_template.jinja": "USER: ASSISTANT:"}, "llava_hf"),
-    ({"chat_template.json": json.dumps({"chat_template": "x <|im_start|>"})}, "chatml"), ({"processor_config.json": '{"llava_min_template": "plain"}'}, "plain")])
+    ({}, "llava_hf"), ({"chat_template.jinja": "{{ '<|im_start|>' }}"}, "chatml"),
+    ({"chat_template.jinja": "USER: ASSISTANT:"}, "llava_hf"),
+    ({"chat_template.json": json.dumps({"chat_template": "x <|im_start|>"})}, "chatml"),
+    ({"processor_config.json": '{"llava_min_template": "plain"}'}, "plain")])
 def test_the_template_of_the_checkpoint(folder, tmp_path, files, template):
     for name, text in files.items():
         (folder / name).write_text(text)
@@ -246,7 +265,8 @@ def test_the_template_in_tokenizer_config(folder):
 def test_the_end_tokens_of_generation_config(folder, tmp_path):
     stops = lambda f: llava_min.load(f, device="cpu")[0].config.text.eos_token_ids
     assert stops(folder) == (2,)
-    for said, taken in (({}, (2,)), ({"eos_token_id": None}, (2,)), ({"eos_token_id": 5}, (5,)), ({"eos_token_id": [2, 7]}, (2, 7))):
+    for said, taken in (({}, (2,)), ({"eos_token_id": None}, (2,)), ({"eos_token_id": 5}, (5,)),
+                        ({"eos_token_id": [2, 7]}, (2, 7))):
         (folder / "generation_config.json").write_text(json.dumps(said))
         assert stops(folder) == taken
     save(*llava_min.load(folder, device="cpu"), tmp_path / "saved")
@@ -264,19 +284,24 @@ EARLY = {
     "preprocessor": (lambda f: change(f / "preprocessor_config.json", image_std=[1, 1]), {}, "image_std"),
     "tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(b"x"), {}, "tokenizer.model"),
     "template": (lambda f: None, {"template": "vicuna_v9"}, "vicuna_v9"),
-    "aspect": (lambda f: None, {"image_aspect_ratio": "anyres"}, "image_aspect_ratio: 'anyres' is not pad or crop"),
+    "aspect": (lambda f: None, {"image_aspect_ratio": "anyres"},
+               "image_aspect_ratio: 'anyres' is not pad or crop"),
     "aspect of another kind": (lambda f: None, {"image_aspect_ratio": True}, "image_aspect_ratio"),
     "dtype": (lambda f: None, {"dtype": "int3"}, "dtype"),
     "device": (lambda f: None, {"device": "tpu9"}, "device"),
-    "adapter": (lambda f: None, {"adapter": "/no/such/adapter"}, "/no/such/adapter/adapter_config.json: no such file"),
-    "a missing tensor": (lambda f: change(f / "config.json", text_config={**hf_config()["text_config"], "num_hidden_layers": 3}), {}, "missing 9 tensors"),
+    "adapter": (lambda f: None, {"adapter": "/no/such/adapter"},
+                "/no/such/adapter/adapter_config.json: no such file"),
+    "a missing tensor": (lambda f: change(f / "config.json",
+                                          text_config={**hf_config()["text_config"], "num_hidden_layers": 3}),
+                         {}, "missing 9 tensor(s)"),
 }
 
 
 @pytest.mark.parametrize("name", EARLY)
 def test_found_before_weights_are_read(name, folder, monkeypatch):
     case, options, says = EARLY[name]
-    monkeypatch.setattr(sys.modules["llava_min.load"], "load_weights", lambda *_: pytest.fail("weights are read"))
+    monkeypatch.setattr(sys.modules["llava_min.load"], "load_weights",
+                        lambda *_: pytest.fail("weights are read"))
     case(folder)
     with pytest.raises(UserError) as e:
         llava_min.load(folder, **{"device": "cpu"} | options)
@@ -286,5 +311,6 @@ def test_found_before_weights_are_read(name, folder, monkeypatch):
 def test_the_tokenizer_gets_an_image_token_where_it_has_none(folder):
     change(folder / "tokenizer_config.json", added_tokens_decoder={}, pad_token="<unk>")
     _, processor = llava_min.load(folder, device="cpu")
-    assert processor("<image>", images=Image.new("RGB", (28, 28)))["input_ids"].tolist() == [[1] + [IMAGE] * 4]
+    assert processor("<image>", images=Image.new("RGB",
+                                                 (28, 28)))["input_ids"].tolist() == [[1] + [IMAGE] * 4]
     assert PIECES == IMAGE

@@ -1,6 +1,7 @@
-"""lora.py: an adapter starts as nothing, is saved as PEFT saves it, and is read however PEFT and LLaVA wrote it."""
+"""lora.py: an adapter starts as nothing, is saved as PEFT saves, and is read however PEFT and LLaVA wrote it."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from safetensors.torch import load_file, save_file
 import llava_min
 from llava_min.cli import UserError
 from llava_min.load import save
-from llava_min.lora import LINEARS, PEFT, LoRAConfig, LoRALinear, add_lora, adapter_state, load_adapter, save_adapter
+from llava_min.lora import (LINEARS, PEFT, LoRAConfig, LoRALinear, add_lora, adapter_state, load_adapter,
+                            save_adapter)
 
 KINDS = ["mistral", "qwen2"]
 
@@ -52,7 +54,8 @@ def test_starts_as_nothing(kind):
     assert torch.equal(logits(model), before)
     layers = [n for n, m in model.named_modules() if isinstance(m, LoRALinear)]
     assert len(layers) == 2 * len(LINEARS) and all(n.startswith("language_model.layers.") for n in layers)
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == {f"{n}.lora_{x}.weight" for n in layers for x in "AB"}
+    assert {n for n, p in model.named_parameters()
+            if p.requires_grad} == {f"{n}.lora_{x}.weight" for n in layers for x in "AB"}
 
 
 def test_the_update_is_that_of_the_paper():
@@ -62,7 +65,8 @@ def test_the_update_is_that_of_the_paper():
     x = torch.randn(2, 5)
     expected = x @ (base.weight + 12 / 3 * layer.lora_B.weight @ layer.lora_A.weight).T + base.bias
     assert (layer(x) - expected).abs().max() <= 1e-5
-    assert layer.lora_A.weight.abs().max() <= 5**-0.5 and layer.lora_A.weight.std() > 0.1  # kaiming_uniform(a=√5)
+    a = layer.lora_A.weight  # kaiming_uniform(a=√5)
+    assert a.abs().max() <= 5**-0.5 and a.std() > 0.1
 
 
 def test_dropout_is_on_the_update_alone_and_in_training_alone():
@@ -101,7 +105,8 @@ def test_saved_is_loaded(kind, projector, tmp_path):
     saved(tmp_path / "a", model)
     again = our_model(their_model(kind))
     load_adapter(again, tmp_path / "a")
-    assert torch.equal(logits(again), logits(model)) and far(logits(again), logits(our_model(their_model(kind))))
+    assert torch.equal(logits(again), logits(model)) and far(logits(again),
+                                                             logits(our_model(their_model(kind))))
     assert not any(p.requires_grad for p in again.parameters())
     state = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert {x.dtype for x in state.values()} == {torch.float32} and len(state) == 28 + 4 * projector
@@ -125,8 +130,10 @@ LANGUAGE = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|
 
 def by_peft(folder: Path, kind: str = "mistral", **change):
     """transformers' model with an adapter that peft made, saved to `folder`."""
-    peft = pytest.importorskip("peft", reason="writes the adapter that is read here; pip install -e '.[test]'")
-    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 10, "target_modules": LANGUAGE, "modules_to_save": ["multi_modal_projector"],
+    peft = pytest.importorskip("peft",
+                               reason="writes the adapter that is read here; pip install -e '.[test]'")
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 10, "target_modules": LANGUAGE,
+                                "modules_to_save": ["multi_modal_projector"],
                                 "task_type": "CAUSAL_LM"} | change)
     model = peft.get_peft_model(their_model(kind), config).eval()
     g = torch.Generator().manual_seed(0)
@@ -137,19 +144,25 @@ def by_peft(folder: Path, kind: str = "mistral", **change):
     return model
 
 
-@pytest.mark.parametrize("change", [{}, {"modules_to_save": None}, {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": ["lm_head", "linear_1"], "modules_to_save": None},
-                                    {"lora_alpha": 3, "r": 7, "lora_dropout": 0.2}, {"init_lora_weights": "gaussian"}], ids=str)
+@pytest.mark.parametrize("change", [{}, {"modules_to_save": None}, {"target_modules": ["q_proj", "v_proj"]},
+                                    {"target_modules": ["lm_head", "linear_1"], "modules_to_save": None},
+                                    {"lora_alpha": 3, "r": 7, "lora_dropout": 0.2},
+                                    {"init_lora_weights": "gaussian"}], ids=str)
 def test_what_peft_saves_is_loaded(change, tmp_path):
     theirs = by_peft(tmp_path / "a", **change)
     ours = our_model(their_model("mistral"))
+    before = logits(ours)
     load_adapter(ours, tmp_path / "a")
-    assert (logits(ours) - logits(theirs)).abs().max() <= 1e-4 and far(logits(ours), logits(our_model(their_model("mistral"))))
+    assert (logits(ours) - logits(theirs)).abs().max() <= 1e-4 and far(logits(ours), before)
     if change.get("target_modules") == ["q_proj", "v_proj"]:  # peft's leaf names reach into the tower
-        assert any(n.startswith("vision_tower") and isinstance(m, LoRALinear) for n, m in ours.named_modules())
+        assert any(n.startswith("vision_tower") and isinstance(m, LoRALinear)
+                   for n, m in ours.named_modules())
 
 
-OLD = {"language_model.model.": "model.language_model.", "multi_modal_projector.": "model.multi_modal_projector."}  # before transformers 4.52
-LLAVA = {"model.layers.": "model.language_model.layers.", "model.mm_projector.0.": "model.multi_modal_projector.linear_1.",
+OLD = {"language_model.model.": "model.language_model.",
+       "multi_modal_projector.": "model.multi_modal_projector."}  # before transformers 4.52
+LLAVA = {"model.layers.": "model.language_model.layers.",
+         "model.mm_projector.0.": "model.multi_modal_projector.linear_1.",
          "model.mm_projector.2.": "model.multi_modal_projector.linear_2."}
 
 
@@ -169,7 +182,8 @@ def test_older_names(names, end, tmp_path):
     state = renamed(load_file(folder / "adapter_model.safetensors"), names)
     (folder / "adapter_model.safetensors").unlink()
     if names is LLAVA:  # it keeps the projector apart
-        torch.save({k: x for k, x in state.items() if "mm_projector" in k}, folder / "non_lora_trainables.bin")
+        torch.save({k: x for k, x in state.items() if "mm_projector" in k},
+                   folder / "non_lora_trainables.bin")
         state = {k: x for k, x in state.items() if "mm_projector" not in k}
     (save_file if end == "safetensors" else torch.save)(state, folder / f"adapter_model.{end}")
     again = our_model(their_model("mistral"))
@@ -215,25 +229,48 @@ def written(name: str, data: bytes | None):
 
 
 BAD = [
-    (written("adapter_config.json", None), "adapter_config.json: no such file"), (written("adapter_config.json", b"[]"), "a JSON list"),
-    (written("adapter_config.json", b"{"), "line 1"), (written("adapter_model.safetensors", None), "no adapter_model.safetensors"),
-    (written("adapter_model.safetensors", b""), "damaged"), (written("adapter_model.safetensors", b"version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
-    (config(use_dora=True), "use_dora is True"), (config(use_rslora=True), "use_rslora"), (config(bias="all"), "bias is 'all'"),
-    (config(peft_type="IA3"), "peft_type is 'IA3'"), (config(fan_in_fan_out=True), "fan_in_fan_out"), (config(rank_pattern={"q_proj": 2}), "rank_pattern"),
-    (config(alpha_pattern={"q_proj": 2}), "alpha_pattern"), (config(init_lora_weights="pissa_niter_4"), "init_lora_weights"), (config(layer_replication=[[0, 2]]), "layer_replication"),
-    *((config(r=r), "expected a whole number from 1") for r in (0, -1, None, "4", 4.0, True)), *((config(r=r), f"is [4, 48], expected [{r}, 48]") for r in (3, 5, 10**9)),
-    *((config(lora_alpha=a), "a number other than 0") for a in (0, 0.0, None, "10", float("nan"), float("inf"), True, [1])),
-    (table(lambda s: s.pop(Q) is None), "lora_A.weight is missing while its other half is there"),
-    (table(lambda s: s.pop(Q.replace("_A", "_B")) is None), "lora_B.weight is missing while its other half is there"),
-    (table(lambda s: {k: x for k, x in s.items() if "projector" in k}), "no LoRA tensor"), (table(lambda s: {"x": s[Q]}), "no home in this model"),
+    (written("adapter_config.json", None), "adapter_config.json: no such file"),
+    (written("adapter_config.json", b"[]"), "a JSON list"),
+    (written("adapter_config.json", b"{"), "line 1"),
+    (written("adapter_model.safetensors", None), "no adapter_model.safetensors"),
+    (written("adapter_model.safetensors", b""), "damaged"),
+    (written("adapter_model.safetensors", b"version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
+    (config(use_dora=True), "use_dora is True"), (config(use_rslora=True), "use_rslora"),
+    (config(bias="all"), "bias is 'all'"),
+    (config(peft_type="IA3"), "peft_type is 'IA3'"), (config(fan_in_fan_out=True), "fan_in_fan_out"),
+    (config(rank_pattern={"q_proj": 2}), "rank_pattern"),
+    (config(alpha_pattern={"q_proj": 2}), "alpha_pattern"),
+    (config(init_lora_weights="pissa_niter_4"), "init_lora_weights"),
+    (config(layer_replication=[[0, 2]]), "layer_replication"),
+    *((config(r=r), "expected a whole number from 1") for r in (0, -1, None, "4", 4.0, True)),
+    *((config(r=r), f"is [4, 48], expected [{r}, 48]") for r in (3, 5, 10**9)),
+    *((config(lora_alpha=a), "a number other than 0")
+      for a in (0, 0.0, None, "10", float("nan"), float("inf"), True, [1])),
+    (table(lambda s: s.pop(Q) is None), "lora_A.weight is missing and its other half is there"),
+    (table(lambda s: s.pop(Q.replace("_A", "_B")) is None),
+     "lora_B.weight is missing and its other half is there"),
+    (table(lambda s: {k: x for k, x in s.items() if "projector" in k}), "no LoRA tensor"),
+    (table(lambda s: {"x": s[Q]}), "no home in this model"),
     (table(lambda s: {f"other.{k}": x for k, x in s.items()}), "no home in this model"),
-    (table(lambda s: s.__setitem__(Q.replace("layers.0", "layers.9"), s[Q].clone())), "layers.9.self_attn.q_proj.lora_A.weight has no home in this model"),
-    (table(lambda s: s.__setitem__(Q.replace("lora_A.weight", "lora_magnitude_vector"), torch.ones(32))), "lora_magnitude_vector has no home"),
+    (table(lambda s: s.__setitem__(Q.replace("layers.0", "layers.9"), s[Q].clone())),
+     "layers.9.self_attn.q_proj.lora_A.weight has no home in this model"),
+    (table(lambda s: s.__setitem__(Q.replace("lora_A.weight", "lora_magnitude_vector"), torch.ones(32))),
+     "lora_magnitude_vector has no home"),
     (table(lambda s: s.__setitem__("\x1b[2J\n", s[Q].clone())), r"\x1b[2J\n has no home"),
     (table(lambda s: s.__setitem__(Q.replace(PEFT, ""), s[Q].clone())), "stands twice"),
-    (replaced(Q, lambda x: x[:2]), "is [2, 32], expected [4, 32]"), (replaced(Q, lambda x: x[:, :16]), "is [4, 16], expected [4, 32]"), (replaced(Q, lambda x: x[0]), "is [32]"),
-    (replaced(P, lambda x: x[:1]), "is [1, 32], expected [32, 32]"), (replaced(Q, lambda x: x.int()), "holds integers, NaN or infinity"),
-    (replaced(Q, lambda x: x * float("nan")), "holds integers, NaN or infinity"), (replaced(P, lambda x: x / 0), "holds integers, NaN or infinity"),
+    (replaced(Q, lambda x: x[:2]), "is [2, 32], expected [4, 32]"),
+    (replaced(Q, lambda x: x[:, :16]), "is [4, 16], expected [4, 32]"),
+    (replaced(Q, lambda x: x[0]), "is [32]"),
+    (replaced(P, lambda x: x[:1]), "is [1, 32], expected [32, 32]"),
+    (replaced(Q, lambda x: x.int()), "holds torch.int32"),
+    (replaced(Q, lambda x: x.to(torch.float8_e4m3fn)), "holds torch.float8_e4m3fn"),
+    (table(lambda s: {k: x for k, x in s.items() if "projector" not in k}),
+     "no tensor of multi_modal_projector"),
+    (config(modules_to_save=["multi_modal_projector", "lm_head"]), "no tensor of lm_head"),
+    (config(modules_to_save=5), "no tensor of 5"), (config(modules_to_save={"a": 1}), "no tensor of {'a': 1}"),
+    (config(modules_to_save=["\x1b[2J"]), "no tensor of \\x1b[2J"),
+    (replaced(Q, lambda x: x * float("nan")), "NaN or infinity"),
+    (replaced(P, lambda x: x / 0), "NaN or infinity"),
 ]
 
 
@@ -246,8 +283,10 @@ def test_refused_and_the_model_is_as_before(case, says, tmp_path):
     before = {n: p.clone() for n, p in model.state_dict().items()}
     with pytest.raises(UserError) as e:
         load_adapter(model, folder)
-    assert says in str(e.value) and str(folder) in str(e.value) and str(e.value).isprintable() and len(str(e.value)) <= 2000
-    assert model.state_dict().keys() == before.keys() and all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+    message = str(e.value)
+    assert says in message and str(folder) in message and message.isprintable() and len(message) <= 2000
+    assert model.state_dict().keys() == before.keys() and all(torch.equal(p, before[n])
+                                                              for n, p in model.state_dict().items())
 
 
 def test_a_model_with_an_adapter_is_not_saved_as_if_it_had_none(spm, tmp_path):
@@ -256,6 +295,24 @@ def test_a_model_with_an_adapter_is_not_saved_as_if_it_had_none(spm, tmp_path):
     with pytest.raises(UserError, match="not merged"):
         save(model, processor, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def test_flipped_bytes(tmp_path):
+    """Any byte of the adapter's files: refused in one line, or loaded."""
+    folder, rng, loaded = saved(tmp_path / "a", taught()), random.Random(0), 0
+    names, theirs = sorted(p.name for p in folder.iterdir()), their_model("mistral")
+    for _ in range(100):
+        path = folder / rng.choice(names)
+        good = path.read_bytes()
+        at = rng.randrange(min(len(good), 4096))
+        path.write_bytes(good[:at] + bytes([good[at] ^ rng.randrange(1, 256)]) + good[at + 1 :])
+        try:
+            load_adapter(our_model(theirs), folder)
+            loaded += 1
+        except UserError as e:
+            assert str(e).isprintable() and len(str(e)) <= 2000
+        path.write_bytes(good)
+    assert 10 <= loaded <= 90  # both happen
 
 
 def test_an_adapter_is_not_applied_twice(tmp_path):
