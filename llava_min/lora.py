@@ -77,7 +77,7 @@ def adapter_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, p in model.named_parameters():
         if ".lora_" in name or p.requires_grad:
             path = next(theirs + name[len(ours):] for ours, theirs in PATHS if name.startswith(ours))
-            yield PEFT + path.replace(".base.", "."), p.detach().float()
+            yield PEFT + path, p.detach().float()
 
 
 def save_adapter(model: nn.Module, config: LoRAConfig, folder: Path, base: str) -> None:
