@@ -250,13 +250,7 @@ def kind_pair(request, spm, tmp_path_factory):
                                    device="cpu")
 
 
-# Beside a config.json of model_type llava, transformers >= 5 reads a lone tokenizer.model without its dummy
-# prefix.
-ALONE = pytest.mark.xfail(strict=True,
-                          reason="Tokenizer.save must write tokenizer.json beside tokenizer.model")
-
-
-@pytest.mark.parametrize("source", [pytest.param("tokenizer.model", marks=ALONE), "tokenizer.json"])
+@pytest.mark.parametrize("source", ["tokenizer.model", "tokenizer.json"])
 def test_transformers_processor_loads_what_we_save(theirs, folder, source, tmp_path):
     transformers = pytest.importorskip("transformers", reason="the oracle of this test")
     from PIL import Image

@@ -547,6 +547,8 @@ class Tokenizer:
             if spec.get("added_tokens") != list(added.values()):
                 spec["added_tokens"] = list(added.values())
                 files["tokenizer.json"] = json.dumps(spec, ensure_ascii=False, indent=2).encode()
+        elif self.kind == "sentencepiece":  # beside a LLaVA, transformers 5 misreads a lone tokenizer.model
+            files["tokenizer.json"] = json.dumps(self.as_json(list(added.values())), ensure_ascii=False).encode()
         if self.kind == "sentencepiece":
             config["tokenizer_class"] = LLAMA[0]
         elif self.kind == "byte-level":
@@ -566,6 +568,24 @@ class Tokenizer:
             warn(f"{folder}: some ids below {len(self)} have no token; transformers will number without gaps")
         for name, data in files.items():
             (folder / name).write_bytes(data)
+
+
+    def as_json(self, added: list[dict]) -> dict:
+        """The SentencePiece model as a tokenizer.json, the way transformers 5 converts it."""
+        text, bos = {"Sequence": {"id": "A", "type_id": 0}}, self.token(self.bos_id) if self.add_bos else None
+        first = [{"SpecialToken": {"id": bos, "type_id": 0}}] if bos else []
+        second = [{**part, next(iter(part)): {**next(iter(part.values())), "type_id": 1}} for part in first]
+        merges = [[self.tokens[a], self.tokens[b]] for a, b in pairs_of_pieces(self.sp, self.vocab)]
+        return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+                "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "split": False,
+                                  "prepend_scheme": "always" if self.legacy else "first"},
+                "post_processor": {"type": "TemplateProcessing", "single": [*first, text],
+                                   "pair": [*first, text, *second, {"Sequence": {"id": "B", "type_id": 1}}],
+                                   "special_tokens": {bos: {"id": bos, "ids": [self.bos_id], "tokens": [bos]}} if bos else {}},
+                "decoder": {"type": "Sequence", "decoders": [*DECODERS, STRIP]},
+                "model": {"type": "BPE", "dropout": None, "unk_token": self.token(self.unk_id), "continuing_subword_prefix": None,
+                          "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": self.sp.is_byte(self.sp.piece_to_id("<0x00>")),
+                          "ignore_merges": False, "vocab": self.vocab, "merges": merges}}
 
 
 def check_text(text: str) -> None:
