@@ -13,8 +13,8 @@ from typing import Any
 
 from llava_min.cli import UserError
 
-# Large blocks in huge pages: weights are read once per token on CPU, and with small pages the address look-ups cost a
-# fifth of that. PyTorch reads it at its first allocation.
+# Large blocks in huge pages: on CPU every token reads all weights once, and small pages add an address look-up for
+# each 4 KB of them. PyTorch reads the variable at its first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __all__ = ["UserError", "generate", "load", "new_cache", "save", "stream"]
