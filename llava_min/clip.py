@@ -21,7 +21,7 @@ class Embeddings(nn.Module):
         c, p = config.hidden_size, config.patch_size
         self.class_embedding = nn.Parameter(torch.zeros(c))
         self.patch_embedding = nn.Conv2d(3, c, kernel_size=p, stride=p, bias=False)
-        self.position_embedding = nn.Embedding(config.num_patches + 1, c)
+        self.position_embedding = nn.Embedding.from_pretrained(torch.empty(config.num_patches + 1, c), freeze=False)
 
     def forward(self, pixels: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, P, C)
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, P-1, C), row by row
@@ -52,7 +52,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x) if self.quick else F.gelu(x))
+        return self.fc2(x * (1.702 * x).sigmoid_() if self.quick else F.gelu(x))
 
 
 class Block(nn.Module):

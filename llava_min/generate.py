@@ -146,7 +146,7 @@ def make_room(cache: KVCache, slots: int) -> None:
     if slots > cache.slots:
         more = roomy(slots) - cache.slots
         for i, pair in enumerate(cache.trunk):
-            cache.trunk[i] = tuple(F.pad(x, (0, 0, 0, more)) for x in pair)
+            cache.trunk[i] = F.pad(pair[0].mT, (0, more)).mT, F.pad(pair[1], (0, 0, 0, more))
         cache.filled = F.pad(cache.filled, (0, more))
 
 
@@ -194,7 +194,7 @@ def read_prompt(model: Llava, ids: Tensor, real: Tensor, pixels: Tensor | None, 
         cache.ids = prompt[:start]
         cache.pixels = None if pixels is None else pixels.cpu().clone()  # the caller may write to his
         make_room(cache, slots)
-        cache.static = compile
+        cache.static = cache.static or compile
         rest = None if pixels is None or pictures == len(pixels) else pixels[pictures:]
         logits = prefill(model, ids[:, start:], None, rest, cache)
         cache.ids = prompt

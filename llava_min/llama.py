@@ -57,16 +57,16 @@ class KVCache:
     `trunk` has S slots for each of the B rows. After `branch(n, slots)` every row goes on in n ways that share its
     trunk and write to a `tail` of their own, which is how beams and several answers read the prompt only once.
 
-    On CPU the cache is fp32: one query at a time, the products are as fast and nothing is rounded. `static` attends to
-    all slots under a mask, so that every step has the same shapes (CUDA graphs); otherwise only to those in use.
+    `static` attends to all slots under a mask: every step then has the same shapes, as CUDA graphs want, and no
+    product is over a part of a cache, which bf16 on CPU would copy first. Otherwise only the slots in use are seen.
 
     A forward is `grow` (counts, on the host), `place` (positions and masks, on the device), and per block `write`,
     then `attend` unless the cache was empty: then the tokens need only each other.
     """
 
     def __init__(self, config: TextConfig, batch: int, slots: int, dtype: torch.dtype, device: torch.device, static: bool = False):
-        self.config, self.static = config, static
-        self.dtype, self.device = torch.float32 if device.type == "cpu" else dtype, device
+        self.config, self.static = config, static or device.type == "cpu" and dtype == torch.bfloat16
+        self.dtype, self.device = dtype, device
         self.trunk = self._allocate(batch, slots)
         self.filled = torch.zeros(batch, slots, dtype=torch.bool, device=device)  # slots that hold a real token
         self.positions = torch.zeros(batch, dtype=torch.long, device=device)  # of each row's next token
@@ -76,9 +76,10 @@ class KVCache:
         self.tail, self.tail_length, self.branches = None, 0, 1
 
     def _allocate(self, rows: int, slots: int) -> list[tuple[Tensor, Tensor]]:
-        shape = (rows, self.config.num_key_value_heads, slots, self.config.head_dim)
-        new = lambda: torch.zeros(shape, dtype=self.dtype, device=self.device)
-        return [(new(), new()) for _ in range(self.config.num_hidden_layers)]
+        """Keys and values (rows, K, S, D) per layer; of the keys a slot's numbers lie S apart, see `attend`."""
+        kv, d = self.config.num_key_value_heads, self.config.head_dim
+        new = lambda *shape: torch.zeros(rows, kv, *shape, dtype=self.dtype, device=self.device)
+        return [(new(d, slots).mT, new(slots, d)) for _ in range(self.config.num_hidden_layers)]
 
     @property
     def slots(self) -> int:
@@ -150,7 +151,8 @@ class KVCache:
         """q (B*N, H, T, D) against the trunk and, after `branch`, each row's own tail -> (B*N, H, T, D).
 
         Two plain products instead of `scaled_dot_product_attention`: for one bf16 query on CPU that is ten times
-        slower, and it cannot read one trunk for N rows.
+        slower, and it cannot read one trunk for N rows. In bf16 on CPU their second factor has to lie in memory
+        order, or a product takes three times as long: hence the order of the keys.
         """
         (k, v), n, (_, h, t, d) = self.trunk[layer], self.branches, q.shape
         b, kv = k.shape[:2]
@@ -159,7 +161,7 @@ class KVCache:
         q = (q * d**-0.5).to(self.dtype).reshape(b, n, kv, -1, d)  # (B, N, K, G*T, D)
         scores = q.transpose(1, 2).reshape(b, kv, -1, d) @ k.transpose(-1, -2)  # (B, K, N*G*T, S)
         if mask is not None:
-            scores = (scores.view(b, kv, -1, t, seen) + mask).view_as(scores)
+            scores = (scores.unflatten(2, (-1, t)) + mask).flatten(2, 3).to(self.dtype)
         if self.tail is None:
             return (scores.softmax(-1) @ v).view(b, h, t, d)
         own_k, own_v = (x[:, :, : self.tail_length] for x in self.tail[layer])
@@ -231,7 +233,7 @@ class Llama(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -1,7 +1,10 @@
 """bench: the whole path at a tiny size, and `python -m llava_min` that leads to it."""
 
+import argparse
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +120,20 @@ def test_too_large(tiny, monkeypatch):
     assert not any((tiny / "tmp").glob("llava_min-bench-*"))
     with pytest.raises(UserError, match="--no-peer"):
         bench.need_memory(1 << 50, "cpu", True)
+
+
+def test_terminated(tiny, monkeypatch):
+    def measure(workers, knobs):
+        assert any((tiny / "tmp").glob("llava_min-bench-*"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "Worker", lambda program, spec: argparse.Namespace(close=lambda: None))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as e:
+        bench.main(["test", "--device", "cpu", "--new-tokens", "4"])
+    assert e.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+    assert not any((tiny / "tmp").glob("llava_min-bench-*"))
 
 
 def test_verbs(capsys):

@@ -20,6 +20,7 @@ import platform
 import shutil
 import signal
 import statistics
+import sys
 import tempfile
 import time
 import traceback
@@ -349,6 +350,8 @@ def bench(size: str, config: LlavaConfig, knobs: Knobs, device: str, peer: bool)
     total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     need_memory(total, device, peer)
     with contextlib.ExitStack() as stack:
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # gigabytes stay behind otherwise
+        stack.callback(signal.signal, signal.SIGTERM, before)
         folder = Path(size)
         if size in SIZES:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llava_min-bench-")))
