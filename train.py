@@ -78,6 +78,7 @@ def main(argv: list[str]) -> int | None:
     from llava_min.data.dataset import Dataset, batches, collate, read_records
     from llava_min.evaluate import predict, score
     from llava_min.files import check_free, new_folder, write_json
+    from llava_min.llava import IGNORE
     from llava_min.load import load, pick_device, write_model
     from llava_min.log import Log
     from llava_min.lora import LoRAConfig, add_lora, save_adapter
@@ -142,7 +143,7 @@ def main(argv: list[str]) -> int | None:
     micro_batches, tokens, rows, since = iter(loader), 0, 0, time.perf_counter()
     for step, micros in enumerate(plan, 1):
         micros = [{k: v.to(device, non_blocking=True) for k, v in next(micro_batches).items()} for _ in micros]
-        supervised = sum((b["labels"][:, 1:] != -100).sum() for b in micros)
+        supervised = sum((b["labels"][:, 1:] != IGNORE).sum() for b in micros)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * rate_factor(step - 1, len(plan), warmup, knobs.schedule)
 

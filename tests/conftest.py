@@ -1,9 +1,11 @@
 """What the tests of the spine share: tiny random models of every kind that is read, ours and transformers'."""
 
+import importlib.util
 import io
 import json
 import os
 import random
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: no test reaches for the network
@@ -30,6 +32,15 @@ KINDS = {  # every decoder that is read, as changes of TEXT
     "llama3": dict(num_key_value_heads=1, rope_theta=500000.0),
     "head_dim": dict(head_dim=16, num_key_value_heads=2),
 }
+
+
+def load_script(name: str):
+    """The module of train.py, eval.py or sample.py, which lie beside the package and not in it."""
+    spec = importlib.util.spec_from_file_location(f"{name}_script", Path(__file__).parent.parent / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session", autouse=True)

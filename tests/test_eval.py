@@ -1,11 +1,10 @@
 """eval.py and the path it shares with train.py: answers in the records' order, whatever the batch; scores; files."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import load_script
 
 from llava_min.cli import UserError
 from llava_min.data import toy
@@ -15,11 +14,7 @@ from llava_min.load import load
 from llava_min.metrics import summary
 from llava_min.metrics.text import exact_match
 
-ROOT = Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location("eval_script", ROOT / "eval.py")
-script = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = script  # dataclasses look their module up
-spec.loader.exec_module(script)
+script = load_script("eval")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """sample.py: flags, answers on stdout and the rest on stderr, the conversation; on a random model of the test's own."""
 
-import importlib.util
 import io
 import json
 import os
@@ -11,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import load_script
 import torch
 from PIL import Image
 
@@ -23,10 +23,7 @@ from llava_min.generate import generate
 from llava_min.load import fresh, load, save
 
 ROOT = Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location("sample_script", ROOT / "sample.py")
-sample = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = sample  # dataclasses look their module up
-spec.loader.exec_module(sample)
+sample = load_script("sample")
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,10 @@
 """train.py: what is trained, that it learns, what it writes; and the one-line errors before any weight is read."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import load_script
 import torch
 
 from llava_min.cli import UserError
@@ -13,11 +12,7 @@ from llava_min.data import toy
 from llava_min.data.dataset import Dataset, collate, read_records
 from llava_min.load import load
 
-ROOT = Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location("train_script", ROOT / "train.py")
-train = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = train  # dataclasses look their module up
-spec.loader.exec_module(train)
+train = load_script("train")
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from llava_min.cli import UserError, printable, warn
 from llava_min.data.chat import LLAVA_HF_JINJA, Piece, check, parts, render, template
 from llava_min.data.image import ImageConfig, to_pixels
 from llava_min.data.tokenizer import Tokenizer
+from llava_min.files import write_json
 
 IGNORE = -100  # label of a token that is not supervised
 MARK = "<image>"
@@ -183,8 +184,8 @@ class Processor:
         }
         self.tokenizer.save(folder)
         image = {"processor_class": "LlavaProcessor"} | self.image_config.to_hf()
-        _write_json(folder / "preprocessor_config.json", image)
-        _write_json(folder / "processor_config.json", config)
+        write_json(folder / "preprocessor_config.json", image)
+        write_json(folder / "processor_config.json", config)
         if self.template_name == "llava_hf":
             (folder / "chat_template.jinja").write_text(LLAVA_HF_JINJA, encoding="utf-8")
 
@@ -206,10 +207,6 @@ class Processor:
             ids[b, at], mask[b, at] = torch.tensor(row, dtype=torch.int64), 1
         out = {"input_ids": ids, "attention_mask": mask}
         return out | {"pixel_values": self._pixels(images)} if images else out
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_spacing(prompt: str) -> None:
