@@ -1,28 +1,48 @@
 """Evaluate a LLaVA by what it writes: answers for a file of questions, then metrics on the answers.
 
     python eval.py --model tiny --data toy/val.json
+    torchrun --nproc-per-node 4 eval.py --model runs/7b/model --benchmark textvqa-ocr --out results/textvqa \\
+        --data TextVQA_0.5.1_val.json,TextVQA_Rosetta_OCR_v0.2_val.json --image-folder train_images
+    python eval.py --model tiny --data toy/val.json --compare runs/toy-1/adapter
+
+`--out` holds settings.json, predictions.jsonl, metrics.json and report.html; a run that was interrupted goes on there when
+it is started again. docs/evaluation.md has the metrics and the benchmarks.
 """
 
+import fcntl
+import hashlib
 import json
-from dataclasses import dataclass
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TextIO
 
 from llava_min.cli import Count, Seed, UserError, note, parse, printable, run
+
+# What the answers depend on. A folder holds answers of one such set of settings.
+SAME = ("weights", "data_sha256", "template", "image_aspect_ratio", "exif", "dtype", "num_beams", "max_new_tokens",
+        "logprob")
+CHECKED = 8  # answers that are asked again one at a time where arithmetic depends on the batch
 
 
 @dataclass
 class Knobs:
     model: str = "tiny"  # a folder, a hub id, or tiny
     adapter: str | None = None  # a PEFT folder, applied unmerged
-    data: str | None = None  # LLaVA JSON or JSONL with the right answers
+    data: str | None = None  # records with the right answers, as train.py reads them; with --benchmark, its files
     image_folder: str | None = None  # where the pictures lie; the data file's own folder if not given
-    metrics: tuple[str, ...] = ("exact_match",)  # names, with commas between
+    benchmark: str | None = None  # vqav2, textvqa, textvqa-ocr, pope, or a settings file: how data is read and asked
+    metrics: tuple[str, ...] | None = None  # names, with commas between, or module:function; exact_match if not given
     batch_size: Count = 8  # rows generated at a time; the answers do not depend on it
     num_beams: Count = 1  # 1 is greedy
-    max_new_tokens: Count = 128  # tokens of an answer
+    max_new_tokens: Count | None = None  # tokens of an answer; 128 if not given
     by: str | None = None  # a field of the records (kind, in the toy questions): scores for each of its values too
-    out: str | None = None  # folder for predictions.jsonl and metrics.json; none is written if not given
+    out: str | None = None  # folder for predictions, scores and the report; none is written if not given
+    compare: str | None = None  # another model, or an adapter of this one, on the same records
+    logprob: bool = False  # each answer's mean log probability too; one more pass over the data
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the weights
     device: str = "auto"  # cpu, cuda, cuda:N
     image_aspect_ratio: Literal["pad", "crop"] | None = None  # what the checkpoint records if not given
@@ -32,41 +52,307 @@ class Knobs:
 
     def __post_init__(self):
         if self.data is None:
-            raise UserError("--data: not given; give a LLaVA JSON file with answers")
+            raise UserError("--data: not given; give a file of records with answers")
 
 
 def main(argv: list[str]) -> int | None:
     knobs = parse(Knobs, argv, "Answer a file of questions and score the answers.")
 
-    from llava_min.data.dataset import read_records
-    from llava_min.evaluate import predict, score
-    from llava_min.files import new_folder, write_json
-    from llava_min.load import load
-    from llava_min.metrics import METRICS
+    from llava_min.benchmarks import benchmark_records, read_benchmark
+    from llava_min.data.records import read_records
+    from llava_min.dist import start
+    from llava_min.evaluate import difference, references
+    from llava_min.metrics import find
 
-    if unknown := [name for name in knobs.metrics if name not in METRICS]:
-        raise UserError(f"--metrics: {unknown[0]!r} is not one of {', '.join(METRICS)}; choose among them")
-    records = read_records(knobs.data, knobs.image_folder)
-    model, processor = load(knobs.model, dtype=knobs.dtype, device=knobs.device, adapter=knobs.adapter,
+    if knobs.benchmark:  # what it sets, flags may set otherwise
+        benchmark = read_benchmark(knobs.benchmark)
+        for name in ("metrics", "template", "image_aspect_ratio", "max_new_tokens"):
+            if getattr(knobs, name) is None:
+                setattr(knobs, name, getattr(benchmark, name))
+    knobs.metrics = tuple(knobs.metrics or ("exact_match",))
+    knobs.max_new_tokens = knobs.max_new_tokens or 128
+    find(knobs.metrics)
+    with start(knobs.device) as world:
+        if knobs.benchmark:
+            records = benchmark_records(benchmark, knobs.data, knobs.image_folder)
+        else:
+            records = read_records(knobs.data, knobs.image_folder)
+        for record in records:
+            references(record)
+        if knobs.by and not any(knobs.by in record.extra for record in records):
+            raise UserError(f"--by {printable(knobs.by)}: no record has such a field; give one that stands beside the "
+                            "conversation")
+        out = Path(knobs.out) if knobs.out else None
+        sides = [answers(knobs, records, world, out)]
+        if knobs.compare:
+            sides.append(answers(knobs, records, world, out and out / "compare", knobs.compare))
+        if world.rank:
+            return None
+
+        # ---- what they are worth
+        for side in sides:
+            weigh(side, knobs, records)
+        show(sides[0].scores)
+        base, tuned, change = None, sides[0], None
+        if knobs.compare:
+            base, tuned = sides
+            if knobs.adapter and not tuned.settings["adapter"]:  # the side with an adapter is the tuned one
+                base, tuned = tuned, base
+            change = difference(base.found, tuned.found, knobs.seed)
+            show_change(change, base.name, tuned.name)
+        for side in sides:
+            for line in side.settings["remarks"]:
+                note(f"{side.name}: {line}")
+
+        # ---- the folder
+        if out:
+            with writing(out):
+                for folder, side in zip((out, out / "compare"), sides):
+                    finish(folder, side.rows, side.settings)
+                put(out / "metrics.json", [sides[0].scores], indent=2)
+                if change is not None:
+                    put(out / "compare.json", [change], indent=2)
+            write_report(out / "report.html", records, tuned, base, change)
+            note(f"wrote {out}")
+        failed = [name for name in find(knobs.metrics) if any(name not in side.found.parts for side in sides)]
+        if failed:
+            raise UserError(f"--metrics: {', '.join(failed)} failed, as the warnings above say; correct it and start again "
+                            "with the same --out, which keeps the answers")
+    return None
+
+
+@dataclass
+class Side:
+    """A model's answers and what they are worth; with --compare there are two."""
+
+    rows: list[dict]
+    settings: dict
+    found: Any = None  # evaluate.Measured
+    scores: dict[str, dict] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.settings["adapter"] or self.settings["model"]
+
+
+def weigh(side: Side, knobs: Knobs, records: list) -> None:
+    """Scores of every row, of all rows together, and of those of each value of --by."""
+    from llava_min.evaluate import measure_all, table
+
+    side.found = measure_all(side.rows, knobs.metrics)
+    side.scores = table(side.found, knobs.seed)
+    groups: dict[str, list[int]] = {}
+    for i in side.found.rows.tolist():
+        groups.setdefault(str(records[i].extra.get(knobs.by)), []).append(i)
+    for value, members in sorted(groups.items()) if knobs.by else ():
+        side.scores |= {f"{name} {value}": m for name, m in table(side.found, knobs.seed, members).items()}
+    side.settings["remarks"] = remarks(side.rows)
+
+
+# ---- answers
+
+
+def answers(knobs: Knobs, records: list, world: Any, folder: Path | None, compare: str | None = None) -> Side:
+    """What --model answers, or the model or adapter it is compared with; `folder`, if there is one, is continued."""
+    import torch
+
+    from llava_min.dist import gather
+    from llava_min.evaluate import predict, read_answers
+    from llava_min.load import load
+
+    model_name, adapter = knobs.model, knobs.adapter
+    if compare and (Path(compare) / "adapter_config.json").is_file():
+        adapter = compare
+    elif compare:
+        model_name, adapter = compare, None
+    options = dict(num_beams=knobs.num_beams, max_new_tokens=knobs.max_new_tokens, exif=knobs.exif, logprob=knobs.logprob)
+    settings = {"model": model_name, "adapter": adapter, "data": knobs.data, "image_folder": knobs.image_folder,
+                "benchmark": knobs.benchmark, **options, "data_sha256": hashes(knobs.data)}
+    if folder and world.rank == 0:
+        check_same(folder, settings)
+    model, processor = load(model_name, dtype=knobs.dtype, device=world.device, adapter=adapter,
                             image_aspect_ratio=knobs.image_aspect_ratio, template=knobs.template)
-    rows = predict(model, processor, records, knobs.batch_size, exif=knobs.exif, progress=note,
-                   num_beams=knobs.num_beams, max_new_tokens=knobs.max_new_tokens)
-    table = score(rows, knobs.metrics, knobs.seed)
-    if knobs.by:
-        groups: dict[str, list[dict]] = {}
-        for record, row in zip(records, rows, strict=True):
-            groups.setdefault(str(record.extra.get(knobs.by)), []).append(row)
-        for value, members in sorted(groups.items()):
-            table |= {f"{name} {value}": m for name, m in score(members, knobs.metrics, knobs.seed).items()}
+    settings |= {"weights": fingerprint(model), "template": processor.template_name,
+                 "prompt": exact_prompt(processor, records[0]), "image_aspect_ratio": processor.image_config.aspect,
+                 "image_size": processor.image_config.size, "dtype": str(model.dtype).removeprefix("torch."),
+                 "device": str(model.device), "batch_size": knobs.batch_size, "ranks": world.size,
+                 "metrics": list(knobs.metrics), "seed": knobs.seed, "versions": versions()}
+    done, save, file = {}, lambda rows: None, None
+    if folder:
+        file = open_answers(folder, settings, world)
+        if world.rank == 0 and (done := read_answers(folder, records)):
+            note(f"{folder}: goes on after {len(done)} of {len(records)} answers")
+        done = gather(world, done)[0]
+
+        def save(rows: list[dict]) -> None:
+            with writing(folder):
+                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if "error" not in row))
+                file.flush()
+
+    with file or nullcontext():
+        rows = predict(model, processor, records, knobs.batch_size, progress=note if world.rank == 0 else lambda line: None,
+                       world=world, done=done, save=save, **options)
+    if model.dtype == torch.float32:
+        settings["checked"] = "fp32: the answers do not depend on the batch size or the number of ranks"
+    elif knobs.batch_size * world.size > 1:  # in half precision a sum's order can change a token
+        few = [i for i in range(len(records)) if "error" not in rows[i]][:CHECKED]
+        alone = predict(model, processor, [records[i] for i in few], 1, **options)
+        same = sum(a["prediction"] == rows[i]["prediction"] for i, a in zip(few, alone))
+        settings["checked"] = f"{settings['dtype']}: {same} of {len(few)} answers are the same one at a time"
+    return Side(rows, settings)
+
+
+def hashes(data: str) -> list[str]:
+    """Each file's name, and its sha256, shortened."""
+    from llava_min.data.records import sources
+
+    out = []
+    for path, weight in sources(data):
+        with open(path, "rb") as f:
+            times = f" @{float(weight):g}" if weight != 1 else ""
+            out.append(f"{path.name} {hashlib.file_digest(f, 'sha256').hexdigest()[:16]}{times}")
+    return out
+
+
+def fingerprint(model: Any) -> str:
+    """Of the weights, from the first numbers of every tensor: another training changes them all."""
+    from llava_min.packed import dense
+
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        digest.update(name.encode() + dense(p.detach()).flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def exact_prompt(processor: Any, record: Any) -> str:
+    """What the model reads for the first record, each picture as <image>."""
+    from llava_min.data.chat import render
+
+    tokens = {"image": "<image>", "bos": "<s>", "eos": "</s>"}
+    pieces = render(processor.template_name, record.messages[:-1], answer=False)
+    return "".join(tokens.get(p.token, p.token) if p.text is None else p.text for p in pieces)
+
+
+def versions() -> dict[str, str]:
+    """Of what the answers and scores were made with, as far as it is installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    out = {"python": sys.version.split()[0]}
+    for name in ("llava_min", "torch", "pillow", "numpy", "sacrebleu", "rouge-score", "bert-score", "transformers"):
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return out
+
+
+# ---- the folder
+
+
+def check_same(folder: Path, settings: dict) -> None:
+    """`folder` is free, or holds answers that were made as `settings` say, as far as they say."""
+    from llava_min.files import check_free, read_json
+
+    if not (folder / "settings.json").is_file():
+        return check_free(folder)
+    before = read_json(folder / "settings.json")
+    show = lambda x: printable(json.dumps(x, ensure_ascii=False))[:100]
+    differ = [f"{key} ({show(before.get(key))} there, {show(settings[key])} now)" for key in SAME
+              if key in settings and before.get(key) != settings[key]]
+    if differ:
+        raise UserError(f"--out {folder}: holds answers made with other settings: {', '.join(differ)}; give another --out, "
+                        "or the same settings")
+
+
+def open_answers(folder: Path, settings: dict, world: Any) -> TextIO:
+    """This rank's file of answers, to append to; rank 0's is locked, against another run in the same folder."""
+    from llava_min.dist import gather
+
+    if world.rank == 0:
+        check_same(folder, settings)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            put(folder / "settings.json", [settings], indent=2)
+    gather(world, None)
+    name = "predictions.jsonl" if world.rank == 0 else f"predictions-{world.rank}.jsonl"
+    with writing(folder):
+        file = open(folder / name, "a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"--out {folder}: another run writes there; wait for it, or give another --out") from None
+    return file
+
+
+def finish(folder: Path, rows: list[dict], settings: dict) -> None:
+    """All answers with their scores, in the records' order, in the place of what was appended."""
+    put(folder / "predictions.jsonl", rows)
+    for path in folder.glob("predictions-*.jsonl"):
+        path.unlink()
+    put(folder / "settings.json", [settings], indent=2)
+
+
+def put(path: Path, items: list[dict], indent: int | None = None) -> None:
+    """A file of JSON that is there whole, or as it was before."""
+    from llava_min.files import sync
+
+    aside = path.with_name(path.name + ".tmp")
+    lines = (json.dumps(item, ensure_ascii=False, indent=indent) + "\n" for item in items)
+    aside.write_text("".join(lines), encoding="utf-8")
+    sync(aside)
+    os.replace(aside, path)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"--out {folder}: cannot be written ({e.strerror or printable(e)}); "
+                        "free space or give another path") from None
+
+
+def write_report(path: Path, records: list, tuned: Side, base: Side | None, change: dict | None) -> None:
+    from llava_min.report import write_eval_report
+
+    rows = [row | {"images": record.images} for row, record in zip(tuned.rows, records, strict=True)]
+    if base:
+        rows = [row | {"base_prediction": old["prediction"], "base_scores": old["scores"]}
+                for row, old in zip(rows, base.rows, strict=True)]
+    compare = base and {"name": base.name, "table": base.scores, "difference": change}
+    write_eval_report(path, rows, tuned.scores, tuned.settings, compare)
+
+
+# ---- what is shown
+
+
+def remarks(rows: list[dict]) -> list[str]:
+    """What scores do not tell: records without pictures, references or an answer, counted and named."""
+    from llava_min.evaluate import named
+
+    out = []
+    for what, ids in (("could not be read and are not scored", [r["id"] for r in rows if "error" in r]),
+                      ("have no reference and are not scored", [r["id"] for r in rows if not r["references"]]),
+                      ("have an empty prediction", [r["id"] for r in rows if not r["prediction"] and "error" not in r])):
+        if ids:
+            out.append(f"{len(ids)} of {len(rows)} records {what}: {named(ids)}")
+    out += [r["error"] for r in rows if "error" in r][:5]
+    return out
+
+
+def show(scores: dict[str, dict]) -> None:
     print(f"{'metric':<28}{'score':>8}{'95 % interval':>20}{'n':>8}")
-    for name, m in table.items():
+    for name, m in scores.items():
         interval = f"{m['low']:.3f} to {m['high']:.3f}"
-        print(f"{printable(name):<28}{m['score']:>8.3f}{interval:>20}{m['n']:>8}")
-    if knobs.out:
-        with new_folder(Path(knobs.out)) as folder:
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
-            write_json(folder / "metrics.json", table)
+        print(f"{printable(name):<28.28}{m['score']:>8.3f}{interval:>20}{m['n']:>8}")
+
+
+def show_change(change: dict[str, dict], base: str, tuned: str) -> None:
+    print(f"\nbase  {printable(base)[-70:]}\ntuned {printable(tuned)[-70:]}")
+    print(f"{'metric':<26}{'base':>9}{'tuned':>9}{'change':>9}{'95 % interval':>22}")
+    for name, m in change.items():
+        interval = f"{m['low']:+.3f} to {m['high']:+.3f}"
+        print(f"{printable(name):<26.26}{m['base']:>9.3f}{m['tuned']:>9.3f}{m['score']:>+9.3f}{interval:>22}")
 
 
 if __name__ == "__main__":

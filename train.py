@@ -2,39 +2,58 @@
 
     python train.py                                        # the toy: LoRA on drawn pictures, on CPU, in three minutes
     python train.py --model llava-hf/llava-1.5-7b-hf --data my.json --image-folder images --train lora
+    torchrun --nproc_per_node=8 train.py --recipe lora-7b --data mix665k.json --image-folder images --resume auto
 """
 
+import math
+import multiprocessing
+import os
+import re
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
-from llava_min.cli import Count, Fraction, NonNegative, Positive, Seed, UserError, Whole, parse, printable, run
+from llava_min.cli import Count, Fraction, NonNegative, Positive, Seed, UserError, Whole, note, parse, printable, run
+from llava_min.signals import CODE, Interrupted, Signals
 
 RECIPES = Path(__file__).parent / "llava_min" / "recipes"
+# What a resumed run may change: where things lie, what it shows, how the rows of a step are dealt. The rest must stay.
+FREE = set("""recipe model data toy_train toy_val image_folder eval_data out resume batch_size auto_batch_size grad_accum
+    gradient_checkpointing compile cpu_offload max_skips workers deterministic device timeout save_every save_only_model keep
+    log_every log eval_every eval_batch_size early_stopping max_new_tokens num_beams samples dry_run""".split())
 
 
 @dataclass
 class Knobs:
     recipe: str | None = None  # settings by name, or a .toml file; `toy` when there is no --data
     # what is trained, on what
-    model: str = "tiny"  # a folder, a hub id, or tiny
-    data: str | None = None  # LLaVA JSON or JSONL; toy:TASK draws the toy data (questions, captions) into the run folder
+    model: str = "tiny"  # a folder, a hub id, or tiny; for --dry-run also a size: 300m, 1b, 7b, 13b, mistral-7b
+    data: str | None = None  # LLaVA JSON or messages, with commas between several; toy:TASK (questions, captions) draws it
     toy_train: Count = 3000  # pictures that toy:TASK draws to train on
     toy_val: Count = 200  # and to evaluate with
     image_folder: str | None = None  # where the pictures lie; the data file's own folder if not given
     eval_data: str | None = None  # held-out records of the same kind; toy:TASK has its own
+    skip_bad: bool = False  # leave bad records out, list them in skipped.txt, and stop at 1 % of them
     out: str | None = None  # the run folder; runs/RECIPE-N if not given
-    train: Literal["lora", "full"] = "lora"  # LoRA and projector, or everything
-    train_projector: bool = True  # the projector learns beside LoRA
+    resume: str = "never"  # auto: go on from the newest whole checkpoint of the run folder; or the folder of a checkpoint
+    train: str = "lora"  # lora, full (the tower too), freeze_vision, projector, or last:N decoder blocks and the head
+    train_projector: bool | None = None  # the projector learns, whatever --train says
+    train_vision: bool | None = None  # the tower learns, whatever --train says
     lora_r: Count = 16  # rank
     lora_alpha: Positive = 32.0  # the update is scaled by alpha / r
     lora_dropout: Fraction = 0.0  # on the input of A
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # leaf names in the language model
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # leaf names in the language model, all-linear, or a regex on whole paths
+    dora: bool = False  # weight-decomposed LoRA
+    rslora: bool = False  # scale by alpha / sqrt(r)
     # the step
     lr: Positive = 2e-4  # peak learning rate
     projector_lr: Positive | None = None  # the projector's own; lr if not given
+    vision_lr: Positive | None = None  # the tower's own; lr if not given
+    optimizer: str = "adamw"  # or MODULE:CLASS, called with the parameter groups
     weight_decay: NonNegative = 0.0  # not on norms and biases
     betas: tuple[Fraction, ...] = (0.9, 0.999)  # of AdamW
     warmup_ratio: Fraction = 0.03  # share of the steps with a rising rate
@@ -43,161 +62,358 @@ class Knobs:
     max_grad_norm: NonNegative = 1.0  # gradients are scaled down to this norm; 0 for none
     epochs: Positive = 1.0  # passes over the data
     max_steps: Whole = 0  # stop after so many optimizer steps; 0 for epochs alone
-    batch_size: Count = 8  # rows in a micro-batch
+    batch_size: Count = 8  # rows in a micro-batch of one rank
     grad_accum: Count = 1  # micro-batches in an optimizer step
-    max_length: Count = 2048  # tokens in a row; a longer record is an error
+    auto_batch_size: bool = False  # the largest micro-batch that fits, with the accumulation that keeps the step
+    max_length: Count = 2048  # tokens in a row
+    too_long: Literal["error", "shorten"] = "error"  # a longer record stops the run, or loses its last turns
+    group_by_length: bool = False  # rows of like length in a micro-batch, with pictures or without in a step
+    packing: bool = False  # several records in a row of max_length tokens, each seeing itself alone
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the computation; what is trained is always fp32
+    gradient_checkpointing: bool = False  # compute blocks twice and keep little of them
+    neftune_alpha: NonNegative = 0.0  # uniform noise on the embedded words; 5 is usual
+    compile: bool = False  # torch.compile the blocks
+    cpu_offload: bool = False  # weights and optimizer in CPU memory, a block at a time on the GPU
+    max_skips: Count = 10  # steps with a loss or gradient that is not finite, until the run stops
     # the surroundings
     image_aspect_ratio: Literal["pad", "crop"] | None = None  # what the checkpoint records if not given
     template: str | None = None  # chat template; the checkpoint's if not given
     exif: bool = False  # turn pictures as their orientation tag says
     workers: Whole = 0  # processes that load pictures
     seed: Seed = 0  # of weights, order and dropout
+    deterministic: bool = False  # only operations that give the same bits every time
     device: str = "auto"  # cpu, cuda, cuda:N
+    timeout: Positive = 600.0  # seconds a rank waits for the others before the job ends
+    save_every: str = "30m"  # steps (500), minutes (30m) or epoch between checkpoints; 0 for none
+    save_only_model: bool = False  # checkpoints without optimizer: small, and no run can go on from them
+    keep: Count = 2  # newest checkpoints that are kept, beside the best
     log_every: Whole = 10  # steps between progress lines
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()  # copies of the metrics: tensorboard, wandb
     eval_every: Whole = 0  # steps between evaluations; 0 for before and after alone
     eval_batch_size: Count = 16  # rows generated at a time
+    eval_metrics: tuple[str, ...] = ("exact_match",)  # of the answers; the loss is always there
+    best_metric: str | None = None  # keep the checkpoint that is best by it, and end with that: loss, or one of the metrics
+    early_stopping: Whole = 0  # evaluations without gain in best_metric until the run ends; 0 for none
+    num_beams: Count = 1  # in the evaluation; 1 is greedy
     max_new_tokens: Count = 128  # tokens of an answer in the evaluation
     samples: Whole = 5  # answers shown before and after
+    dry_run: bool = False  # show what would be done, without weights, and stop
 
     def __post_init__(self):
-        if self.data is None:
-            raise UserError("--data: not given; give a LLaVA JSON file, or --recipe toy")
-        if len(self.betas) != 2 or max(self.betas) >= 1:
-            raise UserError(f"--betas: {self.betas} is not two numbers below 1; give for example 0.9,0.999")
+        faults = {
+            "--data: not given; give a LLaVA JSON file, or --recipe toy": self.data is None and not self.dry_run,
+            f"--betas: {self.betas} is not two numbers below 1; give for example 0.9,0.999":
+                len(self.betas) != 2 or max(self.betas) >= 1,
+            f"--save-every: {printable(self.save_every)} is not a number of steps, minutes like 30m, or epoch; give one":
+                not re.fullmatch(r"\d{1,9}|[1-9]\d{0,6}m|epoch", self.save_every),
+            "--early-stopping: by which metric? give --best-metric": self.early_stopping and not self.best_metric,
+            "--best-metric: without --eval-every N nothing is evaluated on the way; give it":
+                self.best_metric and not self.eval_every,
+            "--best-metric: keeps a checkpoint, and --save-every 0 allows none; give another":
+                self.best_metric and self.save_every == "0",
+            f"--best-metric: {printable(self.best_metric)} is not evaluated; give loss, or one of --eval-metrics":
+                self.best_metric not in (None, "loss", *self.eval_metrics)}
+        for line, true in faults.items():
+            if true:
+                raise UserError(line)
 
 
 def main(argv: list[str]) -> int | None:
     if not any(a.split("=")[0] in ("--recipe", "--data") for a in argv):
         argv = ["--recipe", "toy", *argv]
     knobs = parse(Knobs, argv, "Fine-tune a LLaVA.", recipes=RECIPES)
+    if knobs.train != "lora" and (flag := next((a.split("=")[0] for a in argv if re.match(r"--(lora-|dora|rslora)", a)), None)):
+        raise UserError(f"{flag}: has no meaning with --train {printable(knobs.train)}; leave it out, or give --train lora")
+    with Signals() as signals:
+        from llava_min import checkpoint
+        from llava_min.dist import agree, gather, start
 
+        with start(knobs.device, knobs.timeout) as world:
+            try:
+                agree(world, "the settings", asdict(knobs))
+                if knobs.dry_run:
+                    with tempfile.TemporaryDirectory() as folder:
+                        return train(knobs, world, signals, Path(folder), None)
+                name = Path(knobs.recipe or "run").stem
+                found = checkpoint.place(knobs.out, knobs.resume, Path("runs"), name) if world.rank == 0 else None
+                out, resumed = gather(world, found)[0]
+                if knobs.resume != "never" and (Path(out, "adapter").exists() or Path(out, "model").exists()):
+                    return note(f"{out}: already finished")
+                with checkpoint.run_folder(Path(out), world):
+                    return train(knobs, world, signals, Path(out), Path(resumed) if resumed else None)
+            except Interrupted:
+                note("stopped before the first step; there is nothing to save")
+                sys.exit(CODE)
+
+
+def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None) -> None:
+    """One process of a run into the folder `out`, which goes on from the checkpoint `resumed` if there is one."""
     import torch
 
+    from llava_min import checkpoint
     from llava_min.data import toy
-    from llava_min.data.dataset import Dataset, batches, collate, read_records
+    from llava_min.data.dataset import Dataset, loader
+    from llava_min.data.records import Skips, read_records, short, sources
+    from llava_min.data.sampler import plan as make_plan, records_of
+    from llava_min.dist import agree, any_of, full_state, gather, shard, total, uneven
     from llava_min.evaluate import predict, score
-    from llava_min.files import check_free, new_folder, write_json
-    from llava_min.llava import IGNORE
-    from llava_min.load import load, pick_device, write_model
-    from llava_min.log import Log
-    from llava_min.lora import LoRAConfig, add_lora, save_adapter
-    from llava_min.optim import parameter_groups, rate_factor
+    from llava_min.files import new_folder, write_json
+    from llava_min.load import on_meta, prepare, write_model
+    from llava_min.log import Log, peak_memory, show_samples
+    from llava_min.lora import LoRAConfig, adapter_names, add_lora, init_lora, save_adapter
+    from llava_min.metrics import find as find_metrics
+    from llava_min.optim import LossScale, clip, make_optimizer, parameter_groups, rate_factor
+    from llava_min.packed import widen
+    from llava_min.report import write_run_report
+    from llava_min.step import (compile_blocks, largest_batch, named_config, neftune, recompute_blocks, show_plan, supervised_in,
+                                try_step)
+    from llava_min.trainable import check_gradients, select, table
     from llava_min.weights import DTYPES
 
-    # ---- the run folder and the data: whatever is wrong with them is found before weights are read
-    out = Path(knobs.out) if knobs.out else next_run(Path("runs"), Path(knobs.recipe or "run").stem)
-    check_free(out)
+    device, compute, alone = world.device, DTYPES[knobs.precision], world.size == 1
+    if knobs.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+    # ---- the data: whatever is wrong with it is found before weights are read
     data, eval_data, images = knobs.data, knobs.eval_data, knobs.image_folder
-    if data.startswith("toy:"):
+    if data and data.startswith("toy:"):
         if (task := data.removeprefix("toy:")) not in toy.TASKS:
             raise UserError(f"--data {printable(data)}: no such toy task; there are {', '.join('toy:' + t for t in toy.TASKS)}")
-        out.mkdir(parents=True, exist_ok=True)
-        toy.write(out / "data", task, knobs.toy_train, knobs.toy_val, knobs.seed)
-        data, eval_data, images = out / "data" / "train.json", out / "data" / "val.json", None
-    records = read_records(data, images)
-    held_out = read_records(eval_data, images) if eval_data else []
+        if world.rank == 0 and not (out / "data").exists():
+            toy.write(out / "data", task, knobs.toy_train, knobs.toy_val, knobs.seed)
+        agree(world, "the toy data", True)
+        data, eval_data, images = str(out / "data" / "train.json"), out / "data" / "val.json", None
+    skips = Skips(out / "skipped.txt" if world.rank == 0 else None) if knobs.skip_bad else None
+    find_metrics(knobs.eval_metrics)
+    try:
+        records = read_records(data, images, skips) if data else []
+        held_out = read_records(eval_data, images) if eval_data else []
+    except UserError as e:
+        if not knobs.dry_run:
+            raise
+        note(f"no records to count the steps by: {e}")
+        records = held_out = []
 
     # ---- the model: what is frozen in the compute dtype, what is trained in fp32
-    torch.manual_seed(knobs.seed)
-    device, compute = pick_device(knobs.device), DTYPES[knobs.precision]
-    model, processor = load(knobs.model, dtype=torch.float32 if knobs.train == "full" else compute, device=device,
-                            image_aspect_ratio=knobs.image_aspect_ratio, template=knobs.template)
-    lora = LoRAConfig(knobs.lora_r, knobs.lora_alpha, knobs.lora_dropout, knobs.lora_targets) if knobs.train == "lora" else None
-    if lora:
+    if knobs.dry_run:
+        model = on_meta(named_config(knobs.model))
+    else:
+        ready = prepare(knobs.model, image_aspect_ratio=knobs.image_aspect_ratio, template=knobs.template)
+        model = ready.model
+    lora = LoRAConfig(knobs.lora_r, knobs.lora_alpha, knobs.lora_dropout, knobs.lora_targets, knobs.dora, knobs.rslora)
+    if knobs.train == "lora":
         add_lora(model, lora)
-    for name, p in model.named_parameters():
-        if knobs.train == "full" or ".lora_" in name or knobs.train_projector and name.startswith("multi_modal_projector."):
-            p.data = p.data.float()
-            p.requires_grad_()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    print_table(model)
-
-    # ---- the data in order, the optimizer and its schedule
-    dataset = Dataset(records, processor, max_length=knobs.max_length, exif=knobs.exif)
-    plan = batches(len(dataset), knobs.batch_size, knobs.grad_accum, knobs.epochs, knobs.max_steps, knobs.seed)
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=[rows for step in plan for rows in step], collate_fn=collate,
-                                         num_workers=knobs.workers, pin_memory=device.type == "cuda")
-    warmup = knobs.warmup_steps or round(knobs.warmup_ratio * len(plan))
-    groups = parameter_groups(model, knobs.lr, knobs.weight_decay, knobs.projector_lr)
-    optimizer = torch.optim.AdamW(groups, betas=knobs.betas, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=knobs.precision == "fp16")
+    select(model, knobs.train, train_projector=knobs.train_projector, train_vision=knobs.train_vision)
+    if world.rank == 0:
+        print(table(model), file=sys.stderr)
+    if knobs.dry_run:
+        return show_plan(model, records, knobs, world.size)
+    options = {"max_length": knobs.max_length, "exif": knobs.exif, "too_long": knobs.too_long}
+    dataset, validation = Dataset(records, ready.processor, **options), Dataset(held_out, ready.processor, **options)
+    shard(model, world, compute=compute, full=knobs.train in ("full", "freeze_vision"), cpu_offload=knobs.cpu_offload)
+    ready.fill(compute, device, offload=knobs.cpu_offload)
+    init_lora(model, knobs.seed)
+    widen(model)
+    if knobs.compile:
+        compile_blocks(model)
+    if knobs.gradient_checkpointing:
+        recompute_blocks(model, dropout=knobs.lora_dropout > 0)
+    if knobs.neftune_alpha:
+        neftune(model, knobs.neftune_alpha)
+    trainable = [p for p in model.train().parameters() if p.requires_grad]
     autocast = lambda: torch.autocast(device.type, compute, enabled=compute != torch.float32)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", asdict(knobs))
-    log = Log(out, len(plan))
-    log.say(f"{len(records)} records, {len(plan)} steps of {knobs.batch_size * knobs.grad_accum} rows, into {out}")
 
-    def evaluate(step: int) -> list[dict]:
-        """Answer the held-out records and log the metrics."""
+    def loss_of(batch: dict) -> torch.Tensor:
+        """Summed over the supervised tokens of a batch."""
         with autocast():
-            rows = predict(model, processor, held_out, knobs.eval_batch_size, knobs.exif, max_new_tokens=knobs.max_new_tokens)
-        for name, m in score(rows, ["exact_match"]).items():
-            log.write(step=step, **{f"eval_{name}": m["score"]})
-            log.say(f"step {step}: {name} {m['score']:.3f} ({m['low']:.3f} to {m['high']:.3f}) on {m['n']} held-out records")
-        return rows
+            return model.loss(**{k: v.to(device, non_blocking=True) for k, v in batch.items() if k != "attention_mask"})
+
+    # ---- the order of the data, the optimizer and its schedule
+    lengths, rows, batch_size = dataset.lengths(exact=knobs.packing), knobs.batch_size * knobs.grad_accum, knobs.batch_size
+    if knobs.auto_batch_size:
+        longest = [(i,) for i in sorted(range(len(lengths)), key=lambda i: -abs(lengths[i]))]
+        fits = lambda n: try_step(lambda: loss_of(next(loader(dataset, [longest[:n]]))[0]), model)
+        batch_size = largest_batch(rows, lambda n: not any_of(world, not fits(n)))
+    plan = make_plan(lengths, batch_size, rows // batch_size, world.size, knobs.epochs, knobs.max_steps, knobs.seed,
+                     group_by_length=knobs.group_by_length, packing=knobs.max_length if knobs.packing else 0)
+    warmup = knobs.warmup_steps or round(knobs.warmup_ratio * len(plan))
+    if warmup > len(plan):
+        raise UserError(f"--warmup-steps {warmup}: the run has only {len(plan)} steps; lower it, or raise --epochs")
+    groups = parameter_groups(model, knobs.lr, knobs.weight_decay, knobs.projector_lr, knobs.vision_lr)
+    optimizer, scale = make_optimizer(knobs.optimizer, groups, knobs.betas), LossScale(knobs.precision == "fp16")
+
+    # ---- where the run stands: at its beginning, or where the checkpoint left it
+    files = {entry.path for entry in ready.entries.values()}
+    tokenizer = ready.entries["language_model.norm.weight"].path.parent.glob("token*")
+    identity = {"training data": checkpoint.fingerprint(path for path, _ in sources(data)),
+                "base model": checkpoint.fingerprint(files), "tokenizer": checkpoint.fingerprint(tokenizer),
+                "rows of a step": rows * world.size, "steps": len(plan),
+                **{name: value for name, value in asdict(knobs).items() if name not in FREE}}
+    agree(world, "code, data or model", identity)
+    at = {"step": 0, "evaluated": -1, "best": None, "best_step": -1, "waited": 0, "skipped": 0}
+    checkpoint.reseed(knobs.seed, 0, world.rank)
+    if resumed:
+        before = checkpoint.resume(resumed, identity, model, optimizer, world, knobs.seed)
+        at = before["at"]
+        vars(scale).update(before["scale"])
+        if resumed.parent != (out / "checkpoints").resolve():
+            at.update(best=None, best_step=-1, waited=0)  # the best so far stays in the other run's folder
+    epochs = {k for k, seen in enumerate(accumulate(len(records_of(step)) for step in plan), 1) if seen % len(dataset) == 0}
+    saver = checkpoint.Saver(out, world, knobs.save_every, knobs.keep, epochs, at["step"] if resumed else -1, at["best_step"])
+    if world.rank == 0 and knobs.save_every != "0":
+        checkpoint.check_space(out, model, knobs.save_only_model)
+    settings = asdict(knobs) | {"out": str(out), "batch_size": batch_size, "grad_accum": rows // batch_size, "ranks": world.size}
+    if world.rank == 0:
+        write_json(out / "config.json", settings)
+    log = Log(out if world.rank == 0 else None, len(plan), at["step"], knobs.log, settings)
+    log.say(f"data {identity['training data'][:12]}, model {identity['base model'][:12]}: {len(dataset)} records, {len(plan)} steps "
+            f"of {rows * world.size} rows, into {out}" + (f", going on from step {at['step']}" if resumed else ""))
+
+    def export(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        """What others read: a PEFT adapter, or a whole model."""
+        if knobs.train == "lora":
+            save_adapter(model, lora, folder, knobs.model, weights)
+        else:
+            whole = on_meta(model.config)
+            whole.load_state_dict(weights, assign=True, strict=False)  # a tied head is there by one name
+            whole.tie_weights()
+            write_model(whole, ready.processor, folder, compute)
+
+    result, names = ("adapter", set(adapter_names(model))) if knobs.train == "lora" else ("model", None)
+
+    def save() -> None:
+        usable = knobs.train == "lora" or knobs.save_only_model  # without the rest of the run
+        weights = full_state(model, names) if usable else {}
+        saver.save(at["step"], at["best_step"], model, None if knobs.save_only_model else optimizer,
+                   {"identity": identity, "at": at, "scale": vars(scale)},
+                   {result: lambda folder: export(folder, weights)} if usable else {})
+
+    def evaluate() -> None:
+        """Loss, answers and metrics on the held-out records, which the ranks share."""
+        nll, tokens, step = 0.0, 0, at["step"]
+        mine, size = [(i,) for i in range(world.rank, len(validation), world.size)], knobs.eval_batch_size
+        model.eval()
+        with signals.at_once(alone), autocast():
+            with torch.no_grad(), uneven(model, world):
+                for batch, _ in loader(validation, [mine[i : i + size] for i in range(0, len(mine), size)]):
+                    nll, tokens = nll + float(loss_of(batch)), tokens + supervised_in(batch)
+            rows = predict(model, ready.processor, held_out, size, knobs.exif, world=world,
+                           num_beams=knobs.num_beams, max_new_tokens=knobs.max_new_tokens)
+        model.train()
+        nll, tokens = total(world, nll, tokens)
+        scores = {"loss": nll / tokens} | {name: m["score"] for name, m in score(rows, knobs.eval_metrics).items()}
+        log.write(step=step, **{f"eval_{name}": value for name, value in scores.items()})
+        told = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        log.say(f"step {step}: {told} on {len(rows)} held-out records")
+        for row, record in list(zip(rows, held_out))[: knobs.samples]:
+            log.sample(step=step, id=row["id"], prompt=row["prompt"], prediction=row["prediction"],
+                       reference=next(iter(row["references"]), ""),
+                       image=next((str(p) for p in record.images if isinstance(p, Path)), None))
+        if world.rank == 0:
+            write_run_report(out)
+        at["evaluated"] = step
+        if knobs.best_metric:
+            value = -scores["loss"] if knobs.best_metric == "loss" else scores[knobs.best_metric]
+            if at["best"] is None or value > at["best"]:
+                at.update(best=value, best_step=step, waited=0)
+                save()
+            else:
+                at["waited"] += 1
+
+    def evaluation_due() -> bool:
+        step, every = at["step"], knobs.eval_every
+        return bool(held_out) and at["evaluated"] < step and (step in (0, len(plan)) or every > 0 and step % every == 0)
 
     # ---- the loop
-    before = evaluate(0) if held_out else []
-    model.train()
-    micro_batches, tokens, rows, since = iter(loader), 0, 0, time.perf_counter()
-    for step, micros in enumerate(plan, 1):
-        micros = [{k: v.to(device, non_blocking=True) for k, v in next(micro_batches).items()} for _ in micros]
-        supervised = sum((b["labels"][:, 1:] != IGNORE).sum() for b in micros)
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * rate_factor(step - 1, len(plan), warmup, knobs.schedule)
+    todo = loader(dataset, [micro for step in plan[at["step"] :] for micro in step[world.rank]], knobs.workers, packing=knobs.packing,
+                  skip=knobs.skip_bad, pin_memory=device.type == "cuda")
+    named = lambda step: ", ".join(short(dataset.records[i].id) for i in records_of(step)[:8])
+    tokens, pictures, busy, first = 0, 0, 0.0, True
+    signals.urgent = False  # from here on there is something to lose
+    try:
+        if evaluation_due():
+            evaluate()
+        while at["step"] < len(plan) and not (knobs.early_stopping and at["waited"] >= knobs.early_stopping):
+            step, begun = plan[at["step"]], time.perf_counter()
+            with signals.at_once(alone):
+                micros, errors = zip(*(next(todo) for _ in step[world.rank]))
+            if skips:
+                skips.add(line for part in gather(world, sum(errors, [])) for line in part)
+                skips.write()
+            due = world.rank == 0 and saver.due(at["step"])
+            supervised, stop, due = total(world, sum(map(supervised_in, micros)), signals.asked, due)
+            if due:
+                save()
+            if stop:
+                raise Interrupted
+            if not supervised:
+                raise UserError(f"step {at['step'] + 1}: no token to learn from in records {named(step)}; mend or remove them")
+            factor = rate_factor(at["step"], len(plan), warmup, knobs.schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            loss = torch.zeros((), device=device)
+            for batch in micros:  # a token counts the same, whatever micro-batch it is in
+                part = loss_of(batch) / supervised
+                (part * scale.scale).backward()
+                loss += part.detach()
+            norm = clip(trainable, scale.scale, knobs.max_grad_norm)
+            loss, norm = total(world, loss)[0], float(norm)
+            if finite := math.isfinite(loss + norm):
+                if first:
+                    check_gradients(model, any("pixel_values" in batch for batch in micros))
+                    first = False
+                optimizer.step()
+            elif not scale.searching or not math.isfinite(loss):
+                at["skipped"] += 1
+            scale.update(finite)
+            optimizer.zero_grad(set_to_none=True)
+            at["step"] += 1
+            if not finite:
+                log.write(step=at["step"], skipped=[dataset.records[i].id for i in records_of(step)])
+                log.say(f"warning: step {at['step']}: loss {loss:.3g} and gradient norm {norm:.3g}; no weight was changed; records "
+                        f"{named(step)}")
+            if at["skipped"] >= knobs.max_skips:
+                raise UserError(f"step {at['step']}: {at['skipped']} steps had a loss or gradient that is not finite, the last with "
+                                f"records {named(step)}; lower --lr, mend them, or try --precision {'bf16' if scale.enabled else 'fp32'}"
+                                + (f"; the last checkpoint is {out / 'last'}" if saver.saved >= 0 else ""))
 
-        loss = 0.0
-        for b in micros:  # a token counts the same, whatever micro-batch it is in
-            with autocast():
-                part = model.loss(b["input_ids"], b["labels"], b.get("pixel_values")) / supervised
-            scaler.scale(part).backward()
-            loss += part.detach()
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(trainable, knobs.max_grad_norm or float("inf"))
-        if knobs.precision != "fp16" and not torch.isfinite(norm):
-            raise UserError(f"step {step}: the gradient is not finite, no weight was changed; lower --lr or try --precision fp32")
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-        tokens, rows = tokens + sum(b["input_ids"].numel() for b in micros), rows + sum(len(b["input_ids"]) for b in micros)
-        if knobs.log_every and (step % knobs.log_every == 0 or step == len(plan)):
-            seconds, since = time.perf_counter() - since, time.perf_counter()
-            log.step(step, loss=float(loss), lr=optimizer.param_groups[0]["lr"], grad_norm=float(norm),
-                     tokens_per_s=tokens / seconds, rows_per_s=rows / seconds)
-            tokens = rows = 0
-        if held_out and knobs.eval_every and step % knobs.eval_every == 0 and step < len(plan):
-            evaluate(step)
+            busy += time.perf_counter() - begun
+            tokens += sum(batch["input_ids"].numel() for batch in micros)
+            pictures += sum(len(batch.get("pixel_values", ())) for batch in micros)
+            if knobs.log_every and (at["step"] % knobs.log_every == 0 or at["step"] == len(plan)):
+                tokens, pictures = total(world, tokens, pictures)
+                log.step(at["step"], loss=loss, lr=knobs.lr * factor, grad_norm=norm, tokens_per_s=tokens / busy,
+                         pictures_per_s=pictures / busy, peak_gb=peak_memory(device))
+                tokens, pictures, busy = 0, 0, 0.0
+            if evaluation_due():
+                evaluate()
+        if knobs.save_every != "0" and saver.saved != at["step"]:
+            save()
+    except Interrupted:
+        if saver.saved != at["step"]:
+            save()
+        log.say(f"saved step {at['step']}, resume with --resume auto --out {out}")
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        sys.exit(CODE)
+    except torch.OutOfMemoryError:
+        half = batch_size // 2
+        same = f"--auto-batch-size, or --batch-size {half} --grad-accum {rows // half} (the same steps), " if half else ""
+        raise UserError(f"step {at['step'] + 1}: out of memory with --batch-size {batch_size}; give {same}--gradient-checkpointing, "
+                        "a smaller --max-length, or --cpu-offload") from None
 
     # ---- what came of it
-    result = out / ("adapter" if lora else "model")
-    with new_folder(result) as folder:
-        if lora:
-            save_adapter(model, lora, folder, knobs.model)
-        else:
-            write_model(model, processor, folder, compute)
-    after = evaluate(len(plan)) if held_out else []
-    for old, new in list(zip(before, after))[: knobs.samples]:
-        print(f"\n{new['id']}: {new['prompt']}")
-        for label, text in (("before", old["prediction"]), ("after", new["prediction"]), ("expected", new["references"][0])):
-            print(f"  {label:<9} {printable(text)}")
-    log.say(f"saved {result}")
-
-
-def next_run(parent: Path, name: str) -> Path:
-    """parent/name-N with the next free N."""
-    taken = [int(p.name.rpartition("-")[2]) for p in parent.glob(f"{name}-*") if p.name.rpartition("-")[2].isdigit()]
-    return parent / f"{name}-{max(taken, default=0) + 1}"
-
-
-def print_table(model) -> None:
-    """Parameters of each part, and how many of them are trained."""
-    print(f"{'part':<24}{'parameters':>16}{'trained':>14}", file=sys.stderr)
-    for name, part in (*model.named_children(), ("all", model)):
-        n = sum(p.numel() for p in part.parameters())
-        trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
-        print(f"{name:<24}{n:>16,}{trained:>14,}", file=sys.stderr)
+    if knobs.best_metric and at["best_step"] != at["step"]:
+        log.say(f"{knobs.best_metric} was best at step {at['best_step']}: ending with that")
+        checkpoint.restore(out / "best", checkpoint.verify(out / "best"), model, None, world)
+    weights = full_state(model, names)
+    if world.rank == 0:
+        with new_folder(out / result) as folder:
+            export(folder, weights)
+        show_samples(out, at["best_step"] if knobs.best_metric else at["step"])
+        write_run_report(out)
+    log.say(f"saved {out / result}")
 
 
 if __name__ == "__main__":

@@ -3,21 +3,63 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from llava_min.packed import fp32, slow
+
+SHORT = 256  # tokens up to which plain products train faster on CPU than PyTorch's fused kernel
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """q (B, H, T, D), k and v (B, K, T, D) with K a divisor of H -> (B, H, T, D).
 
-    mask (B, 1, T, T) bool says who sees whom. PyTorch's fused kernels, except to train on CPU: there the fused
-    backward takes three to ten times as long as that of the plain products (bf16, torch 2.13).
+    mask (B, 1, T, T) bool says who sees whom. PyTorch's fused kernel, but on CPU its backward in bf16 takes two to ten
+    times as long as in fp32, and on short sequences longer than plain products (torch 2.13).
     """
-    if q.device.type != "cpu" or not torch.is_grad_enabled() or not q.requires_grad:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-    if q.shape[1] != k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    training = torch.is_grad_enabled() and q.requires_grad
+    if not len(q) or training and q.device.type == "cpu" and q.shape[-2] <= SHORT:
+        return plain_attention(q, *repeat(q, k, v), mask, causal)
+    if q.device.type == "cpu" and training and q.dtype == torch.bfloat16:
+        return WideAttention.apply(q, *repeat(q, k, v), mask, causal)
+    if slow(q):
+        with fp32:
+            return attention(q.float(), k.float(), v.float(), mask, causal).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def repeat(q: Tensor, *groups: Tensor) -> list[Tensor]:
+    """Keys or values (B, K, T, D), once for each of their heads (B, H, T, D)."""
+    n = q.shape[1] // groups[0].shape[1]
+    return [x if n == 1 else x.repeat_interleave(n, dim=1) for x in groups]
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        scores = scores + torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, float("-inf"))
+        scores = scores + torch.zeros(mask.shape, dtype=scores.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
     return scores.softmax(-1) @ v
+
+
+class WideAttention(torch.autograd.Function):
+    """The fused kernel in fp32 on bf16 q, k, v (B, H, T, D), which alone are kept, with the output, for the backward."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        if mask is not None:
+            mask = torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+        out, ctx.lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q.float(), k.float(), v.float(), 0.0, causal, attn_mask=mask)
+        ctx.mask, ctx.causal = mask, causal
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        q, k, v, out = (x.float() for x in ctx.saved_tensors)
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad.float(), q, k, v, out, ctx.lse, 0.0, ctx.causal, attn_mask=ctx.mask)
+        return *(g.to(grad.dtype) for g in grads), None, None

@@ -1,44 +1,265 @@
-"""Answers for a file of questions: the one path that `eval.py` and the evaluation inside `train.py` share."""
+"""Answers for a file of questions, and what they are worth: the one path that `eval.py` and `train.py` share.
 
-from collections.abc import Callable, Sequence
+    records -> predict -> rows -> score -> {"exact_match": {"score", "low", "high", "n"}, …}
 
+A row is {id, prompt, prediction, references, scores}. One whose pictures cannot be read has an empty prediction and an
+`error`; it is never scored, and neither is one without references.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 import torch
+from torch import Tensor
 
-from llava_min.data.dataset import Record, evaluation_batch
+from llava_min.cli import UserError, printable, warn
+from llava_min.data.dataset import evaluation_batch
 from llava_min.data.processor import Processor
+from llava_min.data.records import Bad, Record, check_text, short, text_of
+from llava_min.dist import World, gather, uneven
 from llava_min.generate import generate
 from llava_min.llava import Llava
-from llava_min.metrics import METRICS, summary
+from llava_min.log import clock
+from llava_min.metrics import Rule, find, interval, measure, resampled
+
+EVERY = 2.0  # seconds between two lines of progress
+NAMED = 5  # how many ids a message tells
+
+
+# ---- answers
 
 
 def predict(model: Llava, processor: Processor, records: Sequence[Record], batch_size: int = 8, exif: bool = False,
-            progress: Callable[[str], None] = lambda line: None, **options) -> list[dict]:
-    """One {id, prompt, prediction, references} per record, in their order.
+            progress: Callable[[str], None] = lambda line: None, *, world: World | None = None,
+            done: dict[int, dict] | None = None, save: Callable[[list[dict]], None] = lambda rows: None,
+            logprob: bool = False, **options) -> list[dict]:
+    """One row per record, in their order, without scores.
 
-    Rows of like length share a batch; the answers do not depend on its size. `options` go to `generate`.
+    Records of like length share a batch, the longest first; the answers do not depend on its size. Of several ranks
+    each answers its part, and all of them get all rows. `options` go to `generate`.
+
+    done: rows that are there already, by the index of their record; these are not asked again
+    save: gets the rows of each batch as soon as they are there
+    logprob: rows get `logprob`, the mean log probability of the answer's tokens, from one more pass over each batch
     """
+    world = world or World(0, 1, 0, model.device)
+    options |= {"eos_token_id": processor.stop_ids, "suppress_tokens": processor.silent_ids(model.config.text.vocab_size)}
+    rows = dict(done or {})
+    order = sorted((i for i in range(len(records)) if i not in rows), key=lambda i: -records[i].length)
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    mine = batches[world.rank :: world.size]
     was_training = model.training
     model.eval()
-    order = sorted(range(len(records)), key=lambda i: records[i].length)
-    rows: list[dict] = [{}] * len(records)
-    options |= {"eos_token_id": processor.stop_ids, "suppress_tokens": processor.silent_ids(model.config.text.vocab_size)}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch, prompts, references = evaluation_batch([records[i] for i in chosen], processor, exif=exif)
-        answers = generate(model, batch, **options)
-        for i, prompt, right, ids in zip(chosen, prompts, references, answers, strict=True):
-            rows[i] = {"id": records[i].id, "prompt": prompt, "prediction": processor.decode(ids), "references": right}
-        progress(f"answered {start + len(chosen)} of {len(records)}")
+    start = told = time.perf_counter()
+    answered = {}
+    with uneven(model, world):
+        prepared = ahead(lambda chosen: prepare(processor, [records[i] for i in chosen], exif), mine)
+        for n, (chosen, (found, batch)) in enumerate(zip(mine, prepared, strict=True), 1):
+            if batch:
+                answer(model, processor, found, batch, logprob, options)
+            answered.update(zip(chosen, found, strict=True))
+            save(found)
+            here = min(n * world.size, len(batches))
+            now = time.perf_counter()
+            if now - told >= EVERY or here == len(batches):
+                left = clock((now - start) / here * (len(batches) - here))
+                progress(f"answered {min(here * batch_size, len(order)) + len(rows)} of {len(records)} · {left} left")
+                told = now
     model.train(was_training)
-    return rows
+    for part in gather(world, answered):
+        rows |= part
+    return [rows[i] for i in range(len(records))]
+
+
+def ahead(f: Callable, items: Sequence) -> Iterator:
+    """f of each item, in a thread that is always one item ahead: the next pictures are read while the model works."""
+    with ThreadPoolExecutor(1) as pool:
+        before = None
+        for item in items:
+            coming = pool.submit(f, item)
+            if before:
+                yield before.result()
+            before = coming
+        if before:
+            yield before.result()
+
+
+def prepare(processor: Processor, records: list[Record], exif: bool) -> tuple[list[dict], dict[str, Tensor] | None]:
+    """The rows of a batch without answers, and the batch of those whose pictures can be read, None if there are none."""
+    rows, ready = [], []
+    for record in records:
+        row = {"id": record.id, "prompt": text_of(record.messages[-2]), "prediction": "", "references": references(record)}
+        rows.append(row)
+        try:
+            ready.append(replace(record, images=record.pictures(exif)))
+        except UserError as e:
+            row["error"] = str(e)
+    return rows, evaluation_batch(ready, processor)[0] if ready else None
+
+
+def answer(model: Llava, processor: Processor, rows: list[dict], batch: dict[str, Tensor], logprob: bool,
+           options: dict) -> None:
+    rows = [row for row in rows if "error" not in row]
+    answers = generate(model, batch, **options)
+    for row, ids in zip(rows, answers, strict=True):
+        row["prediction"] = processor.decode(ids).strip()
+    if logprob:
+        for row, value in zip(rows, mean_logprobs(model, batch, answers), strict=True):
+            row["logprob"] = value
+
+
+def references(record: Record) -> list[str]:
+    """The right answers: the list `references` that the record has beside its conversation, else its last answer."""
+    found = record.extra.get("references", [text_of(record.messages[-1])])
+    try:
+        if not isinstance(found, list) or not all(isinstance(r, str) for r in found):
+            raise Bad(f"references is {short(json.dumps(found))}, expected a list of texts")
+        for r in found:
+            check_text(r, "references")
+    except Bad as e:
+        raise UserError(f"record {short(record.id)}: {e}; correct the record") from None
+    return found
+
+
+@torch.no_grad()
+def mean_logprobs(model: Llava, batch: dict[str, Tensor], answers: list[list[int]]) -> list[float | None]:
+    """Of each answer's tokens, given what stands before them; None where there is no token."""
+    length, longest = batch["input_ids"].shape[1], max(map(len, answers))
+    if not longest:
+        return [None] * len(answers)
+    ids = torch.tensor([[*a, *[0] * (longest - len(a))] for a in answers])
+    real = torch.tensor([[i < len(a) for i in range(longest)] for a in answers])
+    x = model.hidden(torch.cat([batch["input_ids"], ids], 1).to(model.device), batch.get("pixel_values"),
+                     torch.cat([batch["attention_mask"], real], 1).to(model.device))
+    logs = model.lm_head(x[:, length - 1 : -1]).float().log_softmax(-1).cpu()
+    found = logs.gather(2, ids[:, :, None])[:, :, 0]
+    return [float(x[: len(a)].mean()) if a else None for x, a in zip(found, answers)]
+
+
+# ---- answers on disk
+
+
+def read_answers(folder: Path, records: Sequence[Record]) -> dict[int, dict]:
+    """What the files predictions*.jsonl of a run that was interrupted hold, by the index of the record.
+
+    A last line that was cut short is taken out of its file; an answer that stands twice counts once. Raises
+    UserError for any other line that is no answer, and for answers to other questions.
+    """
+    open_: dict[tuple, list[int]] = {}
+    for i, r in enumerate(records):
+        open_.setdefault((r.id, text_of(r.messages[-2]), *references(r)), []).append(i)
+    found, strange, twice, n = {}, [], 0, 0
+    for path in sorted(folder.glob("predictions*.jsonl")):
+        data = path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            warn(f"{path}: its last line was cut short; that record is answered again")
+            os.truncate(path, end)
+        for number, line in enumerate(data[:end].split(b"\n")[:-1], 1):
+            try:
+                row = json.loads(line)
+                key = (row["id"], row["prompt"], *row["references"])
+                row["prediction"] + ""
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path}:{number}: is no answer of this program; remove the line, "
+                                "or give another --out") from None
+            n += 1
+            if key not in open_:
+                strange.append(row["id"])
+            elif not open_[key]:
+                twice += 1
+            elif "error" not in row:
+                found[open_[key].pop(0)] = row
+    if strange:
+        raise UserError(f"{folder}: {len(strange)} of its {n} answers are to questions that --data does not hold "
+                        f"({named(strange)}); give another --out")
+    if twice:
+        warn(f"{folder}: {twice} of its {n} answers stand there twice and count once")
+    return found
+
+
+def named(ids: Sequence[str]) -> str:
+    return ", ".join(short(id) for id in ids[:NAMED]) + (", …" if len(ids) > NAMED else "")
+
+
+# ---- scores
+
+
+class Measured(NamedTuple):
+    """What every metric found: the indices of the rows that are scored, and per metric their statistics (N, K) and the
+    rule that makes overall scores of their sums."""
+
+    rows: np.ndarray
+    parts: dict[str, tuple[np.ndarray, Rule]]
 
 
 def score(rows: list[dict], metrics: Sequence[str], seed: int = 0) -> dict[str, dict]:
-    """The overall result of each metric; every row gets its own `scores`."""
-    table = {}
-    for name in metrics:
-        scores = METRICS[name]([r["prediction"] for r in rows], [r["references"] for r in rows])
-        for row, value in zip(rows, scores, strict=True):
-            row.setdefault("scores", {})[name] = value
-        table[name] = summary(scores, seed)
-    return table
+    """{name: {"score", "low", "high", "n"}} with 95 % intervals; every row gets its own `scores`.
+
+    A metric that fails is named in a warning and has no entry. Raises UserError where no row can be scored.
+    """
+    return table(measure_all(rows, metrics), seed)
+
+
+def measure_all(rows: list[dict], metrics: Sequence[str]) -> Measured:
+    scored = [i for i, row in enumerate(rows) if row["references"] and "error" not in row]
+    if not scored:
+        raise UserError(f"none of {len(rows)} records has both an answer to score and one to compare it with; "
+                        "give --data with right answers, and pictures that can be read")
+    for row in rows:
+        row["scores"] = {}
+    predictions, right = [rows[i]["prediction"] for i in scored], [rows[i]["references"] for i in scored]
+    parts = {}
+    for name, metric in find(metrics).items():
+        try:
+            scores, statistics, rule = measure(metric, predictions, right)
+        except Exception as e:  # whatever a metric raises, the others are worth having
+            kind = "" if isinstance(e, UserError) else f"{type(e).__name__}: "
+            warn(f"metric {name} failed and is left out: {kind}{printable(e)}")
+            continue
+        parts[name] = statistics, rule
+        for i, value in zip(scored, scores):
+            rows[i]["scores"][name] = value
+    return Measured(np.array(scored), parts)
+
+
+def table(found: Measured, seed: int = 0, among: Sequence[int] | None = None) -> dict[str, dict]:
+    """Overall scores of the rows, or of those `among` them."""
+    keep = np.isin(found.rows, among) if among is not None else slice(None)
+    out = {}
+    for name, (values, n) in overall({name: (s[keep], rule) for name, (s, rule) in found.parts.items()}, seed).items():
+        out[name] = interval(values, n)
+    return out
+
+
+def overall(parts: dict[str, tuple[np.ndarray, Rule]], seed: int) -> dict[str, tuple[np.ndarray, int]]:
+    """(1 + R,) scores of the rows and of R resamples of them, the same ones for every metric, and how many rows."""
+    if not parts or not all(len(s) for s, _ in parts.values()):
+        return {}
+    sums, at, out = resampled(np.concatenate([s for s, _ in parts.values()], 1), seed), 0, {}
+    for name, (s, rule) in parts.items():
+        for suffix, values in rule(sums[:, at : at + s.shape[1]]).items():
+            if np.isfinite(values[0]):
+                out[name + suffix] = values, len(s)
+            else:
+                warn(f"metric {name}{suffix} is not defined on these {len(s)} answers and is left out")
+        at += s.shape[1]
+    return out
+
+
+def difference(base: Measured, tuned: Measured, seed: int = 0) -> dict[str, dict]:
+    """What `tuned` scores more than `base` on the rows that both have, with the interval of a paired bootstrap:
+    {name: {"base", "tuned", "score", "low", "high", "n"}}, `score` being the difference."""
+    _, i, j = np.intersect1d(base.rows, tuned.rows, return_indices=True)
+    names = [name for name in base.parts if name in tuned.parts] if len(i) else []
+    a = overall({name: (base.parts[name][0][i], base.parts[name][1]) for name in names}, seed)
+    b = overall({name: (tuned.parts[name][0][j], tuned.parts[name][1]) for name in names}, seed)
+    return {name: {"base": float(a[name][0][0]), "tuned": float(b[name][0][0]), **interval(b[name][0] - a[name][0], len(i))}
+            for name in a if name in b}

@@ -31,7 +31,9 @@ def read_json(path: Path) -> dict:
     """The JSON object in `path`. Raises UserError naming the file, line and column."""
     check_file(path)
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: byte {e.start} is not UTF-8; download it again, or save it as UTF-8") from None
     except json.JSONDecodeError as e:
         raise UserError(f"{path}: line {e.lineno} column {e.colno}: {e.msg}; the file must be JSON") from None
     except (ValueError, RecursionError) as e:  # not text, a number of 5000 digits, 1000 brackets
@@ -54,9 +56,10 @@ def check_free(target: Path) -> None:
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, durable: bool = True) -> Iterator[Path]:
     """A folder to fill that is named `target` only when the block ends well: written aside, synced, renamed.
 
+    Not `durable`: the system syncs when it likes, as is enough for thousands of small files that are soon remade.
     Raises UserError when `target` exists, or the disk is full or not writable; then nothing is left behind.
     """
     aside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
@@ -65,7 +68,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         aside.mkdir()
         yield aside
-        for path in (*(p for p in aside.rglob("*")), aside):
+        for path in (*aside.rglob("*"), aside) if durable else ():
             sync(path)
         if target.is_dir():
             target.rmdir()

@@ -3,10 +3,10 @@
 What each option means, and the order in which options act on the scores, is `generate` of Hugging Face
 transformers 5.23; given the same logits the ids are equal, sampled ones included.
 
-The pictures and the prompt are read once into a `KVCache`, whatever follows. Greedy decoding and sampling
-then yield a column of ids per step, so that a batch and a stream are one loop; beams and several answers per
-prompt are branches of the cache. On a GPU nothing in the loops waits for the device, except a look at every
-CHECK_EVERY-th step.
+The pictures and the prompt are read once into a `KVCache`, whatever follows; a caller may keep a `Conversation`
+of it for the next turn. Greedy decoding and sampling then yield a column of ids per step, so that a batch and a
+stream are one loop; beams and several answers per prompt are branches of the cache. On a GPU nothing in the loops
+waits for the device, except a look at every CHECK_EVERY-th step.
 
 Shapes: B prompts, N answers or beams per prompt, R = B * N rows, T prompt tokens, V vocabulary,
 M max_new_tokens.
@@ -15,87 +15,22 @@ M max_new_tokens.
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from llava_min.cli import UserError, warn
-from llava_min.llama import KVCache
+from llava_min.cli import UserError
+from llava_min.conversation import Conversation, roomy
+from llava_min.llama import LAST, KVCache
 from llava_min.llava import Llava
+from llava_min.options import Options, id_tensor
 
 CHECK_EVERY = 16  # steps between two looks at whether all rows have ended, where a look waits for the device
-ROOM = 256  # slots: the least of a cache that outlives one call, or is compiled for
 NEVER = -1e9  # the score of what is not there, as transformers writes it
 
-
-@dataclass(frozen=True)
-class Options:
-    """How to choose the new tokens. `temperature` 0 is greedy; above it, sampling (of beams, if there are any)."""
-
-    max_new_tokens: int = 256
-    min_new_tokens: int = 0  # no end token before so many others
-    num_beams: int = 1
-    num_return_sequences: int = 1  # answers per prompt
-    length_penalty: float = 1.0  # beams are ranked by log probability / length ** length_penalty
-    early_stopping: bool | str = False  # True, False or "never": when beams stop looking for better answers
-    temperature: float = 0.0
-    top_k: int = 0  # sample among so many best tokens; 0 is all
-    top_p: float = 1.0  # sample among the fewest tokens that hold so much probability
-    repetition_penalty: float = 1.0  # above 1: less of what the prompt or the answer already has
-    seed: int | None = None
-    eos_token_id: int | Sequence[int] | None = None  # what ends an answer; None: what the model's config says
-    suppress_tokens: Sequence[int] | None = None  # ids never chosen
-
-    def __post_init__(self):
-        def need(name: str, kind: type, ok: Callable[[Any], bool], expected: str) -> None:
-            value = getattr(self, name)
-            number = type(value) is int or kind is float and type(value) is float and math.isfinite(value)
-            if not number or not ok(value):
-                raise UserError(f"{name}: {value!r:.40} was given, expected {expected}")
-
-        need("max_new_tokens", int, lambda n: n >= 1, "an integer of at least 1")
-        most = self.max_new_tokens
-        need("min_new_tokens", int, lambda n: 0 <= n <= most, f"an integer from 0 to max_new_tokens {most}")
-        need("num_beams", int, lambda n: n >= 1, "an integer of at least 1")
-        need("num_return_sequences", int, lambda n: n >= 1, "an integer of at least 1")
-        need("length_penalty", float, lambda x: True, "a finite number")
-        need("temperature", float, lambda x: x >= 0, "a number of at least 0 (0 is greedy)")
-        need("top_k", int, lambda n: n >= 0, "an integer of at least 0 (0 is all tokens)")
-        need("top_p", float, lambda x: 0 < x <= 1, "a number above 0 and at most 1")
-        need("repetition_penalty", float, lambda x: x > 0, "a number above 0 (1 is no penalty)")
-        if self.seed is not None:
-            need("seed", int, lambda n: 0 <= n < 2**63, "an integer from 0 to 2**63 - 1")
-        if type(self.early_stopping) is not bool and self.early_stopping != "never":
-            raise UserError(f"early_stopping: {self.early_stopping!r:.40} was given, "
-                            "expected True, False or 'never'")
-        n, beams = self.num_return_sequences, self.num_beams
-        if n > beams > 1:
-            raise UserError(f"num_return_sequences: {n} answers were asked of {beams} beams; "
-                            f"ask for at most {beams}, or raise num_beams")
-        if n > 1 and beams == 1 and not self.temperature:
-            raise UserError(f"num_return_sequences: {n} greedy answers would be the same; "
-                            f"set temperature above 0, or num_beams to at least {n}")
-        if not self.temperature and (self.top_k or self.top_p < 1):
-            warn("top_k and top_p have no effect at temperature 0, which is greedy")
-        if beams == 1 and (self.length_penalty != 1 or self.early_stopping):
-            warn("length_penalty and early_stopping have no effect without num_beams above 1")
-
-    def stops(self, model: Llava) -> Tensor:
-        """The ids that end an answer, on the model's device."""
-        ids = model.config.text.eos_token_ids if self.eos_token_id is None else self.eos_token_id
-        return id_tensor(model, "eos_token_id", [ids] if isinstance(ids, int) else ids)
-
-
-def id_tensor(model: Llava, name: str, ids: Sequence[int]) -> Tensor:
-    vocabulary = model.config.text.vocab_size
-    for i in ids:
-        if type(i) is not int or not 0 <= i < vocabulary:
-            raise UserError(f"{name}: {i!r:.40} was given, expected a token id from 0 to {vocabulary - 1}")
-    return torch.tensor(list(ids), dtype=torch.long, device=model.device)
+new_cache = Conversation  # the name it has in the package
 
 
 # The prompt
@@ -126,59 +61,22 @@ def read_batch(model: Llava, batch: dict) -> tuple[Tensor, Tensor, Tensor | None
     return ids, real, pixels
 
 
-def new_cache(model: Llava) -> KVCache:
-    """A cache for one conversation: give it to `generate` or `stream` at every turn, and it grows as it must.
-
-    It remembers the ids and pictures it has read (`ids`, `pixels`), so that the next prompt is fed only from
-    where it differs. It knows nothing of weights: when those change, make a new one.
-    """
-    cache = KVCache(model.config.text, 1, 0, model.dtype, model.device)
-    cache.ids, cache.pixels = [], None
-    return cache
-
-
-def roomy(slots: int) -> int:
-    """The next power of two: few sizes to grow through, and to compile for."""
-    return max(ROOM, 1 << (slots - 1).bit_length())
-
-
-def make_room(cache: KVCache, slots: int) -> None:
-    if slots > cache.slots:
-        more = roomy(slots) - cache.slots
-        for i, pair in enumerate(cache.trunk):
-            cache.trunk[i] = F.pad(pair[0].mT, (0, more)).mT, F.pad(pair[1], (0, 0, 0, more))
-        cache.filled = F.pad(cache.filled, (0, more))
-
-
-def known(model: Llava, ids: list[int], pixels: Tensor | None, cache: KVCache) -> tuple[int, int]:
-    """How many tokens, and pictures among them, the cache has read exactly as this prompt has them."""
-    n = min(len(cache.ids), len(ids) - 1)  # one token at least is fed: its logits are wanted
-    n = next((i for i in range(n) if cache.ids[i] != ids[i]), n)
-    places = [i for i in range(n) if ids[i] == model.config.image_token_id]
-    both = [] if pixels is None or cache.pixels is None else list(zip(cache.pixels, pixels))
-    whole = min(len(both), len(places) // model.config.tokens_per_image)
-    pictures = next((i for i in range(whole) if not torch.equal(both[i][0], both[i][1].cpu())), whole)
-    read = pictures * model.config.tokens_per_image
-    return (n if read == len(places) else places[read]), pictures
-
-
 def prefill(model: Llava, ids: Tensor, real: Tensor | None, pixels: Tensor | None, cache: KVCache) -> Tensor:
     """Read ids (B, T), padded on the left where `real` says so, and their pictures -> the last's logits (B, V)."""
     x = model.embed(ids, pixels)
     cache.grow(ids.shape[1])
     positions, mask = cache.place(ids.shape[1], real)
-    x = model.language_model(x, positions, mask, cache)
-    return model.lm_head(x[:, -1]).float()
+    x = model.language_model(x, positions, mask, cache, LAST)
+    return model.lm_head(x[:, 0]).float()
 
 
 def read_prompt(model: Llava, ids: Tensor, real: Tensor, pixels: Tensor | None, o: Options,
-                cache: KVCache | None, compile: bool) -> tuple[KVCache, Tensor]:
+                cache: Conversation | None, compile: bool) -> tuple[KVCache, Tensor]:
     """The cache with the prompt in it, branched as the options want, and logits (R, V) for the first token."""
     rows, tokens = ids.shape
     model.check_length(tokens + o.max_new_tokens)
-    branches = max(o.num_beams, o.num_return_sequences)
-    slots = tokens if branches > 1 else tokens + o.max_new_tokens
-    if compile and branches > 1:
+    slots = tokens if o.branches > 1 else tokens + o.max_new_tokens
+    if compile and o.branches > 1:
         raise UserError("compile: works for one answer per prompt; "
                         "leave it out with num_beams or num_return_sequences above 1")
     if cache is None:
@@ -186,21 +84,16 @@ def read_prompt(model: Llava, ids: Tensor, real: Tensor, pixels: Tensor | None, 
         cache = KVCache(model.config.text, rows, slots, model.dtype, model.device, static=compile)
         logits = prefill(model, ids, None if real.all() else real, pixels, cache)
     else:
-        if rows != 1 or cache.config != model.config.text or not hasattr(cache, "ids"):
+        if rows != 1 or not isinstance(cache, Conversation) or cache.config != model.config.text:
             raise UserError(f"cache: came with {rows} prompts, expected one, and new_cache(model) of this model")
         prompt = ids[0].tolist()
-        start, pictures = known(model, prompt, pixels, cache)
-        cache.crop(start)
-        cache.ids = prompt[:start]
-        cache.pixels = None if pixels is None else pixels.cpu().clone()  # the caller may write to his
-        make_room(cache, slots)
+        start, pixels = cache.rewind(prompt, pixels, slots)
         cache.static = cache.static or compile
-        rest = None if pixels is None or pictures == len(pixels) else pixels[pictures:]
-        logits = prefill(model, ids[:, start:], None, rest, cache)
+        logits = prefill(model, ids[:, start:], None, pixels, cache)
         cache.ids = prompt
-    if branches > 1:
-        cache.branch(branches, o.max_new_tokens)
-        logits = logits.repeat_interleave(branches, dim=0)
+    if o.branches > 1:
+        cache.branch(o.branches, o.max_new_tokens)
+        logits = logits.repeat_interleave(o.branches, dim=0)
     return cache, logits
 
 
@@ -249,7 +142,22 @@ def captured_step(model: Llava, cache: KVCache, rows: int) -> Callable[[Llava, T
 # Choosing
 
 
-def process(scores: Tensor, i: int, o: Options, stops: Tensor, suppress: Tensor | None, seen: Tensor | None) -> Tensor:
+def setup(model: Llava, ids: Tensor, real: Tensor, o: Options) -> tuple:
+    """(Ids that end an answer, ids never chosen, `seen` (R, V) bool, source of randomness), None where not asked.
+
+    `seen` is what the repetition penalty acts on: the prompt's tokens, its pictures' included, then the answer's.
+    """
+    suppress = None if o.suppress_tokens is None else id_tensor(model, "suppress_tokens", o.suppress_tokens)
+    seen = None
+    if o.repetition_penalty != 1:
+        counts = torch.zeros(len(ids), model.config.text.vocab_size, device=ids.device)
+        seen = (counts.scatter_add_(1, ids, real.float()) > 0).repeat_interleave(o.branches, dim=0)
+    generator = None if o.seed is None else torch.Generator(model.device).manual_seed(o.seed)
+    return o.stops(model), suppress, seen, generator
+
+
+def process(scores: Tensor, i: int, o: Options, stops: Tensor, suppress: Tensor | None,
+            seen: Tensor | None) -> Tensor:
     """The i-th new token's scores (R, V), fp32 logits or log probabilities, after the options that act on them."""
     if seen is not None:
         less = torch.where(scores < 0, scores * o.repetition_penalty, scores / o.repetition_penalty)
@@ -284,14 +192,6 @@ def draw(scores: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
     return (probabilities / noise).topk(n)[1] if n > 1 else (probabilities / noise).argmax(-1, keepdim=True)
 
 
-def seen_tokens(ids: Tensor, real: Tensor, o: Options, vocabulary: int) -> Tensor | None:
-    """What the repetition penalty acts on (R, V) bool: the prompt's tokens, its pictures' included."""
-    if o.repetition_penalty == 1:
-        return None
-    counts = torch.zeros(len(ids), vocabulary, device=ids.device).scatter_add_(1, ids, real.float())
-    return (counts > 0).repeat_interleave(max(o.num_beams, o.num_return_sequences), dim=0)
-
-
 class Watch:
     """Asks the device now and then whether to stop, and whether the numbers are still numbers."""
 
@@ -313,14 +213,16 @@ class Watch:
         return last or bool(ended.all())
 
 
+# The loops
+
+
 @torch.no_grad()
-def columns(model: Llava, batch: dict, o: Options, cache: KVCache | None = None,
+def columns(model: Llava, batch: dict, o: Options, cache: Conversation | None = None,
             compile: bool = False) -> Iterator[Tensor]:
     """Greedy decoding and sampling: the new ids, a column (R,) per step. An ended row goes on unheard."""
     ids, real, pixels = read_batch(model, batch)
-    stops, suppress, generator = setup(model, o)
-    kept, (cache, logits) = cache, read_prompt(model, ids, real, pixels, o, cache, compile)
-    seen = seen_tokens(ids, real, o, logits.shape[-1])
+    stops, suppress, seen, generator = setup(model, ids, real, o)
+    cache, logits = read_prompt(model, ids, real, pixels, o, cache, compile)
     advance = step
     if compile and o.max_new_tokens > 1:
         advance = captured_step(model, cache, len(logits)) if model.device.type == "cuda" else compiled_step()
@@ -341,26 +243,12 @@ def columns(model: Llava, batch: dict, o: Options, cache: KVCache | None = None,
             logits = advance(model, ids, cache)
             fed.append(ids)
     finally:  # also when the reader of a stream goes away
-        if kept is not None:
-            settle(cache, fed)
-
-
-def settle(cache: KVCache, fed: list[Tensor]) -> None:
-    """Write down what the conversation's cache has read; branches are forgotten."""
-    if cache.tail is None and fed:
-        cache.ids = cache.ids + torch.cat(fed).tolist()
-    cache.crop(len(cache.ids))
-
-
-def setup(model: Llava, o: Options) -> tuple[Tensor, Tensor | None, torch.Generator | None]:
-    """Ids that end an answer, ids never chosen, and the source of randomness."""
-    suppress = None if o.suppress_tokens is None else id_tensor(model, "suppress_tokens", o.suppress_tokens)
-    generator = None if o.seed is None else torch.Generator(model.device).manual_seed(o.seed)
-    return o.stops(model), suppress, generator
+        if isinstance(cache, Conversation):
+            cache.settle(fed)
 
 
 @torch.no_grad()
-def beam_search(model: Llava, batch: dict, o: Options, cache: KVCache | None = None,
+def beam_search(model: Llava, batch: dict, o: Options, cache: Conversation | None = None,
                 compile: bool = False) -> Tensor:
     """The best answers' ids (B * num_return_sequences, M), -1 after their end.
 
@@ -368,11 +256,9 @@ def beam_search(model: Llava, batch: dict, o: Options, cache: KVCache | None = N
     N are left to go on even if all the rest end. The arithmetic is transformers', so that ties fall alike.
     """
     ids, real, pixels = read_batch(model, batch)
-    stops, suppress, generator = setup(model, o)
-    b, n, m, device = len(ids), o.num_beams, o.max_new_tokens, model.device
-    kept, (cache, logits) = cache, read_prompt(model, ids, real, pixels, o, cache, compile)
-    v = logits.shape[-1]
-    seen = seen_tokens(ids, real, o, v)
+    stops, suppress, seen, generator = setup(model, ids, real, o)
+    cache, logits = read_prompt(model, ids, real, pixels, o, cache, compile)
+    b, n, v, m, device = len(ids), o.num_beams, logits.shape[-1], o.max_new_tokens, model.device
     width = max(2, 1 + len(stops)) * n
     among_best = torch.arange(width, device=device) < n
     first_row = torch.arange(b, device=device)[:, None] * n
@@ -422,12 +308,12 @@ def beam_search(model: Llava, batch: dict, o: Options, cache: KVCache | None = N
             cache.grow(1)
             logits = step(model, ids, cache)
     finally:
-        if kept is not None:
-            settle(cache, [])
+        if isinstance(cache, Conversation):
+            cache.settle([])
     return finished[:, : o.num_return_sequences].flatten(0, 1)
 
 
-def generate(model: Llava, batch: dict, *, cache: KVCache | None = None, compile: bool = False,
+def generate(model: Llava, batch: dict, *, cache: Conversation | None = None, compile: bool = False,
              **options: Any) -> list[list[int]]:
     """The new ids of every answer, `num_return_sequences` for each row in turn, without the end token.
 
@@ -448,7 +334,7 @@ def generate(model: Llava, batch: dict, *, cache: KVCache | None = None, compile
 
 
 def stream(model: Llava, batch: dict, processor: Any, *, ids: list[int] | None = None,
-           cache: KVCache | None = None, compile: bool = False, **options: Any) -> Iterator[str]:
+           cache: Conversation | None = None, compile: bool = False, **options: Any) -> Iterator[str]:
     """The one answer's text in pieces as they come, never half a character.
 
     `processor` (or a tokenizer) turns ids to text; a processor's `stop_ids` end the answer unless `eos_token_id`

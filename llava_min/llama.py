@@ -7,11 +7,14 @@ Shapes: B batch, T tokens, H heads, K key/value heads, G = H / K, D head dim, C 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llava_min import lean
 from llava_min.attention import attention
 from llava_min.config import TextConfig
+
+
+ALL, LAST = slice(None), slice(-1, None)  # of a row's tokens, those whose hidden states are asked for
 
 
 class RMSNorm(nn.Module):
@@ -23,7 +26,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return lean.RMSNorm.apply(x, self.weight, self.eps)
 
 
 def rotary(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -189,15 +192,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c, config.num_key_value_heads * d, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_attention_heads * d, c, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, D), (B, K, T, D)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, asking: slice) -> Tensor:
+        heads = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q, k, v = heads(self.q_proj(x[:, asking])), heads(self.k_proj(x)), heads(self.v_proj(x))
+        q, k = rotate(q, cos[:, :, asking], sin[:, :, asking]), rotate(k, cos, sin)  # (B, H, T, D), (B, K, T, D)
+        if mask is not None:
+            mask = mask[..., asking, :]
         if cache is not None:
             cache.write(self.layer, k, v)
         if cache is not None and not cache.fresh:
             y = cache.attend(self.layer, q, mask).to(x.dtype)
         else:
-            y = attention(q, k, v, mask, causal=mask is None)
+            y = attention(q, k, v, mask, causal=mask is None and asking == ALL)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -211,7 +217,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(lean.SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -222,8 +228,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None = None,
+                asking: slice = ALL) -> Tensor:
+        """x (B, T, C) -> (B, T, C), or only for the tokens `asking`; the others then give keys and values alone."""
+        x = x[:, asking] + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, asking)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -237,12 +245,13 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Embedded tokens x (B, T, C) at positions (B, T) -> hidden states (B, T, C) after the last norm.
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None = None, cache: KVCache | None = None,
+                asking: slice = ALL) -> Tensor:
+        """Embedded tokens x (B, T, C) at positions (B, T) -> hidden states (B, T, C) of the tokens `asking`, after the last norm.
 
         Without `cache`, mask (B, 1, T, T) bool says who sees whom, None being causal; with it, `KVCache.place`'s.
         """
         cos, sin = rotary(positions, self.config, x.dtype)
-        for block in self.layers:
+        for block in self.layers[:-1]:
             x = block(x, cos, sin, mask, cache)
-        return self.norm(x)
+        return self.norm(self.layers[-1](x, cos, sin, mask, cache, asking))

@@ -20,6 +20,17 @@ IGNORE = -100  # the label of a token that is not learned
 LOGIT_ROWS = 1024  # supervised positions whose logits exist at one time
 
 
+def packed_rows(segments: Tensor) -> tuple[Tensor, Tensor]:
+    """segments (B, T), a number for each record that lies in a row -> positions (B, T) that restart with each record,
+    and the mask (B, 1, T, T) bool under which none sees another."""
+    t = segments.shape[1]
+    places = torch.arange(t, device=segments.device)
+    begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    positions = places - torch.where(begins, places, 0).cummax(-1)[0]
+    mask = (segments[:, :, None] == segments[:, None, :]) & (places[:, None] >= places)
+    return positions, mask[:, None]
+
+
 class Projector(nn.Module):
     def __init__(self, config: LlavaConfig):
         super().__init__()
@@ -67,6 +78,8 @@ class Llava(nn.Module):
         Raises UserError when the placeholders are not P for each picture.
         """
         x = self.language_model.embed_tokens(input_ids)
+        if pixel_values is None and self.training:  # no picture is a batch of none: all that is trained has a gradient
+            pixel_values = torch.zeros(0, 3, *[self.config.vision.image_size] * 2, device=x.device)
         if pixel_values is None:
             return x
         places = input_ids == self.config.image_token_id
@@ -86,11 +99,14 @@ class Llava(nn.Module):
             raise UserError(f"the sequence is {tokens} tokens long, more than sliding_window {text.sliding_window}, "
                             "which is not implemented; shorten the prompt or lower max_new_tokens")
 
-    def hidden(self, input_ids: Tensor, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
-        """The hidden states (B, T, C) the head reads; arguments as in `forward`."""
+    def hidden(self, input_ids: Tensor, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None,
+               segments: Tensor | None = None) -> Tensor:
+        """The hidden states (B, T, C) the head reads; arguments as in `forward` and `loss`."""
         self.check_length(input_ids.shape[1])
         x = self.embed(input_ids, pixel_values)
-        if attention_mask is None or attention_mask.all():
+        if segments is not None:
+            positions, mask = packed_rows(segments)
+        elif attention_mask is None or attention_mask.all():
             positions, mask = torch.arange(x.shape[1], device=x.device).expand(len(x), -1), None
         else:
             real = attention_mask.bool()
@@ -104,18 +120,20 @@ class Llava(nn.Module):
         """
         return self.lm_head(self.hidden(input_ids, pixel_values, attention_mask))
 
-    def loss(self, input_ids: Tensor, labels: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+    def loss(self, input_ids: Tensor, labels: Tensor, pixel_values: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         """Summed cross-entropy of the supervised tokens; the caller divides by their number, over the whole step.
 
         labels (B, T) hold IGNORE where nothing is learned. Rows are padded on the right: causal attention alone keeps
-        real tokens from the padding. Logits are made for supervised positions only, LOGIT_ROWS at a time.
+        real tokens from the padding. segments (B, T) number the records of rows that hold several, see `packed_rows`.
+        Logits are made for supervised positions only, LOGIT_ROWS at a time.
         """
-        x = self.hidden(input_ids, pixel_values)[:, :-1]
+        x = self.hidden(input_ids, pixel_values, segments=segments)[:, :-1]
         targets = labels[:, 1:]
         learned = targets != IGNORE
         x, targets = x[learned], targets[learned]  # (supervised, C), (supervised,)
-        chunks = zip(x.split(LOGIT_ROWS), targets.split(LOGIT_ROWS))
-        return sum((checkpoint(self._chunk_loss, h, y, use_reentrant=False) for h, y in chunks), x.new_zeros((), dtype=torch.float32))
+        chunks = zip(x.split(LOGIT_ROWS), targets.split(LOGIT_ROWS))  # one of no rows when nothing is supervised
+        return sum(checkpoint(self._chunk_loss, h, y, use_reentrant=False) for h, y in chunks)
 
     def _chunk_loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.lm_head(x).float(), targets, reduction="sum")
+        logits = self.lm_head(x)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")

@@ -1,9 +1,10 @@
 """Where a ready model is built: config -> modules on meta -> weights -> adapter, and its processor.
 
-Everything that can be wrong with a checkpoint's small files is found before its weights are read.
+Everything that can be wrong with a checkpoint's small files is found before its weights are read. Training stops in
+between: `prepare`, change the model on meta (LoRA, what is trained, who holds what), then `fill`.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,9 +17,11 @@ from llava_min.data.chat import choose
 from llava_min.data.image import ASPECTS, ImageConfig
 from llava_min.data.processor import Processor
 from llava_min.data.tokenizer import Tokenizer
+from llava_min.dist import pick_device
 from llava_min.files import check_file, new_folder, read_json, write_json
 from llava_min.llava import Llava
 from llava_min.lora import apply_adapter, read_adapter
+from llava_min.packed import pack
 from llava_min.weights import (CLIP_REST, DTYPES, NAMES, Entry, check_entries, find_files, find_folder,
                                load_weights, read_entries, save_weights)
 
@@ -40,23 +43,53 @@ def load(source: str, *, dtype: str | torch.dtype = "auto", device: str | torch.
     checkpoint records.
     Raises UserError, in one line, for whatever is wrong with the files.
     """
-    folder = TINY if str(source) == "tiny" else find_folder(str(source), revision)
-    config, clip_folder = read_config(folder)
-    processor = build_processor(folder, config, clip_folder, image_aspect_ratio, template)
-    entries = collect_entries(folder, config, clip_folder)
-    model = on_meta(config)
-    device = pick_device(device)
+    ready = prepare(source, image_aspect_ratio=image_aspect_ratio, template=template, revision=revision)
+    model, device = ready.model, pick_device(device)
     dtype = pick_dtype(dtype, model, device)
-    check_entries(entries, model, stored_rows(config))
     if adapter is not None:
         lora = read_adapter(model, Path(adapter))
         base = read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
         if isinstance(base, str) and Path(base).name != Path(str(source)).name:
             warn(f"{adapter}: was made for {base}, and is applied to {source}")
-    load_weights(model, entries, dtype, device)
+    ready.fill(dtype, device)
     if adapter is not None:
         apply_adapter(model, *lora)
-    return model.eval(), processor
+    pack(model)
+    return model.eval(), ready.processor
+
+
+@dataclass
+class Prepared:
+    """A checkpoint found sound, its weights not read yet."""
+
+    model: Llava  # on meta, nothing trained; may be changed before it is filled
+    processor: Processor
+    entries: dict[str, Entry]
+
+    def fill(self, dtype: torch.dtype, device: torch.device, *, offload: bool = False) -> None:
+        """Read the weights: what is trained in fp32, the rest in `dtype`, of a split model this rank's rows.
+
+        Parameters that the checkpoint does not have, such as LoRA's, are NaN until they are initialised. `offload`
+        puts what is split on the CPU.
+        """
+        load_weights(self.model, self.entries, dtype, device, offload)
+
+
+def prepare(source: str, *, image_aspect_ratio: str | None = None, template: str | None = None,
+            revision: str | None = None) -> Prepared:
+    """All of `load` before the weights; arguments and errors are the same."""
+    folder = TINY if str(source) == "tiny" else find_folder(str(source), revision)
+    config, clip_folder = read_config(folder)
+    processor = build_processor(folder, config, clip_folder, image_aspect_ratio, template)
+    model, entries = plan_model(folder, config, clip_folder)
+    return Prepared(model, processor, entries)
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Llava:
+    """The model of a folder without its processor, for those who make its inputs themselves."""
+    model, entries = plan_model(folder, *read_config(folder))
+    load_weights(model, entries, dtype, device)
+    return model.eval()
 
 
 def save(model: Llava, processor: Processor, target: str | Path,
@@ -91,7 +124,7 @@ class WithoutInit(TorchFunctionMode):
 def on_meta(config: LlavaConfig) -> Llava:
     """The model without memory, to be filled."""
     with torch.device("meta"), WithoutInit():
-        return Llava(config)
+        return Llava(config).requires_grad_(False)
 
 
 def fresh(config: LlavaConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Llava:
@@ -108,7 +141,7 @@ def fresh(config: LlavaConfig, dtype: torch.dtype = torch.float32, seed: int = 0
             else:
                 nn.init.normal_(p, std=p[0].numel() ** -0.5 if p.dim() > 1 else 0.02, generator=generator)
     model.tie_weights()
-    return model.requires_grad_(False).eval()
+    return model.eval()
 
 
 def read_config(folder: Path) -> tuple[LlavaConfig, Path | None]:
@@ -131,6 +164,13 @@ def read_config(folder: Path) -> tuple[LlavaConfig, Path | None]:
     f.only("model_type", "clip", "clip_vision_model")
     vision = VisionConfig.from_hf(f.inner("vision_config") if f.data.get("model_type") == "clip" else f)
     return config.with_vision(vision, str(path)), clip
+
+
+def plan_model(folder: Path, config: LlavaConfig, clip_folder: Path | None) -> tuple[Llava, dict[str, Entry]]:
+    """The model on meta, and where each of its tensors stands in the files; all are accounted for."""
+    entries, model = collect_entries(folder, config, clip_folder), on_meta(config)
+    check_entries(entries, model, stored_rows(config))
+    return model, entries
 
 
 def collect_entries(folder: Path, config: LlavaConfig, clip_folder: Path | None) -> dict[str, Entry]:
@@ -207,21 +247,6 @@ def pick_template(folder: Path, tokenizer: Tokenizer) -> str:
         text = next((data["chat_template"] for data in files if data.get("chat_template")), None)
     recorded = read_optional(folder / "processor_config.json")
     return choose(read_json(folder / "config.json"), recorded, text, tokenizer)
-
-
-def pick_device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise UserError(f"device: {device!r} is not a device; give auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda was asked for and torch finds no CUDA GPU on this machine; give cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise UserError(f"device: {device} was asked for and there are {count} GPUs; give cuda:0")
-    return device
 
 
 def pick_dtype(dtype: str | torch.dtype, model: Llava, device: torch.device) -> torch.dtype:

@@ -1,49 +1,156 @@
-"""What a run says while it works: a progress line for the person, a line of JSON for every number worth keeping."""
+"""What a run says while it works: a progress line for the person, a line of JSON for every number worth keeping.
+
+On several ranks the first one speaks; the others have a Log that is silent.
+"""
 
 import json
+import math
+import os
+import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_min.cli import note
+import torch
 
+from llava_min.cli import UserError, note, printable
 
-SHORT = {"grad_norm": "grad", "tokens_per_s": "tok/s", "rows_per_s": "rows/s"}  # the line fits 80 columns
+WIDTH = 79  # columns of a progress line
 
 
 class Log:
-    """Progress on stderr and `metrics.jsonl` in the run folder."""
+    """Progress on stderr, `metrics.jsonl` and `samples.jsonl` in the run folder, and copies for TensorBoard or W&B.
 
-    def __init__(self, folder: Path, total: int):
-        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")
-        self.total, self.start, self.tty = total, time.perf_counter(), sys.stderr.isatty()
+    start: the step a resumed run goes on from; what an interrupted run logged after it is taken out.
+    folder: None on ranks that are silent.
+    """
 
-    def write(self, **values: Any) -> None:
-        json.dump(values, self.file, ensure_ascii=False)
-        self.file.write("\n")
-        self.file.flush()
+    def __init__(self, folder: Path | None, total: int, start: int = 0, copies: Sequence[str] = (),
+                 settings: dict[str, Any] = {}):
+        self.folder, self.total, self.first = folder, total, start
+        self.begun, self.tty = time.perf_counter(), sys.stderr.isatty()
+        self.copies = [] if folder is None else [COPIES[name](folder, settings) for name in copies]
+        if folder is not None:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                rewind(folder / name, start)
+
+    def write(self, *, step: int, **values: Any) -> None:
+        if self.folder is None:
+            return
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}  # JSON has no NaN
+        self.append("metrics.jsonl", {"step": step, **values})
+        for copy in self.copies:
+            copy(step, {k: v for k, v in values.items() if isinstance(v, int | float)})
+
+    def sample(self, **values: Any) -> None:
+        """An answer of the model on the way, with its question."""
+        if self.folder is not None:
+            self.append("samples.jsonl", values)
+
+    def append(self, name: str, values: dict[str, Any]) -> None:
+        path = self.folder / name
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values, ensure_ascii=False) + "\n")
+        except OSError as e:
+            raise UserError(f"{path}: cannot be written ({e.strerror}); free space, then go on with --resume auto") from None
 
     def step(self, step: int, **values: float) -> None:
         """Record the numbers of an optimizer step and show them: one line that is drawn over on a terminal."""
-        seconds = time.perf_counter() - self.start
+        seconds = time.perf_counter() - self.begun
         self.write(step=step, seconds=round(seconds, 3), **values)
-        shown = " · ".join(f"{SHORT.get(name, name)} {brief(value)}" for name, value in values.items())
-        left = clock(seconds / step * (self.total - step))
-        line = f"step {step}/{self.total} · {shown} · {left} left"
-        print(f"\r{line}\033[K" if self.tty else line, end="" if self.tty else "\n", file=sys.stderr, flush=True)
+        if self.folder is not None:
+            line = progress(step, self.total, seconds / max(step - self.first, 1) * (self.total - step), values)
+            print(f"\r{line}\033[K" if self.tty else line, end="" if self.tty else "\n", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         """A line that stays."""
+        if self.folder is None:
+            return
         if self.tty:
             print("\r\033[K", end="", file=sys.stderr)
         note(text)
 
 
-def brief(value: float) -> str:
-    return f"{value:.2g}" if abs(value) < 0.01 else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+# The progress line, from what is left out last to what is left out first when it does not fit.
+SHOWN = {"loss": "loss {:.3g}", "lr": "lr {:.1e}", "grad_norm": "grad {:.2g}", "tokens_per_s": "{:.0f} tok/s",
+         "pictures_per_s": "{:.3g} pic/s", "peak_gb": "{:.3g} GB"}
+
+
+def progress(step: int, total: int, left: float, values: dict[str, float]) -> str:
+    """One line of at most WIDTH columns."""
+    shown = (text.format(values[name]).replace("e-0", "e-") for name, text in SHOWN.items() if name in values)
+    parts = [f"{step}/{total}", *shown]
+    end = f"{clock(left)} left"
+    while len(" ".join(parts)) + len(end) + 1 > WIDTH:
+        parts.pop()
+    return " ".join([*parts, end])
 
 
 def clock(seconds: float) -> str:
     m, s = divmod(round(seconds), 60)
     return f"{m // 60}:{m % 60:02}:{s:02}" if m >= 60 else f"{m}:{s:02}"
+
+
+def rewind(path: Path, step: int) -> None:
+    """Take out the lines after `step`, and one that a kill tore."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    aside = path.with_name(f".tmp-{path.name}")
+    aside.write_text("".join(kept), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def show_samples(folder: Path, last: int) -> None:
+    """Print the answers before the first step and after step `last`, one above the other."""
+    path = folder / "samples.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    before, after = ({row["id"]: row for row in rows if row["step"] == step} for step in (0, last))
+    for name, row in after.items():
+        print(f"\n{printable(name)}: {printable(row['prompt'])}")
+        texts = {"before": before.get(name, row)["prediction"], "after": row["prediction"], "expected": row["reference"]}
+        for label, text in texts.items():
+            print(f"  {label:<9} {printable(text)}")
+
+
+def to_tensorboard(folder: Path, settings: dict[str, Any]):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--log tensorboard: the package is not installed; pip install 'llava_min[log]'") from None
+    writer = SummaryWriter(folder / "tensorboard")
+
+    def copy(step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return copy
+
+
+def to_wandb(folder: Path, settings: dict[str, Any]):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--log wandb: the package is not installed; pip install 'llava_min[log]'") from None
+    run = wandb.init(dir=folder, name=folder.name, id=folder.name, resume="allow", config=settings)
+    return lambda step, values: run.log(values, step=step)
+
+
+COPIES = {"tensorboard": to_tensorboard, "wandb": to_wandb}
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory this process has had, in GB: of the GPU, or of the whole process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

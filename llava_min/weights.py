@@ -2,9 +2,11 @@
 
 Names cross in one table of prefixes, read in every layout and written in the one that every reader accepts
 (llava-hf as transformers 4.36 wrote it). Every tensor is accounted for. A model is built on the meta device
-and its tensors are copied in piece by piece, so the peak is the model itself, whatever the dtype asked.
+and its tensors are read piece by piece, so the peak is the model itself, whatever the dtype asked; of a model
+that is split over processes, each reads the rows it keeps.
 """
 
+import json
 import math
 import os
 import re
@@ -18,7 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llava_min.cli import UserError, printable
+from llava_min.dist import own_rows
 from llava_min.files import check_file, read_json, write_json
+from llava_min.packed import dense
 
 # Our prefix <- theirs, the first match wins.  A: llava-hf as published, B: transformers >= 4.52 in memory,
 # C: as transformers 5 saves, O: the original, CLIP: OpenAI's own folder.
@@ -51,12 +55,13 @@ WRITE = [  # A <- ours
 TABLES = re.compile(r"(.*\.)?(inv_freq|position_ids)|model\.image_newline")
 CLIP_REST = re.compile(r".*\.position_ids|text_model\..*|(visual|text)_projection\..*|logit_scale")
 SHARD = re.compile(r"[\w.-]+\.(safetensors|bin)")
-PIECE = 1 << 23  # elements read at once
-REOPEN = 32 << 20  # bytes read through one mapping: its pages count as ours until it is closed
+PIECE = 1 << 19  # elements read at once: they stay in a core's cache while they are checked and converted
+REOPEN = 32 << 20  # bytes read of a `.bin` through one mapping: its pages count as ours until it is closed
 SHARD_BYTES = 5 << 30
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
           "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS |= {str(dtype): dtype for dtype in FLOATS.values()}
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -72,6 +77,7 @@ class Entry:
     name: str  # in the file
     shape: tuple[int, ...]
     dtype: str  # as the file calls it
+    start: int | None = None  # its first byte in the file; None in a `.bin`
 
     def __str__(self) -> str:
         return f"{self.path}: {printable(self.name)[:200]}"
@@ -116,6 +122,14 @@ def open_file(path: Path):
     return tensors
 
 
+def read_starts(path: Path) -> dict[str, int]:
+    """The first byte of each tensor, from a header that safe_open has checked: lengths, order, no gap, no overlap."""
+    with open(path, "rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
+    return {name: 8 + size + info["data_offsets"][0] for name, info in header.items() if name != "__metadata__"}
+
+
 def read_entries(paths: Iterable[Path], ignored: re.Pattern = TABLES) -> dict[str, Entry]:
     """Our name -> the tensor's place, for every tensor of the files, without reading any.
 
@@ -124,6 +138,7 @@ def read_entries(paths: Iterable[Path], ignored: re.Pattern = TABLES) -> dict[st
     entries, unknown = {}, []
     for path in paths:
         file = open_file(path)
+        starts = {} if path.suffix == ".bin" else read_starts(path)
         for name in file.keys():
             if ignored.fullmatch(name):
                 continue
@@ -137,7 +152,7 @@ def read_entries(paths: Iterable[Path], ignored: re.Pattern = TABLES) -> dict[st
                 entries[ours] = Entry(path, name, tuple(file[name].shape), str(file[name].dtype))
             else:
                 part = file.get_slice(name)
-                entries[ours] = Entry(path, name, tuple(part.get_shape()), part.get_dtype())
+                entries[ours] = Entry(path, name, tuple(part.get_shape()), part.get_dtype(), starts[name])
     if unknown:
         raise UserError(f"{path.parent}: {_some(unknown)} have no place in a LLaVA-1.5; "
                         "is this another architecture?")
@@ -171,56 +186,132 @@ def _some(names: list[str], most: int = 6) -> str:
     return f"{len(names)} tensor(s) ({', '.join(printable(n)[:100] for n in names[:most])}{more})"
 
 
-def read_tensors(entries: dict[str, Entry]) -> Iterator[tuple[str, int, Tensor]]:
-    """(our name, first row, rows as stored), file by file, PIECE elements at a time; valid until the next."""
-    path, file, read = None, None, 0
-    for name, entry in sorted(entries.items(), key=lambda item: (str(item[1].path), item[0])):
+class Reader:
+    """Rows of tensors out of their files, about PIECE elements at a time; one file is open at a time."""
+
+    def __init__(self):
+        self.path, self.file, self.mapped = None, None, 0
+        self.buffers: dict[torch.dtype, Tensor] = {}
+
+    def buffer(self, shape: torch.Size, dtype: torch.dtype, pinned: bool = False) -> Tensor:
+        """Memory to use until the next call for the same dtype; new memory each time would take twice as long."""
+        size = math.prod(shape)
+        if dtype not in self.buffers or self.buffers[dtype].numel() < size:
+            self.buffers[dtype] = torch.empty(max(size, PIECE), dtype=dtype, pin_memory=pinned)
+        return self.buffers[dtype][:size].view(shape)
+
+    def open(self, path: Path):
+        if path != self.path or self.mapped > REOPEN:
+            self.path, self.file, self.mapped = path, None, 0  # closed before it is opened again
+            self.file = open_file(path) if path.suffix == ".bin" else open(path, "rb", buffering=0)
+        return self.file
+
+    def pieces(self, entry: Entry, first: int, end: int) -> Iterator[tuple[int, int]]:
         step = max(1, PIECE // math.prod(entry.shape[1:]))
-        for row in range(0, entry.shape[0], step):
-            if entry.path != path or read > REOPEN:
-                path, file, read = entry.path, None, 0  # closed before it is opened again
-                file = open_file(path)
-            whole = file[entry.name] if path.suffix == ".bin" else file.get_slice(entry.name)
-            part = whole[row : row + step]
-            read += part.nbytes
-            yield name, row, part
-            del whole, part
+        return ((row, min(row + step, end)) for row in range(first, end, step))
+
+    def fill(self, out: Tensor, entry: Entry, first: int = 0) -> None:
+        """Read into `out`, in its dtype and on its device, as many rows of `entry` from `first` on as it has.
+
+        Raises UserError for a value that is not finite in that dtype.
+        """
+        for row, end in self.pieces(entry, first, first + len(out)):
+            part = out[row - first : end - first]
+            if entry.start is None:
+                stored = self.open(entry.path)[entry.name][row:end]
+                self.mapped += stored.nbytes
+                part.copy_(stored)
+                del stored
+            else:
+                self.read(part, entry, row)
+            if not is_finite(part):
+                raise UserError(f"{entry} holds NaN, infinity or numbers too large for {NAMES[out.dtype]}; "
+                                "load it in another dtype, or download it again")
+
+    def read(self, part: Tensor, entry: Entry, row: int) -> None:
+        """`part` <- the bytes of `entry` from `row` on: straight into its memory where nothing is to be converted."""
+        dtype, on_cpu = FLOATS[entry.dtype], part.device.type == "cpu"
+        straight = on_cpu and part.dtype == dtype
+        x = part if straight else self.buffer(part.shape, dtype, pinned=not on_cpu)
+        file = self.open(entry.path)
+        file.seek(entry.start + row * x.nbytes // len(x))
+        if file.readinto(x.view(-1).view(torch.uint8).numpy()) != x.nbytes:
+            raise UserError(f"{entry} ends early; download the file again")
+        if not straight:
+            if on_cpu and x.itemsize == part.itemsize == 2:  # by way of fp32 is twice as fast
+                x = self.buffer(part.shape, torch.float32).copy_(x)
+            part.copy_(x.to(part.device))  # converted where it goes
 
 
-def load_weights(model: nn.Module, entries: dict[str, Entry], dtype: torch.dtype,
-                 device: torch.device) -> None:
-    """Fill `model`, built on meta, with the tensors of `entries`, which `check_entries` has passed.
+def load_weights(model: nn.Module, entries: dict[str, Entry], dtype: torch.dtype, device: torch.device,
+                 offload: bool = False) -> None:
+    """Fill `model`, on meta, with the tensors of `entries`, which `check_entries` has passed for the plain model.
 
-    Raises UserError for a value that is not finite in `dtype`, and a tied head that is not the embedding.
+    What is trained (`requires_grad`) becomes fp32, the rest `dtype`. Layers may be wrapped in others as `base`, and
+    parameters that no tensor has are NaN until somebody gives them values. A DTensor gets the rows that this process
+    keeps, and with `offload` on the CPU.
+    Raises UserError for a value that is not finite in its dtype, and a tied head that is not the embedding.
     """
-    shapes = {n: p.shape for n, p in model.named_parameters()}
-    own, tied = ({n: e for n, e in entries.items() if (n in shapes) == here} for here in (True, False))
-    for name, row, part in read_tensors(own):
-        if row == 0:
-            new = torch.empty(shapes[name], dtype=dtype, device=device)
-            set_parameter(model, name, new)
-        if not is_finite(new[row : row + len(part)].copy_(part)):
-            raise UserError(f"{entries[name]} holds NaN, infinity or numbers too large for {NAMES[dtype]}; "
-                            "load it in another dtype, or download it again")
-        filled = entries[name].shape[0]
-        if row + len(part) == filled < len(new):  # rows for added tokens, about where the converter puts them
-            new[filled:] = new[:filled].mean(0, dtype=torch.float32)
+    reader = Reader()
+    places = {name.replace(".base.", "."): name for name, _ in model.named_parameters()}
+    for name, entry in sorted(entries.items(), key=lambda item: (str(item[1].path), item[1].start or 0)):
+        if name in places:
+            new = make_parameter(model, places[name], dtype, device, offload)
+            first, end = own_rows(model.get_parameter(places[name]))
+            stored = max(first, min(end, entry.shape[0]))
+            reader.fill(new[: stored - first], entry, first)
+            if stored < end:  # rows for added tokens, about where the converter puts them
+                new[stored - first :] = mean_row(reader, entry)
+    for name in places.keys() - entries.keys():
+        make_parameter(model, places[name], dtype, device, offload).fill_(math.nan)
     model.tie_weights()
-    for name, row, part in read_tensors(tied):
-        if not torch.equal(part.to(device, dtype), model.get_parameter(name)[row : row + len(part)]):
-            raise UserError(f"{entries[name]} differs from the embedding, but config.json says "
-                            "tie_word_embeddings; correct one of them")
+    for name in entries.keys() - places.keys():
+        p = model.get_parameter(name).detach()
+        first, end = own_rows(p)
+        for row, stop in reader.pieces(entries[name], first, end):
+            mine = local(p)[row - first : stop - first]
+            reader.fill(again := torch.empty_like(mine), entries[name], row)
+            if not torch.equal(again, mine):
+                raise UserError(f"{entries[name]} differs from the embedding, but config.json says "
+                                "tie_word_embeddings; correct one of them")
+
+
+def mean_row(reader: Reader, entry: Entry) -> Tensor:
+    """The mean of all rows, in fp64: the same, whatever part of them this process keeps."""
+    total = torch.zeros(entry.shape[1:], dtype=torch.float64)
+    for row, end in reader.pieces(entry, 0, entry.shape[0]):
+        reader.fill(rows := torch.empty(end - row, *entry.shape[1:]), entry, row)
+        total += rows.sum(0, dtype=torch.float64)
+    return total / entry.shape[0]
+
+
+def make_parameter(model: nn.Module, name: str, dtype: torch.dtype, device: torch.device, offload: bool) -> Tensor:
+    """Give the parameter of that name memory; returns what this process keeps of it, to be filled."""
+    old = model.get_parameter(name)
+    first, end = own_rows(old)
+    split = hasattr(old, "device_mesh")
+    value = new = torch.empty(end - first, *old.shape[1:], dtype=torch.float32 if old.requires_grad else dtype,
+                              device="cpu" if split and offload else device)
+    if split:
+        from torch.distributed.tensor import DTensor
+
+        value = DTensor.from_local(new, old.device_mesh, old.placements, run_check=False,
+                                   shape=old.shape, stride=old.stride())
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=old.requires_grad))
+    return new
+
+
+def local(p: Tensor) -> Tensor:
+    return p.to_local() if hasattr(p, "device_mesh") else p
 
 
 def is_finite(x: Tensor) -> bool:
-    """Neither NaN nor infinity in `x`; ten times the speed of `isfinite().all()` and without its memory."""
+    """Neither NaN nor infinity in `x`. Its sum says so at once, unless that overflows."""
+    if torch.isfinite(x.sum()):
+        return True
     low, high = x.aminmax()
     return bool(torch.isfinite(high.float() - low.float()))
-
-
-def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
 
 
 def save_weights(state: dict[str, Tensor], folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -237,7 +328,7 @@ def save_weights(state: dict[str, Tensor], folder: Path, dtype: torch.dtype | No
     names = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards):
-        save_tensors({n: t.detach().to("cpu", dtype).contiguous() for n, t in shard.items()}, folder / name)
+        save_tensors({n: dense(t.detach()).to("cpu", dtype).contiguous() for n, t in shard.items()}, folder / name)
     if len(shards) > 1:
         total = sum(map(size, state.values()))
         places = {n: file for file, shard in zip(names, shards) for n in shard}

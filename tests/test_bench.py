@@ -1,8 +1,9 @@
-"""bench: the whole path at a tiny size, and `python -m llava_min` that leads to it."""
+"""bench: both halves on a tiny size, and `python -m llava_min` that leads to them."""
 
 import argparse
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import torch
 from llava_min import __main__ as verbs
 from llava_min.cli import UserError
 from llava_min.config import SIZES, LlavaConfig, TextConfig, VisionConfig
-from llava_min.tools import bench
+from llava_min.tools import bench, bench_train, worker
 
 TEST = LlavaConfig(
     vision=VisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
@@ -36,14 +37,14 @@ def tiny(monkeypatch, tmp_path):
 
 
 def run(tmp_path: Path, *flags: str) -> dict:
-    bench.main(["test", "--device", "cpu", "--rounds", "1", "--json", str(tmp_path / "out.json"), *flags])
+    bench.main(["test", "--device", "cpu", "--json", str(tmp_path / "out.json"), *flags])
     [result] = json.loads((tmp_path / "out.json").read_text())
     assert not any((tmp_path / "tmp").glob("llava_min-bench-*"))  # the random weights are gone
     return result
 
 
 def test_alone(tiny, capsys):
-    r = run(tiny, "--no-peer", "--new-tokens", "3", "--beams", "1")
+    r = run(tiny, "--rounds", "1", "--no-peer", "--new-tokens", "3", "--beams", "1")
     assert "transformers" not in r and "ratio" not in r and "beams_s" not in r["ours"]
     assert r["prompt_tokens"] == 4 + 30
     layer = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32  # q and o, k and v (grouped), the MLP
@@ -57,7 +58,7 @@ def test_alone(tiny, capsys):
 
 def test_beside_transformers(tiny, capsys):
     pytest.importorskip("transformers", reason="measures transformers beside us")
-    r = run(tiny, "--dtype", "fp32", "--new-tokens", "4", "--beams", "2")
+    r = run(tiny, "--rounds", "1", "--dtype", "fp32", "--new-tokens", "4", "--beams", "2")
     assert r["same_ids"] == {"greedy": 4, "beam": 4}  # the same work
     a, b = r["ours"], r["transformers"]
     assert a.keys() == b.keys() == r["ratio"].keys()
@@ -69,26 +70,77 @@ def test_beside_transformers(tiny, capsys):
 
 
 def test_figures():
-    worker = object.__new__(bench.Worker)
-    worker.records = {
+    ours = object.__new__(worker.Worker)
+    ours.records = {
         "start": [{"import": 1.0, "load": 2.0, "peak": 300 << 20}],
         "warm": [{"first": 4.0, "peak": 900 << 20}],
         "greedy": [{"first": f, "rate": 10 * f, "peak": 200 << 20} for f in (3.0, 1.0, 2.0)],
         "beam": [{"seconds": 5.0, "peak": 400 << 20}]}
-    assert worker.figures() == {
+    assert bench.figures(ours) == {
         "import_s": 1, "load_s": 2, "start_to_first_token_s": 7, "first_token_s": 2, "decode_tokens_s": 20,
         "beams_s": 5, "peak_greedy_mib": 300, "peak_beams_mib": 400}
     assert bench.latency([10.0, 12.0, 13.0], 5) == {"first": 2, "rate": 4}
+
+
+def train(tmp_path: Path, *flags: str) -> dict:
+    return run(tmp_path, "--train", "--rounds", "2", "--text", "40", "--answer", "30", *flags)
+
+
+def test_training_alone(tiny, capsys):
+    r = train(tiny, "--no-peer")
+    assert "transformers" not in r and "ratio" not in r and len(r["ours"]["losses"]) == 3
+    assert r["ours"]["losses"][0] == pytest.approx(math.log(320), rel=0.02)  # no word is likelier than another
+    assert r["ours"]["losses"][2] < r["ours"]["losses"][0]  # it learns the row by heart
+    assert all(r["ours"][key] > 0 for key in ("import_s", "load_s", "start_to_first_step_s", "step_s", "peak_mib"))
+    assert r["ours"]["tokens_s"] == pytest.approx(2 * 44 / r["ours"]["step_s"])
+    assert r["flop"]["share_of_products"] > 0 and "utilisation" not in r["flop"]
+    table = capsys.readouterr().out.splitlines()
+    assert max(map(len, table)) <= 80 and any(line.startswith("step ") for line in table)
+
+
+@pytest.mark.parametrize("flags", [[], ["--checkpointing"]])
+def test_training_beside_transformers_and_peft(tiny, capsys, flags):
+    pytest.importorskip("transformers", reason="measures transformers + peft beside us")
+    pytest.importorskip("peft", reason="measures transformers + peft beside us")
+    r = train(tiny, "--dtype", "fp32", *flags)
+    assert r["loss_difference"] < 1e-5  # the same weights, rows, adapters and optimizer
+    a, b = r["ours"], r["transformers"]
+    assert a.keys() == b.keys() and b["losses"][2] < b["losses"][0]
+    assert r["ratio"]["step_s"] == pytest.approx(a["step_s"] / b["step_s"])
+    assert r["ratio"]["tokens_s"] == pytest.approx(a["tokens_s"] / b["tokens_s"])
+    table = capsys.readouterr().out.splitlines()
+    assert max(map(len, table)) <= 80 and "losses are as the peer's" in table[-1]
+
+
+def test_losses_that_differ_are_named():
+    r = {"size": "test", "dtype": "bf16", "lora_r": 16, "checkpointing": False, "compile": False, "batch_size": 1,
+         "text": 9, "row_tokens": 13, "answer": 3, "rounds": 1, "versions": {}, "loss_difference": 0.011,
+         "machine": {"gpu": "a GPU"}, "ours": {"losses": [2.0, 1.0]},
+         "flop": {"step_tflop": 4.0, "tflop_s": 400.0, "products_tflop_s": 800.0, "share_of_products": 0.5,
+                  "peak_tflop_s": 989, "utilisation": 400 / 989}}
+    table = bench_train.table(r)
+    assert "losses are NOT as the peer's" in table[-1] and "   40% of the GPU's published 989 TFLOP/s" in table
+
+
+def test_flop_of_a_step():
+    flop, seven = bench_train.flop, SIZES["7b"]
+    assert flop(SIZES["300m"], 2, 96, 64, 16) == pytest.approx(2.0e12, rel=0.02)
+    linear, tower, row = 6_476_005_376, 23 * 12 * 1024**2, 576 + 128  # weights of decoder and tower
+    alone = 4 * linear * row + 2 * tower * 577  # forward, and in the decoder backward to the inputs
+    assert 1.02 * alone < flop(seven, 1, 128, 1, 1) < 1.05 * alone  # attention, projector, patches
+    # LoRA's weights have gradients of their own, a supervised token has logits
+    assert flop(seven, 3, 128, 64, 32) - flop(seven, 3, 128, 64, 16) == 6 * 39_976_960 * 3 * row
+    assert flop(seven, 3, 128, 65, 16) - flop(seven, 3, 128, 64, 16) == 4 * 131_334_144 * 3
 
 
 def test_peak_memory_forgets():
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs /proc/self/clear_refs to reset a process's peak")
     cpu = torch.device("cpu")
-    bench.peak_memory(cpu)
-    torch.ones(16 << 20)  # 64 MiB that come and go
-    during, after = bench.peak_memory(cpu), bench.peak_memory(cpu)
-    assert during > after + (48 << 20)
+    worker.peak_memory(cpu)
+    torch.ones(128 << 20)  # 512 MiB that come and go
+    during, after = worker.peak_memory(cpu), worker.peak_memory(cpu)
+    assert during > after + (400 << 20)
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -101,6 +153,11 @@ def test_peak_memory_forgets():
     (["--device", "abacus"], "abacus"),
     (["--json", __file__], "never overwritten"),
     (["--compiled"], "did you mean --compile"),
+    (["--train", "--new-tokens", "4"], "--new-tokens"),
+    (["--train", "--text", "4", "--answer", "5"], "--answer: 5 of 4"),
+    (["--train", "--text", "4000"], "context of 300m is 4096"),
+    (["--train", "--dtype", "fp16"], "--dtype"),
+    (["--train", "--checkpoint"], "did you mean --checkpointing"),
 ])
 def test_mistakes(flags, message):
     with pytest.raises(UserError, match=message):
@@ -111,6 +168,8 @@ def test_peer_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install transformers"):
         bench.main(["--peer"])
+    with pytest.raises(UserError, match="pip install transformers peft"):
+        bench.main(["--train", "--peer"])
 
 
 def test_too_large(tiny, monkeypatch):
@@ -119,16 +178,17 @@ def test_too_large(tiny, monkeypatch):
         bench.main(["test", "--device", "cpu", "--new-tokens", "4"])
     assert not any((tiny / "tmp").glob("llava_min-bench-*"))
     with pytest.raises(UserError, match="--no-peer"):
-        bench.need_memory(1 << 50, "cpu", True)
+        worker.need_memory(1 << 50, "cpu", True)
 
 
 def test_terminated(tiny, monkeypatch):
-    def measure(workers, knobs):
+    def measure(workers, machine, knobs):
         assert any((tiny / "tmp").glob("llava_min-bench-*"))
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(bench, "measure", measure)
-    monkeypatch.setattr(bench, "Worker", lambda program, spec: argparse.Namespace(close=lambda: None))
+    for page in (bench, worker):
+        monkeypatch.setattr(page, "Worker", lambda program, spec: argparse.Namespace(close=lambda: None))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as e:
         bench.main(["test", "--device", "cpu", "--new-tokens", "4"])
@@ -147,7 +207,7 @@ def test_verbs(capsys):
         verbs.main(["bnech"])
 
 
-@pytest.mark.parametrize("command", [["--help"], ["bench", "--help"]])
+@pytest.mark.parametrize("command", [["--help"], ["bench", "--help"], ["bench", "--train", "--help"]])
 def test_help_is_quick(command):
     done = subprocess.run([sys.executable, "-X", "importtime", "-m", "llava_min", *command],
                           capture_output=True, text=True)

@@ -245,8 +245,8 @@ def test_a_hostile_value_does_not_reach_the_message_raw():
 @pytest.mark.parametrize("content, says", [
     (None, "no such file"), (b"", "line 1 column 1"), (b"[]", "a JSON list"), (b"null", "a JSON NoneType"),
     (b'{"a": 1,}', "line 1 column"),
-    (b'{"a"\n\n: }', "line 3 column 3"), (b"\xff\xfe\xfa", "not readable as JSON"),
-    (b'{"a": "\xc3\x28"}', "not readable as JSON"),
+    (b'{"a"\n\n: }', "line 3 column 3"), (b"\xff\xfe\xfa", "not UTF-8"),
+    (b'{"a": "\xc3\x28"}', "not UTF-8"),
     (b"[" * 100_000, "not readable as JSON"), (b'{"a":' * 100_000, "not readable as JSON"),
     (b'{"a": ' + b"9" * 5000 + b"}", "not readable as JSON"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n", "git lfs pull")])

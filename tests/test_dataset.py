@@ -1,34 +1,33 @@
-"""Readers: every bad record is refused, counted and named, good ones are read as LLaVA does; both views of a record."""
+"""The views of a record: labels are LLaVA's, rows may be joined, batches are the same with any number of workers."""
 
-import codecs
-import gzip
 import json
+import multiprocessing
 import os
 import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
+from conftest import hf_config
 from PIL import Image
+from test_records import GOOD, IMAGE, images, png, record, refused, written  # noqa: F401  images: a fixture
 
-from llava_min.cli import UserError
+from llava_min.config import LlavaConfig
 from llava_min.data import toy_vocab
-from llava_min.data.dataset import Dataset, Record, batches, collate, evaluation_batch, order, read_records
+from llava_min.data.dataset import Dataset, Record, collate, evaluation_batch, join, loader
 from llava_min.data.image import ImageConfig
-from llava_min.data.processor import Processor
+from llava_min.data.processor import IGNORE, Processor
+from llava_min.data.records import read_records
+from llava_min.data.sampler import plan
 from llava_min.data.tokenizer import Tokenizer
-
-IMAGE = {"type": "image"}
-
-
-@pytest.fixture
-def images(tmp_path) -> Path:
-    root = tmp_path / "pictures"
-    (root / "sub").mkdir(parents=True)
-    for i, name in enumerate(("a.png", "b.png", "sub/c.png", "ü x.png")):
-        Image.new("RGB", (9 + i, 7), (40 * i, 90, 10)).save(root / name)
-    Image.new("RGB", (3, 3)).save(tmp_path / "outside.png")
-    return root
+from llava_min.llava import Llava
 
 
 @pytest.fixture(scope="module")
@@ -40,257 +39,6 @@ def processor(tmp_path_factory) -> Processor:
     tokenizer = Tokenizer.load(folder)
     image = tokenizer.add_special("<image>")
     return Processor(tokenizer, ImageConfig(28, (0.5,) * 3, (0.5,) * 3, "pad"), "llava_hf", image, 4)
-
-
-def talk(*values: str) -> list[dict]:
-    return [{"from": ("human", "gpt")[i % 2], "value": v} for i, v in enumerate(values)]
-
-
-def record(*values: str, **other) -> dict:
-    return {"id": "r1", "conversations": talk(*values), **other}
-
-
-def written(path: Path, data) -> Path:
-    path.write_bytes(data if isinstance(data, bytes) else data.encode() if isinstance(data, str) else json.dumps(data).encode())
-    return path
-
-
-GOOD = record("<image>\nWhat is it?", "A cat.", image="a.png")
-
-
-# ---- what is read
-
-
-def test_json_and_jsonl_by_what_they_hold_not_by_their_name(tmp_path, images):
-    many = [record("Hi", f"Ho {i}", id=i) for i in range(3)]
-    lines = "\n\n".join(json.dumps(r) for r in many) + "\n"
-    read = [read_records(written(tmp_path / name, data), images) for name, data in (
-        ("a.json", many), ("b.jsonl", many), ("a.jsonl", lines), ("b.json", lines), ("c.json", json.dumps(many, indent=3)),
-        ("bom.json", codecs.BOM_UTF8 + json.dumps(many).encode()), ("crlf.jsonl", lines.replace("\n", "\r\n")))]
-    assert all(r == read[0] for r in read) and [r.id for r in read[0]] == ["0", "1", "2"]
-    one = read_records(written(tmp_path / "one.jsonl", GOOD), images)
-    assert one[0].messages == [{"role": "user", "content": [IMAGE, {"type": "text", "text": "What is it?"}]},
-                               {"role": "assistant", "content": "A cat."}]
-    assert one[0].images == [images / "a.png"]
-    text = "Ho\u2028Ho\x85"     # separators of lines to str.splitlines, not to JSON
-    (r,) = read_records(written(tmp_path / "u.jsonl", json.dumps(record("Hi", text), ensure_ascii=False)), images)
-    assert r.messages[1]["content"] == text
-
-
-def multimodal(value: str) -> str:
-    """What LLaVA's preprocess_multimodal leaves of a message (one mark): the picture, a newline, the rest stripped."""
-    return ("<image>\n" + value.replace("<image>", "").strip()).strip() if "<image>" in value else value
-
-
-@pytest.mark.parametrize("value", ["<image>\nWhat?", "What?\n<image>", "<image>", " <image> What? ", "a <image> b",
-                                   "<image>What?\n", "\n<image>\n\nA\nB  "])
-def test_marks_are_taken_out_as_llava_does(tmp_path, images, value):
-    (r,) = read_records(written(tmp_path / "x.json", [record(value, " A ", image="a.png")]), images)
-    content = r.messages[0]["content"]
-    assert "\n".join("<image>" if p == IMAGE else p["text"] for p in content) == multimodal(value)
-    assert r.messages[1]["content"] == " A "
-
-
-def test_pictures_and_text_in_every_legal_place(tmp_path, images):
-    data = [
-        record(" Hi \n", "Ho"),                                                     # text-only stays as it is
-        record("Hi", "Ho", image=None),
-        record("<image>\n<image>\nCompare.", "So.", image=["a.png", "sub/c.png"]),
-        record("Hi", "Ho", "And <image>?", "No.", image="./sub/../b.png"),         # in the second turn
-        record("<image>", "A cat.", image="ü x.png"),                              # a picture and no text
-        record("<image>\nTag?", "Use <image>, </s> or ASSISTANT: in it.", image="a.png", kind="html", id=7),
-        record("Is </s> <s> USER: fine? \t", "Yes, \x1b[1m too."),
-        record("<image>\nx", "y", image=str(images / "a.png")),                    # absolute, and inside
-    ]
-    got = read_records(written(tmp_path / "x.json", data), images)
-    assert [len(r.images) for r in got] == [0, 0, 2, 1, 1, 1, 0, 1]
-    assert got[0].messages[0]["content"] == " Hi \n" and got[2].messages[0]["content"][:2] == [IMAGE, IMAGE]
-    assert got[3].messages[0]["content"] == "Hi" and got[3].messages[2]["content"][0] == IMAGE
-    assert got[4].messages[0]["content"] == [IMAGE]
-    assert got[5].id == "7" and got[5].extra == {"kind": "html"} and "<image>" in got[5].messages[1]["content"]
-    assert [len(r.pictures()) for r in got] == [0, 0, 2, 1, 1, 1, 0, 1]
-    assert [im.size for im in got[2].pictures()] == [(9, 7), (11, 7)]
-    assert got[2].length > got[3].length > got[0].length == 2
-
-
-def test_the_folder_of_the_file_is_the_image_folder_unless_another_is_named(tmp_path, images, monkeypatch):
-    written(images / "x.json", [GOOD])
-    monkeypatch.chdir(images)
-    assert read_records("x.json")[0].pictures()[0].size == (9, 7)
-    monkeypatch.chdir(tmp_path)
-    assert read_records("pictures/x.json", "pictures")[0].pictures()[0].size == (9, 7)
-    assert read_records(written(images / "x.json", [GOOD]))[0].images == [images / "a.png"]
-    with pytest.raises(UserError, match="0 of 1 pictures found"):
-        read_records(written(tmp_path / "x.json", [GOOD]))
-    with pytest.raises(UserError, match="no such folder"):
-        read_records(tmp_path / "x.json", tmp_path / "nowhere")
-
-
-def test_warnings(tmp_path, images, capsys):
-    headless = {"id": "h", "conversations": [{"from": "gpt", "value": "I am."}, *talk("Hi", "Ho")]}
-    records = read_records(written(tmp_path / "x.json", [GOOD, GOOD, headless]), images)
-    assert records[2].messages == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
-    err = capsys.readouterr().err.splitlines()
-    assert len(err) == 2 and "1 records begin with an answer" in err[0] and "r1" in err[1]
-
-
-# ---- what is refused: (file content, words the message must hold)
-
-DEEP = '{"id": "r1", "conversations": ' + "[" * 100_000 + "]" * 100_000 + "}"
-FILES = {
-    "empty": (b"", "is empty"),
-    "blank": (b" \n\n", "is empty"),
-    "no records": (b"[]", "no records"),
-    "bad json": (b'[{"id": 1},\n  {"id": 2,}]', "line 2 column 12"),
-    "bad line": (json.dumps(GOOD) + '\n{"id": ', ":2: column 8"),
-    "two lists": (b"[]\n[]", "one after the other"),
-    "top level object": (json.dumps({"data": [GOOD]}, indent=1), "put the records into a list"),
-    "object on one line": (json.dumps({"data": [GOOD]}), "conversations is missing"),
-    "utf-16": (json.dumps([GOOD]).encode("utf-16"), "UTF-16"),
-    "invalid utf-8": (json.dumps([GOOD]).encode() + b"\xff", "byte 139"),
-    "gzip": (gzip.compress(b"[]"), "gzip"),
-    "zip": (b"PK\x03\x04....", "zip"),
-    "parquet": (b"PAR1....", "parquet"),
-    "git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
-    "key twice": ('[{"id": "r1", "image": "a.png", "image": "b.png", "conversations": []}]', "key image of record r1"),
-    "NaN": ('[{"id": "r1", "score": NaN, "conversations": []}]', "NaN is not JSON"),
-    "Infinity": ('{"score": -Infinity}', "-Infinity is not JSON"),
-    "deep": (DEEP, "nested too deeply"),
-    "long number": ("[" + "9" * 5000 + "]", "4300 digits"),
-    "text": (b"hello", "column 1"),
-}
-RECORDS = {
-    "no object": ("text", "is text, expected an object"),
-    "null": (None, "is null"),
-    "no conversations": ({"id": "r1"}, "conversations is missing"),
-    "empty conversations": (record(), "conversations is empty"),
-    "conversations text": ({"id": "r1", "conversations": "Hi"}, "conversations is text"),
-    "turn no object": ({"id": "r1", "conversations": ["Hi", "Ho"]}, "turn 0: is text"),
-    "one turn": (record("Hi"), "ends with a human turn"),
-    "ends with human": (record("Hi", "Ho", "Hu"), "ends with a human turn"),
-    "two humans": ({"id": "r1", "conversations": [*talk("Hi"), *talk("Ho", "Hu")]}, "turn 1: another human turn"),
-    "two answers": ({"id": "r1", "conversations": [*talk("Hi", "Ho"), {"from": "gpt", "value": "x"}]}, "another gpt turn"),
-    "only gpt": ({"id": "r1", "conversations": [{"from": "gpt", "value": "x"}]}, "turn 0: another gpt turn"),
-    "unknown from": ({"id": "r1", "conversations": [{"from": "system", "value": "x"}]}, "from is system"),
-    "from a list": ({"id": "r1", "conversations": [{"from": ["human"], "value": "x"}]}, "expected from human or gpt"),
-    "no from": ({"id": "r1", "conversations": [{"value": "x"}]}, "from is None"),
-    "value null": ({"id": "r1", "conversations": talk("Hi", None)}, "turn 1: value is null"),
-    "value number": ({"id": "r1", "conversations": talk(5, "x")}, "turn 0: value is a number"),
-    "value list": ({"id": "r1", "conversations": talk(["Hi"], "x")}, "value is a list"),
-    "empty answer": (record("Hi", " \n"), "turn 1: the answer is empty"),
-    "empty question": (record("", "Ho"), "turn 0: the question is empty"),
-    "image number": (record("<image>", "x", image=3), "image is a number"),
-    "image empty": (record("<image>", "x", image=""), "image is empty"),
-    "image object": (record("<image>", "x", image={"path": "a.png"}), "image is an object"),
-    "image in a list null": (record("<image>", "x", image=["a.png", None]), "image is null"),
-    "image without mark": (record("Hi", "Ho", image="a.png"), "1 pictures, but the human turns mark 0"),
-    "mark without image": (record("<image>\nHi", "Ho"), "0 pictures, but the human turns mark 1"),
-    "mark in html": (record("Use the `<image>` tag?", "Ho"), "0 pictures, but the human turns mark 1"),
-    "empty list of images": (record("<image>\nHi", "Ho", image=[]), "mark 1"),
-    "two marks one image": (record("<image>\n<image>", "Ho", image="a.png"), "1 pictures, but the human turns mark 2"),
-    "one mark two images": (record("<image>", "Ho", image=["a.png", "b.png"]), "2 pictures, but the human turns mark 1"),
-    "mark in the answer": (record("Hi", "<image>", image="a.png"), "1 pictures, but the human turns mark 0"),
-    "missing picture": (record("<image>", "Ho", image="gone.png"), "no picture"),
-    "other case": (record("<image>", "Ho", image="A.png"), "no picture"),
-    "dots": (record("<image>", "Ho", image="../outside.png"), "lies outside"),
-    "dots inside": (record("<image>", "Ho", image="sub/../../outside.png"), "lies outside"),
-    "absolute": (record("<image>", "Ho", image="/etc/passwd"), "lies outside"),
-    "url": (record("<image>", "Ho", image="https://example.com/a.png"), "URL"),
-    "NUL in a path": (record("<image>", "Ho", image="a\0.png"), "NUL"),
-    "NUL": (record("Hi", "H\0o"), "turn 1: holds a NUL"),
-    "surrogate": (record("Hi \ud800", "Ho"), "turn 0: holds half of a surrogate pair"),
-    "surrogate id": (record("Hi", "Ho", id="\ud800"), "surrogate"),
-    "long": (record("Hi", "x" * 1_000_001), "1000001 characters"),
-    "id list": (record("Hi", "Ho", id=["x"]), "id is a list"),
-    "id true": (record("Hi", "Ho", id=True), "id is true or false"),
-    "id null": (record("Hi", "Ho", id=None), "id is null"),
-}
-
-
-def refused(call, *words: str) -> str:
-    with pytest.raises(UserError) as e:
-        call()
-    message = str(e.value)
-    assert all(w in message for w in words), message
-    assert "\n" not in message and len(message) <= 2000 and message.isprintable() and ";" in message
-    return message
-
-
-@pytest.mark.parametrize("data, words", FILES.values(), ids=FILES.keys())
-def test_bad_files(tmp_path, images, data, words):
-    path = written(tmp_path / "x.json", data)
-    refused(lambda: read_records(path, images), str(path), words)
-
-
-@pytest.mark.parametrize("raw, words", RECORDS.values(), ids=RECORDS.keys())
-def test_bad_records_among_good_ones(tmp_path, images, raw, words):
-    named = isinstance(raw, dict) and raw["id"] == "r1"
-    path = written(tmp_path / "x.json", [GOOD, GOOD, raw])
-    refused(lambda: read_records(path, images), f"{path}: 1 of 3 records are bad: record 2" + " (id r1)" * named, words)
-    written(path, "\n".join(map(json.dumps, [GOOD, raw, GOOD])))
-    refused(lambda: read_records(path, images), "line 2" + " (id r1)" * named, words)
-
-
-def test_all_bad_records_are_counted_and_the_first_named(tmp_path, images):
-    data = [GOOD, *(record("Hi", "", id=f"bad {i} \x1b[31m") for i in range(300)), GOOD]
-    message = refused(lambda: read_records(written(tmp_path / "x.json", data), images), "300 of 302", "record 1 ", "record 5 ")
-    assert "record 6" not in message
-    all_missing = [record("<image>", "x", image=f"{i}.png") for i in range(200)]
-    refused(lambda: read_records(written(tmp_path / "x.json", all_missing), images), "0 of 200 pictures found under")
-
-
-def test_files_that_cannot_be_read(tmp_path, images, monkeypatch):
-    refused(lambda: read_records(tmp_path / "gone.json", images), "gone.json", "no such file")
-    refused(lambda: read_records(images, images), "not a regular file")
-    os.mkfifo(tmp_path / "pipe")
-    refused(lambda: read_records(tmp_path / "pipe", images), "not a regular file")
-
-    path = written(tmp_path / "x.json", [GOOD])
-    def deny(*_, **__):
-        raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr("builtins.open", deny)
-    monkeypatch.setattr(Path, "read_bytes", deny)
-    refused(lambda: read_records(path, images), "Permission denied")
-
-
-def test_a_picture_that_leaves_by_a_link_or_is_damaged_is_refused_with_its_record(tmp_path, images):
-    os.symlink(tmp_path / "outside.png", images / "link.png")
-    (images / "cut.png").write_bytes((images / "a.png").read_bytes()[:40])
-    for name, words in (("link.png", "outside"), ("cut.png", "cut.png")):
-        (r,) = read_records(written(tmp_path / "x.json", [record("<image>", "x", image=name)]), images)
-        refused(r.pictures, "record r1: ", words)
-
-
-def test_no_bytes_of_a_file_escape_as_another_error(tmp_path, images):
-    rng, path = random.Random(0), tmp_path / "x.json"
-    for whole in (json.dumps([GOOD, record("Hi", "Ho")]), json.dumps(GOOD) + "\n" + json.dumps(record("Hi", "Ho"))):
-        for _ in range(400):
-            data = bytearray(whole.encode())
-            for _ in range(rng.randint(1, 4)):
-                i = rng.randrange(len(data))
-                data[i:i + rng.randint(0, 3)] = rng.choice([b"", b"[", b"{", b'"', b"\\", b"null", rng.randbytes(2), data[:9]])
-            try:
-                read_records(written(path, bytes(data)), images)
-            except UserError as e:
-                assert "\n" not in str(e) and len(str(e)) <= 2000
-
-
-# ---- order
-
-
-def test_order_and_batches():
-    assert order(50, 3, 1) == order(50, 3, 1) != order(50, 3, 2) != order(50, 4, 2)
-    for n, size, accum in ((10, 2, 2), (9, 2, 2), (3, 4, 2), (8, 4, 1)):
-        steps = batches(n, size, accum, epochs=2, seed=5)
-        flat = [i for step in steps for micro in step for i in micro]
-        assert flat == order(n, 5, 0) + order(n, 5, 1)
-        assert all(len(m) <= size for s in steps for m in s) and all(1 <= len(s) <= accum for s in steps)
-        assert len(steps) == 2 * -(-n // (size * accum))
-    assert len(batches(10, 2, epochs=0.5)) == 3 and len(batches(10, 2, max_steps=23, epochs=1)) == 23
-    assert batches(10, 2, max_steps=7) == batches(10, 2, epochs=2)[:7]
-
-
-# ---- the two views
 
 
 def records_of(images: Path) -> list[Record]:
@@ -348,7 +96,7 @@ def test_too_long_is_refused_before_training_and_nothing_is_cut(images, processo
 @pytest.mark.parametrize("template", ["llava_hf", "vicuna_v1"])
 def test_the_bound_that_spares_counting_tokens_is_one(processor, template):
     p = Processor(processor.tokenizer, processor.image_config, template, processor.image_token_id, 4)
-    for text in ("a", "  ", "\n\n\n", "猫🙂", "\x01\x02", "Z" * 50):
+    for text in ("a", "  ", "\n\n\n", "猫🙂" * 40, "\x01\x02" * 40, "Z" * 50):
         for turns in (1, 20):
             messages = [{"role": "user", "content": text + "?"}, {"role": "assistant", "content": text + "!"}] * turns
             d = Dataset([Record("x", messages)], p, max_length=10**6)
@@ -360,3 +108,343 @@ def test_pictures_in_memory(processor):
                [Image.new("RGB", (5, 5), "red")])
     assert Dataset([r], processor)[0]["pixel_values"].shape == (1, 3, 28, 28)
     assert evaluation_batch([r], processor)[0]["pixel_values"].shape == (1, 3, 28, 28)
+
+
+# ---- labels: LLaVA's preprocess_v1 and preprocess_plain, written anew from what they do
+
+
+class Reference:
+    """tokenizer_image_token and the two ways to mask, over SentencePiece itself; a picture is the one id −200."""
+
+    def __init__(self, model: Path, legacy: bool):
+        self.sp, self.legacy = sentencepiece.SentencePieceProcessor(model_file=str(model)), legacy
+
+    def bare(self, text: str) -> list[int]:
+        """Ids without the dummy space: what follows a byte that merges with nothing."""
+        space, newline, *ids = self.sp.encode("\n" + text)
+        assert (space, newline) == tuple(self.sp.encode("\n"))
+        return ids
+
+    def tokens(self, text: str) -> list[int]:
+        """The slow Llama tokenizer: `</s>` is found first, and what follows it has a dummy space if `legacy`."""
+        ids = [self.sp.bos_id()]
+        for k, part in enumerate(text.split("</s>")):
+            ids += [self.sp.eos_id()] if k else []
+            if part:
+                ids += self.sp.encode(part) if self.legacy or not k else self.bare(part)
+        return ids
+
+    def image_tokens(self, text: str) -> list[int]:
+        first, *rest = [self.tokens(chunk) for chunk in text.split("<image>")]
+        return first + [id for chunk in rest for id in (-200, *chunk[1:])]
+
+    def v1(self, system: str, turns: list[str]) -> tuple[list[int], list[int]] | None:
+        """None where the original finds that its counts do not agree, and learns nothing."""
+        text = system + " "
+        for k, value in enumerate(turns):
+            if "<image>" in value:
+                value = ("<image>\n" + value.replace("<image>", "").strip()).strip()
+            text += f"ASSISTANT: {value}</s>" if k % 2 else f"USER: {value} "
+        ids = self.image_tokens(text)
+        labels, at = [IGNORE, *ids[1:]], 1
+        for k, part in enumerate(text.split("</s>")):
+            halves = part.split(" ASSISTANT: ")
+            if not part or len(halves) != 2:
+                break
+            whole, asked = len(self.image_tokens(part)), len(self.image_tokens(halves[0] + " ASSISTANT: ")) - 2
+            if k and not self.legacy:
+                whole, asked = whole - 1, asked - 1
+            labels[at : at + asked] = [IGNORE] * asked
+            at += whole
+        return (ids, labels) if at == len(ids) else None
+
+    def plain(self, caption: str) -> tuple[list[int], list[int]]:
+        ids = self.image_tokens("<image>" + caption + "\n")
+        return ids, [IGNORE, IGNORE, *ids[2:]]
+
+
+def spoken(rng: random.Random) -> str:
+    words = "a cat is on the mat What colour ? red , 3.14 (left) USER: assistant «né» 猫 🙂 x\ty don't </div> https://a.b".split(" ")
+    text = "".join(rng.choice(words) + rng.choice([" ", " ", " ", "  ", "\n", "", "   ", " \n"]) for _ in range(rng.randint(1, 12)))
+    return rng.choice(["", "", " ", "\n"]) + text + rng.choice(["", "", ".", "  "])
+
+
+def llama_model() -> Path:
+    path = Path(__file__).parents[2] / "shared" / "assets" / "tokenizers" / "llama_tokenizer.model"
+    if not path.exists():
+        pytest.skip(f"needs {path.name} in ../shared/assets/tokenizers")
+    return path
+
+
+TINY = Path(__file__).parents[1] / "llava_min" / "tiny" / "tokenizer.model"
+
+
+@pytest.mark.parametrize("legacy", [True, False], ids=["legacy", "modern"])
+@pytest.mark.parametrize("which", ["llama", "tiny"])
+def test_labels_are_those_of_preprocess_v1_and_plain(tmp_path, images, which, legacy):
+    model = llama_model() if which == "llama" else TINY
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "tokenizer.model").write_bytes(model.read_bytes())
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True}
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer, theirs = Tokenizer.load(tmp_path / "t"), Reference(model, legacy)
+    image = tokenizer.add_special("<image>")
+    v1, plain = (Processor(tokenizer, ImageConfig(28, (0.5,) * 3, (0.5,) * 3, "pad"), name, image, 1) for name in ("vicuna_v1", "plain"))
+
+    rng, data, talks = random.Random(0), [], []
+    for k in range(300):
+        turns = [spoken(rng) for _ in range(2 * rng.choice((1, 1, 2, 3, 5)))]
+        if k % 3:
+            turns[0] = rng.choice([f"<image>\n{turns[0]}", f"{turns[0]}\n<image>", f"{turns[0]} <image> so", "<image>"])
+        talks.append(turns)
+        data.append(record(*turns, id=k, **({"image": "a.png"} if k % 3 else {})))
+    records, compared = read_records(written(tmp_path / "x.json", data), images), 0
+    assert theirs.bare("USER") != theirs.sp.encode("USER")
+
+    def ours(p: Processor, r: Record) -> tuple[list[int], list[int]]:
+        ids, labels = p.encode(Dataset([r], p).pieces(r))
+        return [-200 if i == image else i for i in ids], labels
+    system = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions."
+    for k, (r, turns) in enumerate(zip(records, talks)):
+        for text in (system, "", "Be brief."):
+            if text != system:
+                r.messages = [{"role": "system", "content": text}, *r.messages[-len(turns):]]
+            if (want := theirs.v1(text, turns)) is not None:
+                assert ours(v1, r) == want, (turns, text)
+                compared += 1
+        if k % 3:
+            caption = turns[1]
+            assert ours(plain, Record("x", r.messages[1:2] + [{"role": "assistant", "content": caption}], r.images)) == theirs.plain(caption)
+    assert compared == 900 or which == "tiny" and compared > 300  # its counts are made for Llama's two tokens of a first USER
+
+
+# ---- long records
+
+
+def long_talk(images: Path, *words: int) -> Record:
+    """A conversation with a picture in every question but the second, and answers of so many words."""
+    turns = [x for k, n in enumerate(words) for x in ("<image>\nWhat?" if k != 1 else "So?", "red " * n)]
+    data = record(*turns, image=["a.png"] * (len(words) - (len(words) > 1)), id=f"long{len(words)}")
+    return read_records(written(images / "long.json", [data]), images)[0]
+
+
+def test_long_records_lose_whole_turns_from_the_end_and_are_told(images, processor, capsys):
+    whole, short_one = long_talk(images, 5, 5, 5, 40), records_of(images)[0]
+    size = lambda n: len(processor.encode(Dataset([whole], processor).pieces(Record("x", whole.messages[: 2 * n])))[0])
+    capped = size(3)
+    for room, turns, pictures in ((size(4), 4, 3), (size(4) - 1, 3, 2), (size(3), 3, 2), (size(3) - 1, 2, 1), (size(2) - 1, 1, 1), (size(1), 1, 1)):
+        capsys.readouterr()
+        d = Dataset([short_one, whole], processor, max_length=room, too_long="shorten")
+        kept, item = d.records[1], d[1]
+        assert kept.messages == whole.messages[: 2 * turns] and kept.images == whole.images[:pictures] and kept.id == whole.id
+        assert len(item["input_ids"]) <= room and item["input_ids"].count(processor.image_token_id) == 4 * pictures == 4 * len(item["pixel_values"])
+        assert item["labels"][-1] == processor.tokenizer.eos_id
+        told = capsys.readouterr().err
+        assert (f"1 of 2 records lost their last turns: long4 ({size(4)})" in told) == (turns < 4)
+    system = {"role": "system", "content": "Be brief."}
+    with_system = Record("s", [system, *whole.messages], whole.images)
+    assert Dataset([with_system], processor, max_length=capped + 8, too_long="shorten").records[0].messages == with_system.messages[:7]
+    capsys.readouterr()
+    d = Dataset([short_one, long_talk(images, 90), whole], processor, max_length=capped, too_long="shorten")
+    assert [r.id for r in d.records] == ["r1", "long4"]
+    assert "1 of 3 records are left out, as a single turn of theirs is longer: long1" in capsys.readouterr().err
+
+
+def test_a_record_that_the_template_cannot_hold_is_found_before_training(images, processor):
+    p = Processor(processor.tokenizer, processor.image_config, "plain", processor.image_token_id, 4)
+    refused(lambda: Dataset(records_of(images)[:3], p), "record r2: template plain")
+    assert len(Dataset(records_of(images)[:1], p)) == 1
+
+
+# ---- packing
+
+
+def test_packed_rows_are_the_records_one_after_the_other(images, processor):
+    d = Dataset(records_of(images), processor)
+    items = [d[i] for i in range(4)]
+    batch = collate([join([items[3], items[2], items[0]]), join([items[1]])])
+    T = sum(len(items[i]["input_ids"]) for i in (3, 2, 0))
+    assert batch["segments"].shape == (2, T) and batch["segments"].dtype == torch.int64
+    assert torch.equal(batch["segments"] == -1, batch["attention_mask"] == 0)
+    for row, members in enumerate(((3, 2, 0), (1,))):
+        for k, i in enumerate(members):
+            here = batch["segments"][row] == k
+            assert batch["input_ids"][row][here].tolist() == items[i]["input_ids"]
+            assert batch["labels"][row][here].tolist() == [IGNORE, *items[i]["labels"][1:]]
+    assert torch.equal(batch["pixel_values"], torch.cat([items[i]["pixel_values"] for i in (3, 0, 1)]))
+    assert "segments" not in collate(items)
+    assert join([{"input_ids": [5, 6], "labels": [5, 6]}] * 2)["labels"] == [IGNORE, 6, IGNORE, 6]
+
+
+@pytest.mark.parametrize("template", ["llava_hf", "vicuna_v1"])
+def test_packed_is_unpacked_in_loss_and_gradients(images, processor, template):
+    config = hf_config()
+    config["text_config"] |= {"vocab_size": 1024, "max_position_embeddings": 2048}
+    torch.manual_seed(0)
+    model = Llava(LlavaConfig.from_hf(config | {"image_token_index": processor.image_token_id})).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    p = Processor(processor.tokenizer, processor.image_config, template, processor.image_token_id, 4)
+    data = Dataset(records_of(images) * 2, p)
+    steps = plan(lengths := data.lengths(exact=True), 2, packing=int(1.6 * max(map(abs, lengths))), seed=1)
+    assert any(len(row) > 1 for step in steps for row in step[0][0])
+
+    def gradients(packing: bool) -> tuple[float, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        micros = [micro for step in steps for micro in step[0]]
+        if not packing:
+            micros = [[(i,) for micro in micros for row in micro for i in row]]
+        total = 0.0
+        for batch, errors in loader(data, micros, packing=packing):
+            assert not errors and ("segments" in batch) == packing
+            loss = model.loss(batch["input_ids"], batch["labels"], batch["pixel_values"].double(),
+                              **({"segments": batch["segments"]} if packing else {}))
+            loss.backward()
+            total += float(loss.detach())
+        return total, {n: q.grad.clone() for n, q in model.named_parameters() if q.grad is not None}
+    (packed, a), (single, b) = gradients(True), gradients(False)
+    assert packed == pytest.approx(single, rel=1e-12) and a.keys() == b.keys() and len(a) > 20
+    for name in a:
+        assert (a[name] - b[name]).norm() <= 1e-12 * b[name].norm() + 1e-12, name  # a key's bias has no gradient
+
+
+# ---- loading
+
+
+def damaged(images: Path) -> list[Record]:
+    """Eight records; the pictures of the third and the fourth are cut short."""
+    data = []
+    for i in range(8):
+        whole = png((i, 9, 9), (30, 20))
+        (images / f"p{i}.png").write_bytes(whole[:50] if i in (2, 3) else whole)
+        data.append(record("<image>\nWhat?", f"It is {i}.", image=f"p{i}.png", id=f"n{i}"))
+    return read_records(written(images / "d.json", data), images)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_batches_are_the_same_with_any_number_of_workers_and_leave_the_random_state_alone(images, processor):
+    data = Dataset(records_of(images) * 3, processor)
+    micros = [micro for step in plan(data.lengths(), 2, 2, epochs=2, seed=2) for micro in step[0]]
+    want = [collate([data[i] for (i,) in micro]) for micro in micros]
+    before = torch.get_rng_state(), random.getstate()
+    for workers in (0, 1, 2):
+        got = list(loader(data, micros, workers))
+        assert all(same(a, b) and errors == [] for (a, errors), b in zip(got, want, strict=True))
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
+    rest = list(loader(data, micros[5:], 1))  # as a resumed run goes on
+    assert all(same(a, b) for (a, _), b in zip(rest, want[5:], strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_picture_that_cannot_be_decoded_is_one_line_or_is_left_out(images, processor, workers):
+    data = Dataset(damaged(images), processor)
+    micros = [[(0,), (1,)], [(2,), (4,)], [(3,)], [(5, 2, 6)]]
+    before, batches = pids(), loader(data, micros, workers)
+    assert same(next(batches)[0], collate([data[0], data[1]]))
+    refused(lambda: next(batches), "record n2: ", "p2.png", "damaged")
+    assert pids() == before  # nobody is left behind
+    got = list(loader(data, micros, workers, packing=True, skip=True))
+    assert [len(errors) for _, errors in got] == [0, 1, 1, 1] and "record n3: " in got[2][1][0]
+    assert same(got[1][0], collate([join([data[4]])])) and same(got[3][0], collate([join([data[5], data[6]])]))
+    empty = got[2][0]  # the rank runs the step along with the others and adds nothing
+    assert (empty["labels"] == IGNORE).all() and empty["input_ids"].shape == (1, 2) and "pixel_values" not in empty
+
+
+def pids() -> set[int]:
+    return {child.pid for child in multiprocessing.active_children()}
+
+
+class Slow(Dataset):
+    """Counts what has been asked for."""
+
+    made = multiprocessing.Value("i", 0)
+
+    def __getitem__(self, i: int) -> dict:
+        with self.made:
+            self.made.value += 1
+        return super().__getitem__(i)
+
+
+def test_workers_are_a_bounded_number_of_batches_ahead_and_deaf_to_signals(images, processor):
+    data = Slow(records_of(images) * 20, processor)
+    Slow.made.value = 0
+    before = pids()
+    batches = loader(data, [[(i,)] for i in range(80)], 2)
+    next(batches)
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL and len(pids() - before) == 2
+    for pid in pids() - before:
+        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(pid, s)
+    for _ in range(100):  # until they rest
+        made = Slow.made.value
+        time.sleep(0.05)
+        if made == Slow.made.value and made >= 5:
+            break
+    assert 5 <= made <= 1 + 2 * 2 + 1
+    assert len(list(batches)) == 79 and Slow.made.value == 80 and pids() == before
+
+
+def test_a_killed_worker_is_one_line(images, processor):
+    before, batches = pids(), loader(Dataset(records_of(images) * 20, processor), [[(i,)] for i in range(80)], 1)
+    next(batches)
+    (worker,) = pids() - before
+    os.kill(worker, signal.SIGKILL)
+    refused(lambda: list(batches), "--workers 1", "was killed", "lower --workers")
+
+
+def test_a_process_that_ends_with_workers_at_work_ends_at_once(tmp_path):
+    code = ("import time, torch\nfrom llava_min.data.dataset import loader\n"
+            "class D(torch.utils.data.Dataset):\n    def __getitem__(self, i): return {'input_ids': [1, 2], 'labels': [1, 2]}\n"
+            "batches = loader(D(), [[(i,)] for i in range(100)], 2)\nnext(batches)\nprint(time.time())\nraise KeyError('a fault')\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1])
+    assert done.returncode == 1 and "KeyError: 'a fault'" in done.stderr and time.time() - float(done.stdout) < 4
+
+
+class Broken(Dataset):
+    def __getitem__(self, i: int) -> dict:
+        raise RuntimeError("a fault")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fault_is_not_taken_for_a_bad_record_or_a_killed_worker(images, processor, workers):
+    with pytest.raises(RuntimeError, match="a fault"):
+        next(loader(Broken(records_of(images), processor), [[(0,)]], workers, skip=True))
+
+
+# ---- the documentation's snippets
+
+
+def snippets() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8"), re.S)
+
+
+def test_the_snippets_of_the_documentation(tmp_path, monkeypatch):
+    textocr, tables = snippets()
+    assert all(len(code.rstrip().split("\n")) <= 20 for code in (textocr, tables))
+    monkeypatch.chdir(tmp_path)
+
+    rows = [{"filename": f"{k}.jpg", "caption_condensed": text} for k, text in enumerate(("A sign says «Stop».", " ", "A shop."))]
+    fake = types.ModuleType("datasets")
+    fake.load_dataset = lambda name, split: rows if (name, split) == ("jimmycarter/textocr-gpt4v", "train") else None
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    exec(textocr, {})
+    (tmp_path / "train_images").mkdir()
+    for row in rows:
+        Image.new("RGB", (5, 4)).save(tmp_path / "train_images" / row["filename"])
+    got = read_records("textocr.json", "train_images")
+    assert [r.messages[0]["content"][1]["text"] for r in got] == ["Describe this image in detail."] * 2
+    assert [r.messages[1]["content"] for r in got] == ["A sign says «Stop».", "A shop."] and got[1].pictures()[0].size == (5, 4)
+
+    (tmp_path / "tables").mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (5, 4)).save(tmp_path / "tables" / f"{name}.png")
+    (tmp_path / "tables" / "a.csv").write_text('Name,Price\n"Tea, green",3\nA|B,"4\n5"\n', encoding="utf-8")
+    (tmp_path / "tables" / "b.csv").write_text("x\n", encoding="utf-8")
+    exec(tables, {})
+    a, b = read_records("tables/tables.jsonl")
+    assert a.messages == [{"role": "user", "content": [IMAGE, {"type": "text", "text": "Write this table as Markdown."}]},
+                          {"role": "assistant", "content": "| Name | Price |\n| --- | --- |\n| Tea, green | 3 |\n| A\\|B | 4 5 |"}]
+    assert b.messages[1]["content"] == "| x |\n| --- |" and [len(r.pictures()) for r in (a, b)] == [1, 1]

@@ -1,20 +1,27 @@
-"""eval.py and the path it shares with train.py: answers in the records' order, whatever the batch; scores; files."""
+"""eval.py and the path it shares with train.py: answers in the records' order whatever the batch, the ranks and the
+interruptions; scores; the files; what is wrong with the data, counted and named."""
 
+import fcntl
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import load_script
 
+from llava_min import evaluate
 from llava_min.cli import UserError
 from llava_min.data import toy
-from llava_min.data.dataset import read_records
-from llava_min.evaluate import predict, score
+from llava_min.data.records import read_records
+from llava_min.evaluate import difference, measure_all, predict, read_answers, score
 from llava_min.load import load
-from llava_min.metrics import summary
-from llava_min.metrics.text import exact_match
 
 script = load_script("eval")
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -24,39 +31,256 @@ def data(tmp_path_factory) -> Path:
     return folder / "val.json"
 
 
-def test_the_answers_are_the_same_whatever_the_batch_and_the_order_that_of_the_records(data):
-    model, processor = load("tiny", dtype="fp32")
+@pytest.fixture(scope="module")
+def tiny():
+    return load("tiny", dtype="fp32", device="cpu")
+
+
+@pytest.fixture
+def changed(data, tmp_path):
+    """A copy of the data whose records are `change`d."""
+    def copy(change) -> Path:
+        records = json.loads(data.read_text(encoding="utf-8"))
+        change(records)
+        path = tmp_path / "changed" / "val.json"
+        shutil.copytree(data.parent, path.parent, dirs_exist_ok=True)
+        path.write_text(json.dumps(records), encoding="utf-8")
+        return path
+
+    return copy
+
+
+def run(data: Path, *flags: str) -> None:
+    script.main(["--data", str(data), "--max-new-tokens", "8", "--device", "cpu", *flags])
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_answers_are_the_same_whatever_the_batch_and_the_order_that_of_the_records(data, tiny):
     records = read_records(data)
-    rows = {n: predict(model, processor, records, batch_size=n, max_new_tokens=24) for n in (1, 3, 8)}
+    rows = {n: predict(*tiny, records, batch_size=n, max_new_tokens=24) for n in (1, 3, 8)}
     assert rows[1] == rows[3] == rows[8]
     assert [r["id"] for r in rows[1]] == [r.id for r in records]
     assert all(r["prompt"] and r["references"] == [rec.messages[-1]["content"]] for r, rec in zip(rows[1], records))
 
 
+def test_logprob_is_that_of_the_answer_token_by_token(data, tiny):
+    model, processor = tiny
+    records = read_records(data)[:5]
+    rows = predict(model, processor, records, batch_size=5, max_new_tokens=24, logprob=True)
+    for record, row in zip(records, rows):
+        batch, _, _ = evaluate.evaluation_batch([record], processor)
+        ids = evaluate.generate(model, batch, max_new_tokens=24, eos_token_id=processor.stop_ids)[0]
+        total = 0.0
+        for i in range(len(ids)):
+            fed = torch.cat([batch["input_ids"], torch.tensor([ids[:i]], dtype=torch.long)], 1)
+            total += float(model(fed, batch["pixel_values"])[0, -1].log_softmax(-1)[ids[i]])
+        assert row["logprob"] == pytest.approx(total / len(ids), abs=1e-4) and row["logprob"] < 0
+
+
 def test_the_script_writes_predictions_and_metrics(data, tmp_path, capsys):
-    script.main(["--data", str(data), "--out", str(tmp_path / "out"), "--max-new-tokens", "8", "--device", "cpu", "--by", "kind"])
-    rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
-    table = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    out = tmp_path / "out"
+    run(data, "--out", str(out), "--by", "kind")
+    rows, table = lines(out / "predictions.jsonl"), json.loads((out / "metrics.json").read_text())
+    assert {p.name for p in out.iterdir()} == {"predictions.jsonl", "metrics.json", "settings.json", "report.html"}
     assert len(rows) == 18 and set(rows[0]) == {"id", "prompt", "prediction", "references", "scores"}
     assert set(table) == {"exact_match", *(f"exact_match {kind}" for kind in toy.KINDS)}
     assert table["exact_match colour"]["n"] == 3
     found = table["exact_match"]
     assert found["n"] == 18 and found["score"] == pytest.approx(sum(r["scores"]["exact_match"] for r in rows) / 18)
     assert found["low"] <= found["score"] <= found["high"]
-    assert "exact_match" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "exact_match" in said.out and max(map(len, said.out.splitlines())) <= 80
+    assert "18 of 18" in said.err and "left" in said.err
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["prompt"].endswith("ASSISTANT:") and "<image>" in settings["prompt"] and "fp32" in settings["checked"]
+    assert settings["image_aspect_ratio"] in ("pad", "crop") and settings["num_beams"] == 1 and settings["versions"]["torch"]
 
 
-def test_exact_match_and_its_interval():
-    assert exact_match([" red ", "Red", "", "two"], [["red"], ["red"], ["x"], ["2", "two"]]) == [1, 0, 0, 1]
-    s = summary([1.0] * 30 + [0.0] * 70)
-    assert s["score"] == 0.3 and 0.18 < s["low"] < 0.27 < 0.33 < s["high"] < 0.42 and s == summary([1.0] * 30 + [0.0] * 70)
-    rows = [{"prediction": "a", "references": ["a"]}, {"prediction": "b", "references": ["a"]}]
-    assert score(rows, ["exact_match"])["exact_match"]["score"] == 0.5 and rows[1]["scores"] == {"exact_match": 0.0}
+def interrupt(monkeypatch, after: int) -> None:
+    """generate raises in the batch that comes after so many."""
+    real, left = evaluate.generate, [after]
+
+    def generate(*args, **options):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return real(*args, **options)
+
+    monkeypatch.setattr(evaluate, "generate", generate)
 
 
-@pytest.mark.parametrize("argv, named", [([], "--data"), (["--data", "absent.json"], "absent.json"), (["--metrics", "blue"], "blue"),
-                                         (["--batch-size", "0"], "--batch-size")])
+def test_an_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(data, tmp_path, monkeypatch, capsys):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run(data, "--out", str(whole), "--batch-size", "4")
+    for after in (2, 1):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt(patch, after)
+            run(data, "--out", str(out), "--batch-size", "4")
+        with open(out / "predictions.jsonl", "a", encoding="utf-8") as f:
+            f.write('{"id": "questions-va')  # killed in the middle of a line
+        assert not (out / "metrics.json").exists()
+    first = (out / "predictions.jsonl").read_text().splitlines()[0]
+    (out / "predictions-1.jsonl").write_text(first + "\n")  # what another rank left, one answer twice
+    capsys.readouterr()
+    run(data, "--out", str(out), "--batch-size", "3")  # of which the answers do not depend
+    said = capsys.readouterr().err
+    assert "goes on after 12 of 18" in said and "cut short" in said and "1 of its 13 answers stand there twice" in said
+    for name in ("predictions.jsonl", "metrics.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert not (out / "predictions-1.jsonl").exists()
+
+    monkeypatch.setattr(evaluate, "generate", None)  # all is answered: other metrics of the same answers
+    run(data, "--out", str(out), "--metrics", "exact_match,token_f1")
+    assert set(json.loads((out / "metrics.json").read_text())) == {"exact_match", "token_f1"}
+
+
+def test_answers_made_otherwise_are_not_mixed(data, tmp_path, changed):
+    out = tmp_path / "out"
+    run(data, "--out", str(out))
+    before = {p: p.read_bytes() for p in out.iterdir()}
+    other = changed(lambda records: records[0]["conversations"][1].update(value="x"))
+    for flags, named in ((["--num-beams", "2"], "num_beams"), (["--image-aspect-ratio", "crop"], "image_aspect_ratio"),
+                         (["--dtype", "bf16"], "dtype")):
+        with pytest.raises(UserError, match=f"other settings.*{named}") as e:
+            run(data, "--out", str(out), *flags)
+        assert "\n" not in str(e.value)
+    with pytest.raises(UserError, match="other settings: data_sha256"):
+        run(other, "--out", str(out))
+    assert before == {p: p.read_bytes() for p in out.iterdir()}
+    with pytest.raises(UserError, match="1 of its 18 answers are to questions.*questions-val-000000"):
+        read_answers(out, read_records(data)[1:])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match="exists already"):
+        run(data, "--out", str(tmp_path / "full"))
+    (out / "predictions.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"predictions.jsonl:1: is no answer"):
+        run(data, "--out", str(out))
+
+
+def test_two_runs_do_not_write_to_one_folder(data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, 0)
+        run(data, "--out", str(out))
+    with open(out / "predictions.jsonl", "a") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another run writes there"):
+            run(data, "--out", str(out))
+
+
+def test_what_cannot_be_scored_is_counted_and_named(changed, tmp_path, capsys):
+    def change(records):
+        records[1]["references"] = []
+        records[2]["references"] = ["x", records[2]["conversations"][1]["value"]]
+
+    path, out = changed(change), tmp_path / "out"
+    records = read_records(path)
+    (path.parent / records[0].images[0]).write_bytes(b"not a picture")
+    run(path, "--out", str(out), "--by", "kind")
+    said, rows = capsys.readouterr().err, lines(out / "predictions.jsonl")
+    assert "1 of 18 records could not be read and are not scored: questions-val-000000" in said
+    assert "1 of 18 records have no reference and are not scored: questions-val-000001" in said
+    assert rows[0]["error"] and rows[0]["scores"] == rows[1]["scores"] == {} and rows[2]["references"][0] == "x"
+    assert json.loads((out / "metrics.json").read_text())["exact_match"]["n"] == 16
+    assert len(json.loads((out / "settings.json").read_text())["remarks"]) == 3
+
+
+def test_empty_predictions_are_counted(capsys):
+    rows = [{"id": "a", "prediction": "", "references": ["x"]}, {"id": "b", "prediction": "x", "references": ["x"]}]
+    assert script.remarks(rows) == ["1 of 2 records have an empty prediction: a"]
+
+
+def test_records_of_one_id_keep_their_own_answers(changed, tmp_path, capsys):
+    def change(records):
+        for record in records:
+            record["id"] = "same"
+
+    path = changed(change)
+    run(path, "--out", str(tmp_path / "out"))
+    assert "1 ids stand on more than one record" in capsys.readouterr().err
+    first = lines(tmp_path / "out" / "predictions.jsonl")
+    run(path, "--out", str(tmp_path / "out"))
+    assert lines(tmp_path / "out" / "predictions.jsonl") == first and len(first) == 18
+
+
+def test_a_model_and_an_adapter_of_it_are_compared(data, tmp_path, capsys):
+    from llava_min.lora import LoRAConfig, add_lora, save_adapter
+
+    model, _ = load("tiny", dtype="fp32", device="cpu")
+    config = LoRAConfig(r=4, alpha=8.0, targets=("q_proj", "v_proj"))
+    add_lora(model, config)
+    for name, p in model.named_parameters():
+        if ".lora_" in name:
+            p.data.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    (tmp_path / "adapter").mkdir()
+    save_adapter(model, config, tmp_path / "adapter", "tiny")
+    out = tmp_path / "out"
+    run(data, "--compare", str(tmp_path / "adapter"), "--out", str(out))
+    said = capsys.readouterr().out
+    base, tuned = lines(out / "predictions.jsonl"), lines(out / "compare" / "predictions.jsonl")
+    assert [r["id"] for r in base] == [r["id"] for r in tuned] and base != tuned
+    m = json.loads((out / "compare.json").read_text())["exact_match"]
+    mean = lambda rows: sum(r["scores"]["exact_match"] for r in rows) / 18
+    assert (m["base"], m["tuned"], m["score"]) == pytest.approx((mean(base), mean(tuned), mean(tuned) - mean(base)))
+    assert m["low"] <= m["score"] <= m["high"] and "change" in said and max(map(len, said.splitlines())) <= 80
+    run(data, "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "alone"))
+    assert lines(tmp_path / "alone" / "predictions.jsonl") == tuned
+    run(data, "--adapter", str(tmp_path / "adapter"), "--compare", "tiny", "--out", str(tmp_path / "other"))
+    assert json.loads((tmp_path / "other" / "compare.json").read_text())["exact_match"] == m
+    assert "Comparison" in (tmp_path / "other" / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_interval_of_a_difference_is_paired():
+    def measured(answers, skip=None):
+        rows = [{"prediction": a, "references": ["1"], **({"error": "x"} if i == skip else {})} for i, a in enumerate(answers)]
+        return measure_all(rows, ["exact_match"])
+
+    one = measured("10" * 50)
+    m = difference(one, measured("10" * 45 + "1" * 10))["exact_match"]
+    assert m["score"] == pytest.approx(0.05) and m["low"] >= 0 and m["high"] < 0.12  # unpaired: from -0.09 to 0.19
+    same = difference(one, one)["exact_match"]
+    assert same["score"] == same["low"] == same["high"] == 0
+    m = difference(one, measured("0" + "10" * 49 + "1", skip=0))["exact_match"]
+    assert m["n"] == 99 and m["base"] == pytest.approx(49 / 99)
+
+
+def test_half_precision_says_what_was_checked(data, tmp_path):
+    run(data, "--dtype", "bf16", "--out", str(tmp_path / "out"), "--batch-size", "8")
+    assert "of 8 answers are the same one at a time" in json.loads((tmp_path / "out" / "settings.json").read_text())["checked"]
+
+
+def test_two_ranks_answer_as_one(data, tmp_path):
+    run(data, "--out", str(tmp_path / "one"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "eval.py"),
+               "--data", str(data), "--max-new-tokens", "8", "--device", "cpu", "--batch-size", "4", "--out", str(tmp_path / "two")]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=one_thread, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("exact_match") == 1
+    assert {p.name for p in (tmp_path / "two").iterdir()} == {"predictions.jsonl", "metrics.json", "settings.json", "report.html"}
+    for name in ("predictions.jsonl", "metrics.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@pytest.mark.parametrize("argv, named", [
+    ([], "--data"), (["--data", "absent.json"], "absent.json"), (["--metrics", "blue"], "blue"), (["--batch-size", "0"], "--batch-size"),
+    (["--benchmark", "vqa"], "did you mean vqav2"), (["--compare", "absent"], "absent"), (["--by", "sort"], "--by sort: no record")])
 def test_mistakes_are_one_line(data, argv, named):
     with pytest.raises(UserError, match=named) as e:
         script.main(argv if not argv or argv[0] == "--data" else ["--data", str(data), *argv])
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda rs: rs[3]["conversations"].pop(), "must be an answer"),
+    (lambda rs: rs[3]["conversations"][1].update(value=5), "a number"),
+    (lambda rs: rs[3].update(references=["x", 5]), "questions-val-000003: references"),
+    (lambda rs: [r.update(references=[]) for r in rs], "none of 18 records has both")])
+def test_data_without_answers_or_with_answers_of_two_kinds_is_one_line(changed, change, named):
+    with pytest.raises(UserError, match=named) as e:
+        run(changed(change))
     assert "\n" not in str(e.value)

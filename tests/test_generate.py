@@ -10,6 +10,7 @@ import torch
 from llava_min.cli import UserError
 from llava_min.config import LlavaConfig
 from llava_min.generate import Options, columns, generate, new_cache, process, stream
+from llava_min.llama import KVCache
 from llava_min.llava import Llava
 
 transformers = pytest.importorskip("transformers", reason="the oracle of these tests; pip install -e '.[test]'")
@@ -308,6 +309,8 @@ def test_bad_batches(model):
         generate(model, {"input_ids": torch.tensor([[50], [51]]), "attention_mask": torch.tensor([[1], [0]])})
     with pytest.raises(UserError, match="2 prompts"):
         generate(model, {"input_ids": torch.tensor([[50], [51]])}, cache=new_cache(model))
+    with pytest.raises(UserError, match=r"new_cache\(model\)"):  # a cache that does not know what it has read
+        generate(model, one([50, 51]), cache=KVCache(model.config.text, 1, 300, model.dtype, model.device))
 
 
 def test_logits_that_are_not_numbers_stop_the_run():

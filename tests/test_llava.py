@@ -186,3 +186,24 @@ def test_the_context_is_refused_with_both_numbers(pair):
         ours(rows(0, length=256))
     with pytest.raises(UserError, match="257 tokens long.* 256"):
         ours(rows(0, length=257))
+
+
+def test_packed_rows_lose_what_their_records_lose():
+    """Several records in one row: the same loss and gradients as a row each, pictures included."""
+    model = our_model(their_model()).double().requires_grad_()
+    ids, pictures = rows(1, 0, 2, length=20), pixels(3).double()
+    labels = ids.clone()
+    labels[:, :8] = -100
+    labels[:, 0] = -100  # a record's first token is nobody's next
+    apart = model.loss(ids, labels, pictures)
+    apart.backward()
+    want = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    pad = lambda x, value: torch.cat([x.flatten(), torch.full((5,), value)])[None]
+    segments = pad(torch.arange(3)[:, None].expand(3, 20), -1)
+    together = model.loss(pad(ids, 0), pad(labels, -100), pictures, segments=segments)
+    together.backward()
+    assert torch.allclose(apart, together, rtol=1e-13, atol=0)
+    for n, p in model.named_parameters():
+        if n in want:
+            assert (p.grad - want[n]).norm() <= 1e-12 * want[n].norm(), n

@@ -16,7 +16,8 @@ import llava_min
 from llava_min.cli import UserError
 from llava_min.config import LlavaConfig
 from llava_min.data.image import to_pixels
-from llava_min.load import TINY, fresh, on_meta, pick_device, pick_dtype, save
+from llava_min.load import TINY, fresh, load_model, on_meta, pick_device, pick_dtype, prepare, save
+from llava_min.packed import dense
 from llava_min.weights import save_weights
 
 CPU = torch.device("cpu")
@@ -94,6 +95,20 @@ def test_the_page_of_the_interface(folder):
     assert model(**batch).shape == (1, batch["input_ids"].shape[1], 384) and model.dtype == torch.bfloat16
     ids = llava_min.generate(model, batch, max_new_tokens=4, min_new_tokens=4)
     assert len(ids) == 1 and len(ids[0]) == 4 and isinstance(processor.decode(ids[0]), str)
+
+
+def test_the_model_alone_and_in_two_steps(folder):
+    """`load` is `prepare` and `fill`; without the processor it is `load_model`. What is trained is in fp32."""
+    model, _ = llava_min.load(folder, dtype="bf16", device="cpu")
+    alone, ready = load_model(folder, torch.bfloat16, CPU), prepare(folder)
+    assert not alone.training and {p.device.type for p in ready.model.parameters()} == {"meta"}
+    ready.model.multi_modal_projector.requires_grad_(True)
+    ready.fill(torch.bfloat16, CPU)
+    for name, p in model.named_parameters():
+        learns = name.startswith("multi_modal_projector.")
+        other = ready.model.get_parameter(name)
+        assert torch.equal(alone.get_parameter(name), dense(p)) and torch.equal(other.to(p.dtype), dense(p))
+        assert other.requires_grad == learns and other.dtype == (torch.float32 if learns else torch.bfloat16)
 
 
 def test_the_bundled_tiny_model():

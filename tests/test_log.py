@@ -1,20 +1,89 @@
-"""The progress line and metrics.jsonl."""
+"""The progress line, metrics.jsonl and its copies."""
 
 import json
+import sys
 
-from llava_min.log import Log, brief, clock
+import pytest
+
+from llava_min.cli import UserError
+from llava_min.log import WIDTH, Log, clock, progress, show_samples
+
+VALUES = dict(loss=0.123456, lr=0.00014567, grad_norm=12.3456, tokens_per_s=9760.1, pictures_per_s=31.42, peak_gb=22.13)
 
 
 def test_every_number_is_kept_and_the_line_fits_the_terminal(tmp_path, capsys):
     log = Log(tmp_path, total=9000)
     log.write(step=0, eval_exact_match=0.5)
-    log.step(8000, loss=0.123456, lr=0.00014567, grad_norm=12.3456, tokens_per_s=59760.1, rows_per_s=314.2)
+    log.step(8000, **VALUES)
+    log.write(step=8001, loss=float("nan"))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[0] == {"step": 0, "eval_exact_match": 0.5} and lines[1]["loss"] == 0.123456 and lines[1]["step"] == 8000
+    assert lines[2] == {"step": 8001, "loss": None}
     line = capsys.readouterr().err.strip()
-    assert line.startswith("step 8000/9000 · loss 0.123 · lr 0.00015 · grad 12.3 · tok/s 59760 · rows/s 314 ·") and len(line) <= 100
+    assert line.startswith("8000/9000 loss 0.123 lr 1.5e-4 grad 12 9760 tok/s 31.4 pic/s 22.1 GB 0:") and len(line) <= WIDTH
 
 
-def test_numbers_are_brief():
-    assert [brief(x) for x in (0, 1e-5, 0.5, 123.45, 12345.6)] == ["0", "1e-05", "0.5", "123", "12346"]
+def test_a_line_that_is_too_long_loses_its_end_first():
+    line = progress(1_000_000, 2_000_000, 1e6, VALUES | {"tokens_per_s": 123456789.0})
+    assert len(line) <= WIDTH and "loss 0.123" in line and line.endswith("277:46:40 left") and "GB" not in line
+
+
+def test_a_silent_rank_writes_nothing(tmp_path, capsys):
+    log = Log(None, total=10)
+    log.write(step=1, loss=1.0), log.step(1, loss=1.0), log.say("x"), log.sample(step=1)
+    assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
+
+
+def test_a_resumed_run_takes_back_what_came_after_its_step(tmp_path):
+    torn = '{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "loss": 1}\n{"step": 2, "lo'
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (tmp_path / name).write_text(torn)
+    log = Log(tmp_path, total=5, start=2)
+    log.write(step=3, loss=0.5)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "loss": 0.5}\n'
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 2
+
+
+def test_times_are_short():
     assert [clock(x) for x in (5, 65, 3661)] == ["0:05", "1:05", "1:01:01"]
+
+
+def test_answers_are_shown_before_and_after(tmp_path, capsys):
+    rows = [dict(step=s, id="7", prompt="What?", prediction=a, reference="a cat") for s, a in ((0, "x"), (3, "a dog"), (6, "a cat\x1b[2J"))]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    show_samples(tmp_path, 6)
+    assert capsys.readouterr().out == "\n7: What?\n  before    x\n  after     a cat\\x1b[2J\n  expected  a cat\n"
+
+
+@pytest.mark.parametrize("name, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+def test_an_absent_extra_is_one_line(tmp_path, monkeypatch, name, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"--log {name}: .*pip install 'llava_min\[log\]'"):
+        Log(tmp_path, 1, copies=[name])
+
+
+def test_numbers_are_copied_to_tensorboard(tmp_path, monkeypatch):
+    import types
+
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            written.append(folder)
+
+        def add_scalar(self, *values):
+            written.append(values)
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    Log(tmp_path, 1, copies=["tensorboard"]).write(step=3, loss=0.5, skipped=["a"])
+    assert written == [tmp_path / "tensorboard", ("loss", 0.5, 3)]
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
+    log = Log(tmp_path, 1)
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written \(Is a directory\)"):
+        log.write(step=1)

@@ -2,18 +2,23 @@
 
 import json
 import random
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import our_model, pixels, rows, their_model, write_folder
+from conftest import hf_config, our_model, pixels, rows, their_model, write_folder
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import llava_min
 from llava_min.cli import UserError
-from llava_min.load import save
-from llava_min.lora import (LINEARS, PEFT, LoRAConfig, LoRALinear, add_lora, adapter_state, load_adapter,
-                            save_adapter)
+from llava_min.config import LlavaConfig
+from llava_min.load import on_meta, save
+from llava_min.lora import (LINEARS, PEFT, LoRAConfig, LoRALinear, adapter_names, add_lora, init_lora,
+                            load_adapter, read_adapter, save_adapter, to_transformers)
+from llava_min.packed import pack
+from llava_min.trainable import check_gradients, select
 
 KINDS = ["mistral", "qwen2"]
 
@@ -46,21 +51,29 @@ def far(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (a - b).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_starts_as_nothing(kind):
+def test_starts_as_nothing(kind, dora):
     model = our_model(their_model(kind))
     before = logits(model)
-    add_lora(model, LoRAConfig(4, 10))
-    assert torch.equal(logits(model), before)
+    add_lora(model, LoRAConfig(4, 10, dora=dora))
+    assert (logits(model) - before).abs().max() <= 1e-5 * dora  # DoRA's factor is 1 but for rounding
     layers = [n for n, m in model.named_modules() if isinstance(m, LoRALinear)]
     assert len(layers) == 2 * len(LINEARS) and all(n.startswith("language_model.layers.") for n in layers)
-    assert {n for n, p in model.named_parameters()
-            if p.requires_grad} == {f"{n}.lora_{x}.weight" for n in layers for x in "AB"}
+    ends = ["A.weight", "B.weight", *(["magnitude_vector"] if dora else [])]
+    learns = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert learns == {f"{n}.lora_{x}" for n in layers for x in ends}
+
+
+def made(base, *args, **kwargs) -> LoRALinear:
+    layer = LoRALinear(base, *args, **kwargs)
+    layer.init(torch.Generator().manual_seed(0))
+    return layer
 
 
 def test_the_update_is_that_of_the_paper():
     base = torch.nn.Linear(5, 7).requires_grad_(False)
-    layer = LoRALinear(base, LoRAConfig(3, 12))
+    layer = made(base, 3, 12 / 3)
     layer.lora_B.weight.data.normal_()
     x = torch.randn(2, 5)
     expected = x @ (base.weight + 12 / 3 * layer.lora_B.weight @ layer.lora_A.weight).T + base.bias
@@ -70,7 +83,7 @@ def test_the_update_is_that_of_the_paper():
 
 
 def test_dropout_is_on_the_update_alone_and_in_training_alone():
-    layer = LoRALinear(torch.nn.Linear(64, 7), LoRAConfig(3, 12, dropout=0.5))
+    layer = made(torch.nn.Linear(64, 7), 3, 4.0, dropout=0.5)
     x = torch.randn(2, 64)
     assert torch.equal(layer.train()(x), layer.base(x))  # B is zero: base is whole
     layer.lora_B.weight.data.normal_()
@@ -89,13 +102,111 @@ def test_a_half_base_has_a_full_adapter(dtype):
         assert logits(model).dtype == dtype
 
 
-def test_targets():
+def adapted(model) -> set[str]:
+    return {n for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def blocks(*ends: str) -> set[str]:
+    return {f"language_model.layers.{i}.{end}" for i in (0, 1) for end in ends}
+
+
+LEAVES = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+
+
+@pytest.mark.parametrize("targets, paths", [
+    (("q_proj", "down_proj"), blocks("self_attn.q_proj", "mlp.down_proj")),
+    (("all-linear",), blocks(*LEAVES)), (LINEARS, blocks(*LEAVES)),
+    ((r"(vision_tower|language_model)\..*\.q_proj",),
+     blocks("self_attn.q_proj") | {f"vision_tower.layers.{i}.self_attn.q_proj" for i in range(3)}),
+    (("language_model.layers.1.mlp.up_proj",), {"language_model.layers.1.mlp.up_proj"}),
+    ((".*linear_1|lm_head",), {"multi_modal_projector.linear_1", "lm_head"})], ids=str)
+def test_targets(targets, paths):
     model = our_model(their_model())
-    add_lora(model, LoRAConfig(2, 4, targets=("q_proj", "down_proj")))
-    leaves = [n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, LoRALinear)]
-    assert sorted(leaves) == ["down_proj"] * 2 + ["q_proj"] * 2
-    with pytest.raises(UserError, match="'fc1' names no linear layer of the language model"):
-        add_lora(our_model(their_model()), LoRAConfig(targets=("q_proj", "fc1")))
+    add_lora(model, LoRAConfig(2, 4, targets=targets))
+    assert adapted(model) == paths
+
+
+@pytest.mark.parametrize("kind, targets, says", [
+    ("llama", ("q_proj", "fc1"), "'fc1' names no linear layer of the language model"),
+    ("llama", ("lm_head",), "'lm_head' names no"), ("llama", ("embed_tokens",), "'embed_tokens' names no"),
+    ("llama", (r".*\.q_pro",), "fits no linear layer in full"), ("llama", ("",), "fits no linear layer"),
+    ("llama", (".*norm.*",), "fits no linear layer"), ("llama", ("(q_proj",), "is not a regex"),
+    ("llama", ("q_proj", r".*\.o_proj"), "not names alone and not one regex"),
+    ("llama", ("all-linear", "q_proj"), "not names alone"),
+    ("qwen2", ("lm_head|.*q_proj",), "tied to the embedding")], ids=str)
+def test_targets_that_fit_nothing(kind, targets, says):
+    model = our_model(their_model(kind))
+    with pytest.raises(UserError) as e:
+        add_lora(model, LoRAConfig(targets=targets))
+    assert says in str(e.value) and "lora targets" in str(e.value) and not adapted(model)
+
+
+def test_the_start_depends_on_seed_and_path_alone():
+    def start(seed: int, targets: tuple[str, ...]) -> dict:
+        model = our_model(their_model())
+        add_lora(model, LoRAConfig(4, targets=targets, dora=True))
+        for name, p in model.named_parameters():
+            if ".lora_" in name:
+                p.data.fill_(9.0)
+        torch.rand(3)
+        init_lora(model, seed)
+        return {n: p for n, p in model.named_parameters() if ".lora_" in n}
+
+    a, again, other = start(0, LINEARS), start(0, ("v_proj", "q_proj")), start(1, LINEARS)
+    assert again and all(torch.equal(x, a[n]) for n, x in again.items())
+    drawn = [x for start in (a, other) for n, x in start.items() if "lora_A" in n and x.shape == (4, 32)]
+    assert all(x.abs().max() <= 32**-0.5 and x.std() > 0.08 for x in drawn)
+    assert all(far(x, y) for i, x in enumerate(drawn) for y in drawn[:i])
+
+
+def test_made_on_meta_it_starts_as_on_the_spot():
+    theirs, config = their_model("mistral"), LoRAConfig(4, dora=True)
+    there = our_model(theirs)
+    add_lora(there, config)
+    init_lora(there, 5)
+    model = on_meta(there.config)
+    add_lora(model, config)
+    assert all(p.is_meta for p in model.parameters())
+    model.to_empty(device="cpu")
+    for name, p in model.named_parameters():
+        if ".lora_" not in name:
+            p.data.copy_(there.get_parameter(name))
+    init_lora(model, 5)
+    assert all(torch.equal(p, there.get_parameter(n)) for n, p in model.named_parameters())
+
+
+def shards(rank: int, base: Path, out: Path) -> None:
+    """One of two ranks: the model of `base` under FSDP2, made on meta; rank 0 writes LoRA's tensors, gathered."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}.group", rank=rank, world_size=2)
+    there = torch.load(base, weights_only=True)
+    model = on_meta(LlavaConfig.from_hf(hf_config()))
+    add_lora(model, LoRAConfig(3, dora=True, rank_pattern={"q_proj": 1}))
+    for block in (*model.language_model.layers, model):
+        fully_shard(block)
+    model.to_empty(device="cpu")
+    for name, p in model.named_parameters():
+        if ".lora_" not in name:
+            p.data.to_local().copy_(there[name.replace(".base.", ".")].chunk(2)[rank])
+    init_lora(model, 5)
+    whole = {n: p.data.full_tensor() for n, p in model.named_parameters() if ".lora_" in n}
+    if rank == 0:
+        save_file({n: x.contiguous() for n, x in whole.items()}, out)
+    dist.destroy_process_group()
+
+
+def test_shards_start_as_the_whole(tmp_path):
+    """Each of two processes has its rows: of an A of rank 3 two and one, of rank 1 one and none."""
+    model = our_model(their_model())
+    torch.save(dict(model.named_parameters()), tmp_path / "base.pt")
+    torch.multiprocessing.spawn(shards, (tmp_path / "base.pt", tmp_path / "lora"), nprocs=2)
+    add_lora(model, LoRAConfig(3, dora=True, rank_pattern={"q_proj": 1}))
+    init_lora(model, 5)
+    gathered = load_file(tmp_path / "lora")
+    assert len(gathered) == 42 and all(torch.equal(x, model.get_parameter(n)) for n, x in gathered.items())
 
 
 @pytest.mark.parametrize("projector", [True, False])
@@ -110,25 +221,69 @@ def test_saved_is_loaded(kind, projector, tmp_path):
     assert not any(p.requires_grad for p in again.parameters())
     state = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert {x.dtype for x in state.values()} == {torch.float32} and len(state) == 28 + 4 * projector
-    assert state.keys() == {n for n, _ in adapter_state(model)}
+    assert state.keys() == {PEFT + to_transformers(n) for n in adapter_names(model)}
     assert PEFT + "model.language_model.layers.0.self_attn.q_proj.lora_A.weight" in state
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_peft_loads_what_we_save(kind, tmp_path):
+def peft_of(folder: Path, kind: str = "mistral"):
+    """transformers' model with the adapter of `folder`, every tensor of which has to find its place."""
     peft = pytest.importorskip("peft", reason="the oracle of this test; pip install -e '.[test]'")
-    model = taught(kind)
-    saved(tmp_path / "a", model)
-    theirs = peft.PeftModel.from_pretrained(their_model(kind), tmp_path / "a").eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*(missing|unexpected|adapter keys).*")
+        model = peft.PeftModel.from_pretrained(their_model(kind), folder).eval()
+    names = {n for n, _ in model.named_parameters() if ".lora_" in n or ".modules_to_save." in n}
+    assert len(names) == len(load_file(folder / "adapter_model.safetensors"))
+    return model
+
+
+@pytest.mark.parametrize("config", [
+    LoRAConfig(4, 10), LoRAConfig(4, 10, dora=True), LoRAConfig(4, 10, rslora=True),
+    LoRAConfig(4, 10, targets=("all-linear",)), LoRAConfig(4, 10, targets=("q_proj", "up_proj")),
+    LoRAConfig(4, 10, targets=(r"(vision_tower|language_model)\..*\.q_proj",)),
+    LoRAConfig(4, 10, targets=(r"language_model\.layers\.1\..*_proj|lm_head|vision_tower.layers.0.mlp.fc[12]",),
+               dora=True)], ids=lambda c: f"{c.dora} {c.rslora} {c.targets}")
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_loads_what_we_save(kind, config, tmp_path):
+    if kind == "qwen2" and "lm_head" in config.targets[0]:
+        pytest.skip("a tied head is not adapted")
+    model = taught(kind, config)
+    theirs = peft_of(saved(tmp_path / "a", model, config), kind)
     assert (logits(theirs) - logits(model)).abs().max() <= 1e-4
-    adapted = [n for n, m in theirs.named_modules() if hasattr(m, "lora_A")]
-    assert len(adapted) == 14 and not any("vision" in n for n in adapted)
+    assert far(logits(model), logits(our_model(their_model(kind))))
+    there = {n.removeprefix("base_model.model.") for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
+    assert there == {to_transformers(n) for n in adapted(model)}
+
+
+@pytest.mark.parametrize("parts, modules", [
+    (("multi_modal_projector", "lm_head"), ["multi_modal_projector", "lm_head"]), ((), None),
+    (("multi_modal_projector.linear_2",), ["multi_modal_projector.linear_2"]),
+    (("vision_tower.layers.1.", "vision_tower.embeddings"),
+     ["vision_tower.embeddings", "vision_tower.encoder.layers.1"]),
+    (("vision_tower",), ["vision_tower"])], ids=str)
+def test_what_is_trained_beside_lora_is_saved(parts, modules, tmp_path):
+    model = taught(projector=False)
+    for name, p in model.named_parameters():
+        if parts and name.startswith(parts):
+            p.requires_grad_().data.mul_(1.3)
+    state = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.zero_()  # as if these were shards: what is given counts
+    (tmp_path / "a").mkdir()
+    save_adapter(model, LoRAConfig(4, 10), tmp_path / "a", "base", state)
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["modules_to_save"] == modules
+    for n, p in model.named_parameters():
+        p.data.copy_(state[n])
+    again = our_model(their_model("mistral"))
+    load_adapter(again, tmp_path / "a")
+    assert torch.equal(logits(again), logits(model))
+    assert (logits(peft_of(tmp_path / "a")) - logits(model)).abs().max() <= 1e-4
 
 
 LANGUAGE = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
-def by_peft(folder: Path, kind: str = "mistral", **change):
+def by_peft(folder: Path, kind: str = "mistral", /, **change):
     """transformers' model with an adapter that peft made, saved to `folder`."""
     peft = pytest.importorskip("peft",
                                reason="writes the adapter that is read here; pip install -e '.[test]'")
@@ -144,7 +299,16 @@ def by_peft(folder: Path, kind: str = "mistral", **change):
     return model
 
 
-@pytest.mark.parametrize("change", [{}, {"modules_to_save": None}, {"target_modules": ["q_proj", "v_proj"]},
+PATTERNS = {"rank_pattern": {"q_proj": 6, r".*layers\.[1]\.mlp.up_proj": 2,
+                             "^model.language_model.layers.0.self_attn.o_proj": 3},
+            "alpha_pattern": {"o_proj": 5, "v_proj": -3.5}}
+
+
+@pytest.mark.parametrize("change", [{"use_dora": True}, {"use_rslora": True}, PATTERNS,
+                                    {**PATTERNS, "use_dora": True, "use_rslora": True},
+                                    {"modules_to_save": ["multi_modal_projector", "lm_head"]},
+                                    {"modules_to_save": ["model.vision_tower", "linear_2"], "use_dora": True},
+                                    {}, {"modules_to_save": None}, {"target_modules": ["q_proj", "v_proj"]},
                                     {"target_modules": ["lm_head", "linear_1"], "modules_to_save": None},
                                     {"lora_alpha": 3, "r": 7, "lora_dropout": 0.2},
                                     {"init_lora_weights": "gaussian"}], ids=str)
@@ -154,6 +318,10 @@ def test_what_peft_saves_is_loaded(change, tmp_path):
     before = logits(ours)
     load_adapter(ours, tmp_path / "a")
     assert (logits(ours) - logits(theirs)).abs().max() <= 1e-4 and far(logits(ours), before)
+    config, tensors = read_adapter(our_model(their_model("mistral")), tmp_path / "a")
+    for name, p in ours.named_parameters():  # and back: what was trained beside LoRA is saved again
+        p.requires_grad_(name in tensors)
+    assert (logits(peft_of(saved(tmp_path / "b", ours, config))) - logits(theirs)).abs().max() <= 1e-4
     if change.get("target_modules") == ["q_proj", "v_proj"]:  # peft's leaf names reach into the tower
         assert any(n.startswith("vision_tower") and isinstance(m, LoRALinear)
                    for n, m in ours.named_modules())
@@ -235,17 +403,24 @@ BAD = [
     (written("adapter_model.safetensors", None), "no adapter_model.safetensors"),
     (written("adapter_model.safetensors", b""), "damaged"),
     (written("adapter_model.safetensors", b"version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
-    (config(use_dora=True), "use_dora is True"), (config(use_rslora=True), "use_rslora"),
+    (config(use_dora=True), "lora_magnitude_vector is missing"), (config(use_dora="yes"), "use_dora is 'yes'"),
+    (config(use_rslora=1.5), "use_rslora is 1.5"), (config(lora_bias=True), "lora_bias is True"),
+    *((config(**{key: [1]}), f"{key} is [1], which is not implemented")
+      for key in ("target_parameters", "trainable_token_indices", "use_qalora", "kasa_config")),
     (config(bias="all"), "bias is 'all'"),
     (config(peft_type="IA3"), "peft_type is 'IA3'"), (config(fan_in_fan_out=True), "fan_in_fan_out"),
-    (config(rank_pattern={"q_proj": 2}), "rank_pattern"),
-    (config(alpha_pattern={"q_proj": 2}), "alpha_pattern"),
+    (config(rank_pattern={"q_proj": 2}), "is [4, 32], expected [2, 32]"),
+    *((config(**{key: x}), f"{key} is") for key in ("rank_pattern", "alpha_pattern")
+      for x in ([4], {"q_proj": 0}, {"q_proj": "4"}, {"q_proj": None}, {"q_proj": True})),
+    *((config(alpha_pattern={key: 2}), "alpha_pattern has")
+      for key in ("(a+)+b", "(a*a)*", "(", "a{1,2}.*.*", "q" * 201, "(?P<a>.)*")),
     (config(init_lora_weights="pissa_niter_4"), "init_lora_weights"),
     (config(layer_replication=[[0, 2]]), "layer_replication"),
     *((config(r=r), "expected a whole number from 1") for r in (0, -1, None, "4", 4.0, True)),
     *((config(r=r), f"is [4, 48], expected [{r}, 48]") for r in (3, 5, 10**9)),
     *((config(lora_alpha=a), "a number other than 0")
       for a in (0, 0.0, None, "10", float("nan"), float("inf"), True, [1])),
+    (written("config.json", b'{"mm_projector_type": "mlp2x_gelu"}'), "without non_lora_trainables.bin"),
     (table(lambda s: s.pop(Q) is None), "lora_A.weight is missing and its other half is there"),
     (table(lambda s: s.pop(Q.replace("_A", "_B")) is None),
      "lora_B.weight is missing and its other half is there"),
@@ -319,5 +494,141 @@ def test_an_adapter_is_not_applied_twice(tmp_path):
     folder = saved(tmp_path / "a", taught())
     model = our_model(their_model("mistral"))
     load_adapter(model, folder)
-    with pytest.raises(UserError, match="has an adapter already"):
-        load_adapter(model, folder)
+    for again in (lambda: load_adapter(model, folder), lambda: add_lora(model, LoRAConfig(targets=(".*linear_1",)))):
+        with pytest.raises(UserError, match="has an adapter already"):
+            again()
+
+
+def ours_in_theirs(name: str) -> str:
+    """Our name of a parameter of peft's model."""
+    name = name.removeprefix(PEFT).removeprefix("model.")
+    for theirs in ("encoder.", "modules_to_save.default.", ".default"):
+        name = name.replace(theirs, "")
+    return name.replace("magnitude_vector.weight", "magnitude_vector")
+
+
+def both(way: str, tmp_path: Path):
+    """(transformers' model, ours) with equal weights, ready to be trained."""
+    if way == "full":
+        theirs, ours = their_model(), our_model(their_model())
+        theirs.requires_grad_(True)
+        select(ours, "full")
+    else:
+        change = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}[way]
+        theirs, ours = by_peft(tmp_path / "a", "llama", **change), our_model(their_model())
+        load_adapter(ours, tmp_path / "a")
+        select(ours, "lora")
+    return theirs.train(), ours.train()
+
+
+def losses(theirs, ours, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = rows(1, 0, 2, seed=seed)
+    labels = ids.clone()
+    labels[:, :14] = -100
+    loss = ours.loss(ids, labels, pixels(3, seed)) / (labels[:, 1:] != -100).sum()
+    return theirs(input_ids=ids, labels=labels, pixel_values=pixels(3, seed)).loss, loss
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+WAYS = ["lora", "dora", "rslora", "full"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_those_of_peft(way, tmp_path):
+    theirs, ours = both(way, tmp_path)
+    for loss in losses(theirs, ours):
+        loss.backward()
+    check_gradients(ours)
+    want = {ours_in_theirs(n): p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    got = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
+    assert want.keys() == got.keys() and len(got) == {"lora": 32, "rslora": 32, "dora": 46, "full": 62}[way]
+    for name, g in got.items():
+        if name.endswith("k_proj.bias"):  # adds the same to every score of a query: what is there is rounding
+            assert max(g.norm(), want[name].norm()) <= 1e-6
+        else:
+            assert apart(g, want[name]) <= 1e-4, name
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ten_steps_are_those_of_peft(way, tmp_path):
+    theirs, ours = both(way, tmp_path)
+    sides = [{f(n): p for n, p in m.named_parameters() if p.requires_grad}
+             for m, f in ((theirs, ours_in_theirs), (ours, lambda n: n))]
+    optimizers = [torch.optim.AdamW(side.values(), lr=1e-3, eps=1e-5, weight_decay=0.01) for side in sides]
+    start = {n: p.detach().clone() for n, p in sides[1].items()}
+    for step in range(10):
+        both_losses = losses(theirs, ours, seed=step)
+        for loss, optimizer in zip(both_losses, optimizers):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert abs(both_losses[0] - both_losses[1]) <= 1e-4 * both_losses[0]
+    for name, p in sides[1].items():
+        assert apart(p.detach(), sides[0][name].detach()) <= 1e-4, name
+        assert apart(p.detach(), start[name]) >= 1e-3 or "k_proj.bias" in name, name
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_dropout_is_as_peft_has_it(dora):
+    """Equal draws in both: for DoRA the base's own output comes without dropout, its correction with it."""
+    peft = pytest.importorskip("peft", reason="the oracle of this test; pip install -e '.[test]'")
+    base = torch.nn.Linear(16, 12)
+    config = peft.LoraConfig(r=4, lora_alpha=10, lora_dropout=0.4, use_dora=dora, target_modules=["0"])
+    theirs = peft.get_peft_model(torch.nn.Sequential(base), config).train()
+    ours = made(base, 4, 2.5, dropout=0.4, dora=dora).train()
+    layer = theirs.base_model.model[0]
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    for x, p in ours.named_parameters():  # base and magnitude are those of `base` in both
+        if x.partition(".")[0] in ("lora_A", "lora_B"):
+            p.data.copy_(getattr(layer, x.partition(".")[0])["default"].weight)
+    x = torch.randn(3, 5, 16)
+    outputs = []
+    for m in (theirs, ours):
+        torch.manual_seed(3)
+        outputs.append(m(x))
+    assert (outputs[0] - outputs[1]).abs().max() <= 1e-5 and far(outputs[0], base(x))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_over_a_base_that_is_no_plain_linear(dora):
+    base = torch.nn.Linear(64, 96).bfloat16().requires_grad_(False)
+    pack(packed := torch.nn.Sequential(base))
+    layers = [made(b, 4, 2.5, dora=dora) for b in (base, packed[0])]
+    results = []
+    for layer in layers:
+        torch.manual_seed(0)
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
+        x = torch.randn(3, 50, 64).bfloat16().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        y.sum().backward()
+        results.append([y, x.grad, *(p.grad for n, p in layer.named_parameters() if "lora_" in n)])
+    assert len(results[0]) == 4 + dora
+    assert all(apart(a.detach().float(), b.detach().float()) < 0.01 for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-6), (torch.bfloat16, 1e-4)])
+def test_norms_without_a_matrix_of_that_size(dtype, most):
+    """Near the exact lengths, and no operation makes as many numbers as W has."""
+    torch.manual_seed(0)
+    layer = made(torch.nn.Linear(4096, 512).to(dtype).requires_grad_(False), 8, 4.0, dora=True)
+    layer.lora_B.weight.data.normal_(std=0.02)
+    w, a, b = (x.detach().double() for x in (layer.base.weight, layer.lora_A.weight, layer.lora_B.weight))
+    exact, most_made = (w + 4 * b @ a).norm(dim=1), 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal most_made
+            out = func(*args, **kwargs or {})
+            if isinstance(out, torch.Tensor) and not func.is_view:
+                most_made = max(most_made, out.numel())
+            return out
+
+    with Sizes(), torch.autocast("cpu", torch.bfloat16):
+        norms = layer.norms()
+    assert norms.dtype == torch.float32 and apart(norms.double(), exact) <= most
+    assert apart(w.norm(dim=1), exact) > 0.01
+    assert most_made <= layer.base.weight.numel() // 2

@@ -1,10 +1,14 @@
-"""Learning rates over a run, and which parameters decay."""
+"""Learning rates over a run, which parameters decay, other optimizers, loss scale and clipping."""
+
+import sys
+import types
 
 import pytest
 import torch
 from torch import nn
 
-from llava_min.optim import parameter_groups, rate_factor
+from llava_min.cli import UserError
+from llava_min.optim import LossScale, clip, make_optimizer, parameter_groups, rate_factor
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -21,9 +25,52 @@ def test_the_rate_is_that_of_transformers(schedule, warmup):
         theirs.step()
 
 
-def test_norms_and_biases_do_not_decay_and_the_projector_has_its_rate():
-    model = nn.ModuleDict({"multi_modal_projector": nn.Linear(2, 3), "norm": nn.LayerNorm(3), "frozen": nn.Linear(2, 2).requires_grad_(False)})
-    groups = parameter_groups(model, lr=1.0, weight_decay=0.1, projector_lr=0.5)
+def test_norms_and_biases_do_not_decay_and_parts_have_their_rates():
+    model = nn.ModuleDict({"multi_modal_projector": nn.Linear(2, 3), "vision_tower": nn.Linear(2, 2, bias=False), "norm": nn.LayerNorm(3),
+                           "frozen": nn.Linear(2, 2).requires_grad_(False)})
+    groups = parameter_groups(model, lr=1.0, weight_decay=0.1, projector_lr=0.5, vision_lr=0.25)
     found = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
-    p = model["multi_modal_projector"]
-    assert found == {id(p.weight): (0.5, 0.1), id(p.bias): (0.5, 0.0), id(model["norm"].weight): (1.0, 0.0), id(model["norm"].bias): (1.0, 0.0)}
+    p, v = model["multi_modal_projector"], model["vision_tower"]
+    assert found == {id(p.weight): (0.5, 0.1), id(p.bias): (0.5, 0.0), id(v.weight): (0.25, 0.1), id(model["norm"].weight): (1.0, 0.0),
+                     id(model["norm"].bias): (1.0, 0.0)}
+    assert {g["lr"] for g in parameter_groups(model, 1.0, 0.1)} == {1.0}
+
+
+def test_an_optimizer_of_ones_own(monkeypatch):
+    groups = [{"params": [nn.Parameter(torch.ones(2))], "lr": 0.5, "weight_decay": 0.0}]
+    assert isinstance(make_optimizer("torch.optim:SGD", groups, (0.9, 0.999)), torch.optim.SGD)
+    adam = make_optimizer("torch.optim:NAdam", groups, (0.5, 0.75))
+    assert adam.defaults["betas"] == (0.5, 0.75) and adam.param_groups[0]["lr"] == 0.5
+    monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(nothing=lambda groups: 3))
+    for name in ("absent:SGD", "torch.optim:Absent", "torch.optim", "mine:nothing", "adam", "json:loads"):
+        with pytest.raises(UserError, match=f"--optimizer {name}") as e:
+            make_optimizer(name, groups, (0.9, 0.999))
+        assert "\n" not in str(e.value)
+
+
+def test_the_scale_moves_as_that_of_torch():
+    theirs, ours = torch.amp.GradScaler("cpu"), LossScale(True)
+    p = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([p], lr=0.0)
+    for step in range(2100):
+        finite = step not in (0, 1, 5)
+        p.grad = torch.ones(1) * (1.0 if finite else float("inf"))
+        theirs.scale(torch.ones(1))  # it begins with the first use
+        theirs.unscale_(optimizer)
+        theirs.step(optimizer)
+        theirs.update()
+        ours.update(finite)
+        assert ours.scale == theirs.get_scale()
+    off = LossScale(False)
+    off.update(False)
+    assert off.scale == 1.0 and not off.searching and ours.searching
+
+
+def test_gradients_are_unscaled_and_clipped():
+    params = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+    params[0].grad, params[1].grad = torch.tensor([6.0, 0.0]), torch.tensor([8.0])
+    assert clip(params, 2.0, 1.0) == pytest.approx(5.0)
+    assert params[0].grad.tolist() == pytest.approx([0.6, 0.0], abs=1e-5) and params[1].grad.item() == pytest.approx(0.8, abs=1e-5)
+    assert clip(params, 1.0, 0.0) == pytest.approx(1.0) and params[1].grad.item() == pytest.approx(0.8, abs=1e-5)
+    params[2].grad = torch.tensor([float("inf")])
+    assert not torch.isfinite(clip(params, 1.0, 1.0))

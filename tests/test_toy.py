@@ -14,7 +14,7 @@ from PIL import Image, ImageChops
 
 from llava_min.cli import UserError
 from llava_min.data import toy, toy_vocab
-from llava_min.data.dataset import read_records
+from llava_min.data.records import read_records
 
 # Written without looking at words.txt: what a person may type about a picture or a day.
 EVERYDAY = """

@@ -1,18 +1,22 @@
 """train.py: what is trained, that it learns, what it writes; and the one-line errors before any weight is read."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from conftest import load_script
 import torch
+import training
+from training import lines, make_home, train
 
 from llava_min.cli import UserError
+from llava_min.config import SIZES
 from llava_min.data import toy
 from llava_min.data.dataset import Dataset, collate, read_records
+from llava_min.data.sampler import pack
+from llava_min.llama import Block
 from llava_min.load import load
-
-train = load_script("train")
+from llava_min.step import compile_blocks, named_config, neftune, recompute_blocks
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +86,13 @@ def test_bf16_keeps_what_is_trained_in_fp32(data, tmp_path):
     (["--data", "absent.json"], "absent.json"), (["--data", "toy:poems"], "toy:poems"), (["--recipe", "nothing"], "nothing"),
     (["--model", "no/such/folder"], "no/such/folder"), (["--betas", "0.9"], "--betas"), (["--lora-targets", "c_proj"], "c_proj"),
     (["--max-length", "70"], "--max-length"), (["--device", "cuda:9"], "cuda"), (["--template", "poem"], "poem"),
+    (["--train", "full", "--lora-r", "8"], "--lora-r: has no meaning with --train full"), (["--train", "all"], "--train all"),
+    (["--train", "last:9"], "last:9"), (["--warmup-steps", "50"], "--warmup-steps 50"), (["--batch-size", "25"], "--batch-size 25"),
+    (["--save-every", "5s"], "--save-every"), (["--best-metric", "bleu", "--eval-every", "2"], "--best-metric"),
+    (["--best-metric", "loss"], "--best-metric: without --eval-every"), (["--early-stopping", "2", "--eval-every", "2"], "--early-stopping"),
+    (["--eval-metrics", "beauty"], "beauty"), (["--optimizer", "torch.optim:Adamw"], "--optimizer torch.optim:Adamw"),
+    (["--log", "paper"], "--log"), (["--resume", "no/checkpoint"], "--resume no/checkpoint"), (["--lr", "0"], "--lr"),
+    (["--packing", "--group-by-length"], "--group-by-length"), (["--no-train-projector", "--train", "projector"], "nothing is left to"),
 ])
 def test_mistakes_are_one_line_and_leave_nothing(data, tmp_path, argv, named):
     before = sorted(tmp_path.rglob("*"))
@@ -99,7 +110,176 @@ def test_an_existing_run_is_not_written_over(data, tmp_path):
 
 
 def test_runs_are_numbered(tmp_path):
+    from llava_min.checkpoint import place
+
     for n in (1, 2, 10):
         (tmp_path / f"toy-{n}").mkdir()
     (tmp_path / "toy-x").mkdir()
-    assert train.next_run(tmp_path, "toy") == tmp_path / "toy-11" and train.next_run(tmp_path, "other") == tmp_path / "other-1"
+    names = [Path(place(None, resume, tmp_path, name)[0]).name for resume in ("never", "auto") for name in ("toy", "other")]
+    assert names == ["toy-11", "other-1", "toy-10", "other-1"]
+
+
+# ---- on a model so small that a run takes half a second
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return make_home(tmp_path_factory.mktemp("train"))
+
+
+def losses(log: list[dict]) -> list[float]:
+    return [x["loss"] for x in log if "loss" in x]
+
+
+@pytest.mark.parametrize("mode, trained", [
+    (["--train", "lora"], {"lora", "projector"}), (["--train", "lora", "--dora", "--rslora"], {"lora", "projector"}),
+    (["--train", "full"], {"tower", "projector", "language"}), (["--train", "freeze_vision"], {"projector", "language"}),
+    (["--train", "projector"], {"projector"}), (["--train", "last:1"], {"language"}),
+    (["--train", "lora", "--no-train-projector"], {"lora"}), (["--train", "projector", "--train-vision"], {"projector", "tower"}),
+])
+def test_what_is_chosen_moves_and_nothing_else(home, tmp_path, mode, trained):
+    out = tmp_path / "run"
+    training.run(home, out, *mode[:2], "--batch-size", "6", "--max-steps", "3", switches=tuple(mode[2:]))
+    base = tensors(load(str(home / "model"), dtype="fp32")[0])
+    if mode[1] == "lora":
+        model = load(str(home / "model"), dtype="fp32", adapter=str(out / "adapter"))[0]
+    else:
+        model = load(str(out / "model"), dtype="fp32")[0]
+    kinds = {"multi_modal_projector": "projector", "vision_tower": "tower", "language_model": "language", "lm_head": "language"}
+    now = {n.replace(".base.", "."): p for n, p in tensors(model).items()}
+    moved = {"lora" if ".lora_" in n else kinds[n.split(".")[0]] for n, p in now.items() if n not in base or not torch.equal(p, base[n])}
+    assert moved == trained
+
+
+@pytest.mark.parametrize("change", [["--gradient-checkpointing"], ["--group-by-length"], ["--deterministic"], ["--exif"]])
+def test_switches_that_change_no_number(home, tmp_path, change):
+    shape = ("--batch-size", "24", "--max-steps", "4", "--train", "full")  # one step has all records, so their order is all one
+    want = training.run(home, tmp_path / "a", *shape)
+    found = training.run(home, tmp_path / "b", *shape, switches=tuple(change))
+    torch.use_deterministic_algorithms(False)
+    assert losses(found) == pytest.approx(losses(want), rel=1e-5)
+
+
+def test_packed_rows_teach_the_same(home, tmp_path):
+    want = training.run(home, tmp_path / "a", "--batch-size", "24", "--max-steps", "3", "--train", "full")
+    dataset = Dataset(read_records(home / "data" / "train.json"), load(str(home / "model"))[1])
+    rows = len(pack(dataset.lengths(exact=True), 256, seed=0, epoch=0))  # of a step that has all records
+    found = training.run(home, tmp_path / "b", "--batch-size", str(rows), "--max-steps", "3", "--train", "full", "--max-length", "256",
+                         switches=("--packing",))
+    assert rows < 24 and losses(found) == pytest.approx(losses(want), rel=1e-5)
+
+
+def test_blocks_are_recomputed_with_the_same_dropout(home, tmp_path):
+    shape = ("--batch-size", "6", "--max-steps", "3", "--lora-dropout", "0.5")
+    want = training.run(home, tmp_path / "a", *shape)
+    assert losses(training.run(home, tmp_path / "b", *shape, switches=("--gradient-checkpointing",))) == losses(want)
+
+
+def test_recomputing_keeps_less(home):
+    model = load(str(home / "model"), dtype="fp32")[0].requires_grad_(True).train()
+    ids = torch.randint(3, 300, (2, 30))
+
+    def kept() -> int:
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
+            model.loss(ids, ids)
+        return sum(sizes)
+
+    before = kept()
+    recompute_blocks(model, dropout=False)
+    assert kept() < 0.8 * before
+
+
+def test_compiled_blocks_are_the_same(home, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: calls.append(f) or f)
+    model = load(str(home / "model"), dtype="fp32")[0]
+    compile_blocks(model)
+    assert len(calls) == 2 + 3 and sum(isinstance(f.__self__, Block) for f in calls) == 2
+
+
+def test_noise_is_uniform_on_words_alone_and_only_in_training(home):
+    model = load(str(home / "model"), dtype="fp32")[0]
+    embed, ids = model.language_model.embed_tokens, torch.randint(3, 300, (4, 50))
+    clean = embed(ids)
+    neftune(model, 5.0)
+    assert torch.equal(embed(ids), clean)
+    model.train()
+    noise, bound = embed(ids) - clean, 5 / (50 * 16) ** 0.5
+    assert noise.abs().max() <= bound * 1.001 and abs(noise.std().item() / (bound / 3**0.5) - 1) < 0.05 and abs(noise.mean()) < bound / 20
+    x = torch.full((1, 10), 5)
+    x[0, 2:6] = model.config.image_token_id
+    pixels = torch.randn(1, 3, 28, 28)
+    assert torch.equal(model.embed(x, pixels)[:, 2:6], model.encode_images(pixels))
+
+
+def test_an_optimizer_of_ones_own_is_saved_and_resumed(home, tmp_path):
+    shape = ("--optimizer", "torch.optim:NAdam", "--batch-size", "6", "--max-steps", "4", "--save-every", "2", "--keep", "9")
+    training.run(home, tmp_path / "a", *shape)
+    training.run(home, tmp_path / "b", *shape, "--resume", str(tmp_path / "a" / "checkpoints" / "step-000002"))
+    assert training.final(tmp_path / "a") == training.final(tmp_path / "b")
+
+
+def test_evaluation_in_the_loop_keeps_the_best_and_stops_early(home, tmp_path, capsys):
+    """With a learning rate that ruins the model after the first steps, the best loss comes early."""
+    out = tmp_path / "run"
+    log = training.run(home, out, "--batch-size", "6", "--max-steps", "20", "--lr", "0.5", "--eval-data", home / "data" / "val.json", "--eval-every", "2",
+                       "--max-new-tokens", "2", "--best-metric", "loss", "--early-stopping", "2", "--save-every", "100", "--train", "full", "--keep", "1")
+    found = {x["step"]: x["eval_loss"] for x in log if "eval_loss" in x}
+    best = min(found, key=found.get)
+    assert max(found) == best + 4 < 20
+    assert (out / "best").resolve().name == f"step-{best:06}" and (out / "last").resolve().name == f"step-{max(found):06}"
+    assert f"was best at step {best}" in capsys.readouterr().err
+    model, processor = load(str(out / "model"), dtype="fp32")
+    batch = collate([Dataset(read_records(home / "data" / "val.json"), processor)[i] for i in range(6)])
+    with torch.no_grad():
+        nll = model.loss(batch["input_ids"], batch["labels"], batch["pixel_values"])
+    assert float(nll / (batch["labels"][:, 1:] != -100).sum()) == pytest.approx(found[best], rel=1e-4)
+    samples = lines(out, "samples.jsonl")
+    assert {row["step"] for row in samples} == set(found) and set(samples[0]) == {"step", "id", "prompt", "prediction", "reference", "image"}
+    assert (out / "report.html").exists()
+
+
+def test_a_bad_picture_on_the_way(home, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(home / "data", data)
+    picture = next((data / "images").glob("*train*"))
+    picture.write_bytes(picture.read_bytes()[:60])
+    with pytest.raises(UserError, match=picture.name) as e:
+        training.run(home, tmp_path / "a", "--data", str(data / "train.json"), "--workers", "1")
+    assert "\n" not in str(e.value)
+
+
+# ---- the plan
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--lora-r", "16"], "39,976,960"), (["--lora-r", "128"], "319,815,680"), (["--train", "projector"], "20,979,712"),
+    (["--lora-targets", "q_proj,k_proj,v_proj,o_proj,up_proj,down_proj", "--lora-r", "8"], "16,121,856"),
+])
+def test_a_dry_run_needs_no_weights_and_no_data(tmp_path, capsys, monkeypatch, argv, said):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--model", "7b", "--data", "absent.json", "--dry-run", *argv]) is None
+    text = capsys.readouterr().err
+    assert said in text and "absent.json: no such file" in text and "gradients" in text and "estimated" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_counts_steps_and_bytes(home, tmp_path, capsys):
+    folder = tmp_path / "config"
+    folder.mkdir()
+    (folder / "config.json").write_text((home / "model" / "config.json").read_text())
+    train.main(["--model", str(folder), "--data", str(home / "data" / "train.json"), "--dry-run", "--batch-size", "5", "--epochs", "2", "--train", "full"])
+    text = capsys.readouterr().err
+    assert "24 records, 10 steps" in text and "a step is 5 rows" in text
+    assert named_config("llava-hf/llava-1.5-13b-hf") == SIZES["13b"] and named_config("mistral-7b") == SIZES["mistral-7b"]
+    with pytest.raises(UserError, match="its name tells no size"):
+        named_config("someone/model")
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in train.RECIPES.glob("*.toml")))
+def test_every_recipe_is_planned_without_weights(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = {"qwen-clip": ["--model", "1b"], "tiny": ["--model", "tiny", "--toy-train", "20"], "toy": ["--toy-train", "20"]}.get(name, [])
+    assert train.main(["--recipe", name, "--dry-run", *given]) is None
+    assert "memory of a rank" in capsys.readouterr().err and not list(tmp_path.iterdir())

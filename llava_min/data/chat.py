@@ -69,9 +69,7 @@ def _pictures(turn: Turn) -> Iterator[Piece]:
 
 
 def vicuna_v1(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
-    system = VICUNA_SYSTEM if system is None else system
-    if system:
-        yield Piece(system + " ")
+    yield Piece((VICUNA_SYSTEM if system is None else system) + " ")
     for t in turns:
         yield Piece("USER: ")
         yield from _pictures(t)

@@ -181,7 +181,7 @@ def _to_8bit(im: Image.Image, name: str) -> Image.Image:
     return Image.fromarray(np.rint(a).astype(np.uint8))
 
 
-def _rgb(im: Image.Image, name: str) -> Image.Image:
+def to_rgb(im: Image.Image, name: str) -> Image.Image:
     try:
         im.load()  # the caller may have opened a damaged file
         if im.mode in ("I", "F") or im.mode.startswith("I;16"):
@@ -233,7 +233,7 @@ def to_pixels(image: Image.Image, config: ImageConfig) -> torch.Tensor:
     assert config.aspect in ("pad", "crop"), "the loader decides the aspect"
     name = _short(getattr(image, "filename", "") or "picture")
     _check_size(image, name)
-    im = _rgb(image, name)
+    im = to_rgb(image, name)
     if config.aspect == "pad":
         im = _pad(im, config.size, tuple(int(x * 255) for x in config.mean))
     else:

@@ -12,17 +12,14 @@ whatever the task, the seed or the number of pictures.
 
 import hashlib
 import math
-import os
 import random
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
 
 from PIL import Image, ImageDraw
 
-from llava_min.cli import UserError
-from llava_min.files import check_free, write_json
+from llava_min.files import new_folder, write_json
 
 TASKS = ("questions", "captions", "captions-text")
 KINDS = ("colour", "shape", "count", "position", "reading", "open")
@@ -243,23 +240,12 @@ def conversation(scene: Scene, rng: random.Random, turns: int) -> list[tuple[str
 
 
 def write(out: str | Path, task: str = "questions", train: int = 2000, val: int = 200, seed: int = 0) -> None:
-    """`out`/train.json, `out`/val.json and `out`/images/*.png: complete or absent, and never over something.
-
-    Not `new_folder`: that syncs every file, which takes ten times as long, and toys are soon remade.
-    """
-    out = Path(out)
-    check_free(out)
-    aside = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    try:
-        (aside / "images").mkdir(parents=True)
+    """`out`/train.json, `out`/val.json and `out`/images/*.png: complete or absent, and never over something."""
+    with new_folder(Path(out), durable=False) as folder:
+        (folder / "images").mkdir()
         for split, n in (("train", train), ("val", val)):
             records = []
             for record, image in generate(task, n, seed, split):
-                image.save(aside / record["image"])
+                image.save(folder / record["image"])
                 records.append(record)
-            write_json(aside / f"{split}.json", records)
-        os.rename(aside, out)               # an empty folder gives way
-    except OSError as e:
-        raise UserError(f"{out}: cannot be written ({e.strerror}); free space or give another path") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            write_json(folder / f"{split}.json", records)

@@ -1,6 +1,112 @@
-"""Metrics that compare strings as they are."""
+"""Metrics that compare short answers: exact match, token F1, ANLS, relaxed accuracy, multiple choice.
+
+Each gives a prediction its best score against any of its references.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable
+
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def best(one: Callable[[str, str], float], predictions: list[str], references: list[list[str]]) -> list[float]:
+    return [float(max(one(p, r) for r in rs)) for p, rs in zip(predictions, references, strict=True)]
 
 
 def exact_match(predictions: list[str], references: list[list[str]]) -> list[float]:
     """1 where the prediction is one of its references, white space at the ends aside."""
-    return [float(p.strip() in {r.strip() for r in rs}) for p, rs in zip(predictions, references, strict=True)]
+    return best(lambda p, r: p.strip() == r.strip(), predictions, references)
+
+
+def token_f1(predictions: list[str], references: list[list[str]]) -> list[float]:
+    """0 to 100: the harmonic mean of precision and recall of words (SQuAD's evaluate-v2.0.py), in lower case,
+    without punctuation and articles."""
+    return best(lambda p, r: 100 * f1(words(p), words(r)), predictions, references)
+
+
+def words(text: str) -> list[str]:
+    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(PUNCTUATION)).split()
+
+
+def f1(predicted: list[str], right: list[str]) -> float:
+    if not predicted or not right:
+        return float(predicted == right)
+    same = (Counter(predicted) & Counter(right)).total()
+    return 2 * same / (len(predicted) + len(right))
+
+
+def anls(predictions: list[str], references: list[list[str]]) -> list[float]:
+    """0 to 1: similarity by edit distance, 0 below one half (Biten et al. 2019, https://arxiv.org/abs/1905.13648), in
+    lower case with single spaces; exactly one half counts, as in the DocVQA challenge's script."""
+    return best(similarity, predictions, references)
+
+
+def similarity(predicted: str, right: str) -> float:
+    a, b = (" ".join(text.lower().split()) for text in (predicted, right))
+    longest = max(len(a), len(b))
+    if a == b:
+        return 1.0
+    if 2 * min(len(a), len(b)) < longest:  # the lengths alone put it below one half
+        return 0.0
+    s = 1 - edit_distance(a, b) / longest
+    return s if s >= 0.5 else 0.0
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein's, a column of the table at a time in the bits of two integers (Myers 1999, as Hyyrö 2003 has it):
+    `up` and `down` say where a cell is one more, one less than the cell above it."""
+    if not a:
+        return len(b)
+    at: dict[str, int] = {}
+    for i, c in enumerate(a):
+        at[c] = at.get(c, 0) | 1 << i
+    every, last = (1 << len(a)) - 1, 1 << len(a) - 1
+    up, down, distance = every, 0, len(a)
+    for c in b:
+        match = at.get(c, 0)
+        diagonal = ((match & up) + up ^ up) | match | down
+        right, left = down | ~(diagonal | up) & every, up & diagonal  # one more, one less than the cell to the left
+        distance += bool(right & last) - bool(left & last)
+        right, left = right << 1 | 1, left << 1
+        up, down = (left | ~(diagonal | right)) & every, right & diagonal & every
+    return distance
+
+
+def relaxed_accuracy(predictions: list[str], references: list[list[str]]) -> list[float]:
+    """1 where a number is within 5 % of the right one, and other answers are equal but for case (ChartQA, Masry et
+    al. 2022, https://arxiv.org/abs/2203.10244, in Pix2Struct's form: a right answer of 0 is compared as text)."""
+    return best(close, predictions, references)
+
+
+def close(predicted: str, right: str) -> bool:
+    a, b = number(predicted), number(right)
+    if a is not None and b:
+        return abs(a - b) <= 0.05 * abs(b)
+    return predicted.strip().lower() == right.strip().lower()
+
+
+def number(text: str) -> float | None:
+    found = re.fullmatch(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(%?)\s*", text)
+    return found and float(found[1]) / (100 if found[2] else 1)
+
+
+def multiple_choice(predictions: list[str], references: list[list[str]]) -> list[float]:
+    """1 where the chosen letter, or else the whole text, is the right one.
+
+    A letter is chosen by "B", "b", "(B)", "B.", "B) two dogs", "Answer: B", "The answer is (B)." and the like; "A dog" and
+    "A or B" choose none. LLaVA's rule for ScienceQA is the part of it with capitals, "B. …" and "The answer is B."
+    """
+    return best(chosen, predictions, references)
+
+
+def chosen(predicted: str, right: str) -> bool:
+    a, b = letter(predicted), letter(right)
+    return a == b if a and b else words(predicted) == words(right) != []
+
+
+def letter(text: str) -> str | None:
+    found = re.match(r"\s*(?:the\s+)?(?:(?:correct\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s+)?"
+                     r"(?:\(([a-z])\)|([a-z])(?=[.):,]|\s*$))", text, re.IGNORECASE)
+    return (found[1] or found[2]).upper() if found else None

@@ -1,0 +1,67 @@
+"""Added tokens: words sought in a text before BPE cuts it, such as `</s>`, `<image>` and `<|im_end|>`.
+
+Between the files that declare them and the tokenizer that asks. Their flags, and which of two that overlap is
+taken, follow `tokenizers` (added_vocabulary.rs).
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+JOINERS_AND_CIRCLED = re.compile("[\u200c\u200d\u24b6-\u24e9"
+                                 "\U0001f130-\U0001f149\U0001f150-\U0001f169\U0001f170-\U0001f189]")
+
+
+@dataclass
+class AddedToken:
+    """A token with the flags of `tokenizers`: take the space on a side with it, match only whole words, match
+    the normalized text."""
+    content: str
+    id: int
+    special: bool = True
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
+
+
+def is_space(char: str) -> bool:
+    return char.isspace() and not "\x1c" <= char <= "\x1f"      # White_Space of Unicode; Python has four more
+
+
+def is_word(char: str) -> bool:
+    r"""\w of Unicode (UTS 18), which `single_word` looks for."""
+    kind = unicodedata.category(char)
+    return kind[0] in "LM" or kind in ("Nd", "Nl", "Pc") or JOINERS_AND_CIRCLED.match(char) is not None
+
+
+class Matcher:
+    """Added tokens by their spelling: leftmost first, then longest."""
+
+    def __init__(self, tokens: dict[str, AddedToken]):
+        self.tokens = tokens
+        spellings = sorted(tokens, key=len, reverse=True)
+        self.find = re.compile("|".join(map(re.escape, spellings)) if spellings else r"(?!)").finditer
+
+    def cut(self, text: str, parse_special: bool) -> Iterator[str | int]:
+        """`text` in parts: ids for its added tokens, strings between them. Without `parse_special` the special
+        ones are text like any other."""
+        done = 0
+        for match in self.find(text):
+            token, (start, stop) = self.tokens[match[0]], match.span()
+            if token.special and not parse_special:
+                continue
+            joined = start and is_word(text[start - 1]) or stop < len(text) and is_word(text[stop])
+            if token.single_word and joined:
+                continue
+            while token.lstrip and start > done and is_space(text[start - 1]):
+                start -= 1
+            while token.rstrip and stop < len(text) and is_space(text[stop]):
+                stop += 1
+            if start > done:
+                yield text[done:start]
+            yield token.id
+            done = stop
+        if done < len(text):
+            yield text[done:]

@@ -1,0 +1,326 @@
+"""Processes that train one model together: who takes part, what they tell each other, and who holds what.
+
+Started by torchrun or SLURM; plain `python` is one process without a group, and then all of this is free. The model is
+split by FSDP2 (Zhao et al. 2023, https://arxiv.org/abs/2304.11277; `torch.distributed.fsdp.fully_shard`): each rank
+keeps a part of every parameter's rows and gathers a decoder block when it is its turn. The caller's loss is a sum
+divided by the whole step's count of tokens, so gradients are added up over the ranks, never averaged.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llava_min.cli import UserError, note, printable
+from llava_min.packed import dense
+
+# torchrun's variables, and SLURM's for the same.
+RANKS = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+PORTS = 20000, 30000  # from which a SLURM job takes one by its id, so that two jobs of one machine do not meet
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all. `with start(...) as world:` ends the job in one line when any rank fails."""
+
+    rank: int
+    size: int
+    local_rank: int  # on this machine
+    device: torch.device
+
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        if error is None:
+            try:
+                return stop(self)
+            except RuntimeError as e:
+                error = e
+        if self.size > 1:
+            end(self, error)
+
+
+def read_ranks() -> tuple[int, int, int]:
+    """(rank, size, local rank) of torchrun or else SLURM, (0, 1, 0) without; SLURM's become torchrun's variables.
+
+    Raises UserError for variables that are incomplete, no numbers, or contradict each other.
+    """
+    env = os.environ
+    if not {"RANK", "WORLD_SIZE"} & env.keys() and "SLURM_PROCID" in env and env.get("SLURM_NTASKS", "1") != "1":
+        env.update({ours: env[slurms] for ours, slurms in RANKS.items() if slurms in env})
+        low, high = PORTS
+        job = re.sub(r"\D", "", env.get("SLURM_JOB_ID", "")) or "0"
+        env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_JOB_NODELIST", "")))
+        env.setdefault("MASTER_PORT", str(low + int(job) % (high - low)))
+    if not {"RANK", "WORLD_SIZE"} & env.keys() or env.get("WORLD_SIZE") == "1" and env.get("RANK", "0") == "0":
+        return 0, 1, 0
+    if absent := [name for name in (*RANKS, "MASTER_ADDR", "MASTER_PORT") if not env.get(name)]:
+        given = "RANK" if "RANK" in env else "WORLD_SIZE"
+        raise UserError(f"{given} is set and {', '.join(absent)} not, so the other processes cannot be found; "
+                        f"start with torchrun or srun, or unset {given} to run as one process")
+    size = whole("WORLD_SIZE", 1, 1 << 20)
+    whole("MASTER_PORT", 1, 65535)
+    return whole("RANK", 0, size - 1), size, whole("LOCAL_RANK", 0, size - 1)
+
+
+def whole(name: str, low: int, high: int) -> int:
+    text = os.environ[name]
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+        raise UserError(f"{name}: {printable(text)[:40]!r} is not a whole number from {low} to {high}; "
+                        "start with torchrun or srun, which set it")
+    return int(text)
+
+
+def first_host(nodes: str) -> str:
+    """The first of SLURM's list of machines: gpu[007-009,12],cpu1 -> gpu007."""
+    first = re.match(r"(?:[^\[,]|\[[^\]]*\])*", nodes)[0]
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise UserError(f"device: {device!r} is not a device; give auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda was asked for and torch finds no CUDA GPU on this machine; give cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(f"device: {device} was asked for and there are {count} GPUs; give cuda:0")
+    return device
+
+
+def start(device: str | torch.device = "auto", timeout: float = 600.0) -> World:
+    """Join the other ranks, if there are any. `timeout`: seconds any of them may keep the others waiting.
+
+    Raises UserError for launch variables that cannot be right, and when the ranks do not find each other.
+    """
+    rank, size, local_rank = read_ranks()
+    device = pick_device(device)
+    if size == 1:
+        return World(0, 1, 0, device)
+    if device.type == "cuda":
+        if device.index is not None:
+            raise UserError(f"device: {device} was asked for by each of {size} ranks; "
+                            "give cuda, and each takes its own")
+        if local_rank >= (count := torch.cuda.device_count()):
+            raise UserError(f"LOCAL_RANK: {local_rank}, and this machine has {count} GPUs; "
+                            "start at most one process per GPU (torchrun --nproc_per_node)")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group(backend(device), timeout=timedelta(seconds=timeout))
+    except (RuntimeError, ValueError) as e:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"rank {rank} of {size} did not meet the others at {printable(where)[:200]} ({first_line(e)}); "
+                        "are all started, is the address right and its port free?") from None
+    if device.type == "cpu":
+        use_cores(rank)
+    return World(rank, size, local_rank, device)
+
+
+def backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # counts and offloaded parameters are on the CPU
+
+
+def use_cores(rank: int) -> None:
+    """torchrun sets OMP_NUM_THREADS to 1 where it is unset, and most cores of the machine would be idle."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+        threads = len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])
+        if threads > 1:
+            torch.set_num_threads(threads)
+            if rank == 0:
+                note(f"{threads} threads a rank instead of torchrun's OMP_NUM_THREADS=1")
+
+
+def stop(world: World) -> None:
+    """Leave the group, once all have come this far; RuntimeError where another did not."""
+    if dist.is_initialized():
+        any_of(world, False)
+        dist.destroy_process_group()
+
+
+def end(world: World, error: BaseException) -> NoReturn:
+    """End this process at once, the cause in one line.
+
+    Nothing is taken down in order: that would wait for ranks that no longer answer. torchrun ends its report with the
+    line of the rank that failed first.
+    """
+    reason, code = f"{type(error).__name__}: {first_line(error)}", 1
+    if isinstance(error, SystemExit):
+        reason, code = (None, error.code or 0) if isinstance(error.code, int | None) else (error.code, 1)
+    elif isinstance(error, KeyboardInterrupt):
+        reason, code = "stopped", 130
+    elif isinstance(error, UserError):
+        reason, code = str(error), 2
+    elif isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error):
+        what = re.sub(r"^\[\S*\] ", "", first_line(error)).partition(". ")[0]  # without gloo's file and line
+        reason = f"another rank ended or does not answer ({what}); its own message says why"
+        time.sleep(1)  # so that it comes first
+    else:
+        traceback.print_exception(error)
+    if reason is not None:
+        line = f"error: rank {world.rank}: {reason}"
+        note(line)
+        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            extra = {"py_callstack": printable(line), "timestamp": str(int(time.time()))}
+            with open(path, "w", encoding="utf-8") as f:
+                json.dump({"message": {"message": printable(line), "extraInfo": extra}}, f)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def first_line(error: BaseException) -> str:
+    return printable(str(error).strip().partition("\n")[0])[:300]
+
+
+# ---- what the ranks tell each other; in one process, what it knows itself
+
+
+def total(world: World, *numbers: float | Tensor) -> list[float]:
+    """Each number summed over the ranks, in fp64."""
+    sums = torch.tensor([float(n) for n in numbers], dtype=torch.float64)
+    if world.size > 1:
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def any_of(world: World, flag: bool) -> bool:
+    return total(world, flag)[0] > 0
+
+
+def gather(world: World, value: Any) -> list[Any]:
+    """The JSON-like value of every rank, in rank order, on every rank."""
+    values = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def agree(world: World, name: str, value: Any) -> None:
+    """`value` is the same on every rank, or UserError on all of them; of a dict it names the key."""
+    first, *others = gather(world, value)
+    for rank, other in enumerate(others, 1):
+        if other != first:
+            if isinstance(first, dict) and isinstance(other, dict):
+                key = next(key for key in first | other if first.get(key) != other.get(key))
+                name, first, other = f"{name}, {key}", first.get(key), other.get(key)
+            show = lambda x: printable(x)[:100]
+            raise UserError(f"{name}: {show(first)} on rank 0 and {show(other)} on rank {rank}; "
+                            "start every rank with the same command, code and files")
+
+
+# ---- who holds what
+
+
+def shard(model: nn.Module, world: World, *, compute: torch.dtype, full: bool, cpu_offload: bool = False) -> None:
+    """Split `model`, on meta or not, over the ranks; `requires_grad` and all layers must be as they will be.
+
+    The units are the decoder blocks and the rest. A frozen tower stays whole on every rank, which need then not run
+    it together; a trained one is split by block. Parameters are gathered as they are stored; with `full`, where all
+    are trained and stored in fp32, in `compute`, and their gradients are reduced in fp32.
+    `cpu_offload` keeps the parts and their optimizer in CPU memory; it works in one process, too.
+    """
+    if world.size == 1 and not cpu_offload:
+        return
+    from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy,
+                                        fully_shard, register_fsdp_forward_method)
+
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise UserError(f"several processes need torch 2.9 or later, and this is {torch.__version__}; "
+                        "pip install -U torch")
+    if not dist.is_initialized():
+        dist.init_process_group(backend(world.device), store=dist.HashStore(), rank=0, world_size=1)
+    kind = world.device.type
+    options = dict(
+        mesh=dist.device_mesh.init_device_mesh(kind, (world.size,)),
+        offload_policy=CPUOffloadPolicy(pin_memory=kind == "cuda") if cpu_offload else OffloadPolicy(),
+        mp_policy=MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
+        if full and compute != torch.float32 else MixedPrecisionPolicy())
+    for block in model.language_model.layers:
+        fully_shard(block, **options)
+    tower, replicated = model.vision_tower, set()
+    if any(p.requires_grad for p in tower.parameters()):
+        for block in tower.layers:
+            fully_shard(block, reshard_after_forward=False, **options)
+    else:
+        replicated = set(tower.parameters())
+    fully_shard(model, ignored_params=replicated, reshard_after_forward=False, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "loss")
+
+
+@contextmanager
+def uneven(model: nn.Module, world: World) -> Iterator[None]:
+    """Within, ranks may run the model different numbers of times, as they do to generate answers.
+
+    All ranks gather a block together. So each says when it runs the decoder, and one that is done runs two tokens of
+    its own for as long as others go on. The rest of the model is gathered once, for the whole time. An autocast that
+    the model needs is to be around this, too.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    ids = torch.zeros(1, 2, dtype=torch.long, device=world.device)
+    step = lambda: model.loss(ids, ids)
+    with torch.no_grad():
+        step()  # for FSDP takes the module that runs first for the whole model
+        rest = [m for m in (model, *model.vision_tower.layers) if isinstance(m, FSDPModule)]
+        for module in rest:
+            module.unshard()
+        announce = model.language_model.register_forward_pre_hook(lambda *_: any_of(world, True) and None)
+        try:
+            yield
+        finally:
+            announce.remove()
+        others = True
+        while others:
+            others = any_of(world, False)
+            step()  # the last one by all: in the next backward pass FSDP gathers in the order it has seen
+        for module in rest:
+            module.reshard()
+
+
+def own_rows(p: Tensor) -> tuple[int, int]:
+    """First and end of the rows of `p` that this rank keeps: all, or its part of a DTensor."""
+    if not hasattr(p, "device_mesh"):
+        return 0, len(p)
+    part = -(-len(p) // p.device_mesh.size())
+    first = min(part * p.device_mesh.get_local_rank(), len(p))
+    return first, min(first + part, len(p))
+
+
+def full_state(model: nn.Module, names: set[str] | None = None) -> dict[str, Tensor]:
+    """The whole parameters of `model`, or those of `names`, on the CPU of rank 0; elsewhere nothing.
+
+    One after the other, so that no device holds more than one whole. What is not split is the parameter itself.
+    """
+    state = {}
+    for name, p in model.named_parameters():
+        if names is None or name in names:
+            whole = p.detach()
+            if hasattr(p, "device_mesh"):
+                whole = whole.to(p.device_mesh.device_type).full_tensor()
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                state[name] = dense(whole).cpu()
+    return state

@@ -1,0 +1,119 @@
+"""Metrics that a package computes: BLEU and chrF by sacrebleu, ROUGE by rouge-score, BERTScore by bert-score, and how far
+the reference entails the answer by a classifier that transformers runs.
+
+The packages are extras, and no model is downloaded: what is missing is one line, before any weight is read.
+"""
+
+import importlib
+from collections.abc import Callable
+from functools import lru_cache
+from types import ModuleType
+
+import numpy as np
+
+from llava_min.cli import UserError
+
+BERT, BERT_LAYERS = "FacebookAI/roberta-large", 17  # bert-score's default for English, and the layer it reads
+NLI = "FacebookAI/roberta-large-mnli"
+
+
+def need(metric: str, module: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"--metrics {metric}: needs {package}, which is not installed; pip install {package}") from None
+
+
+def need_model(metric: str, repository: str) -> str:
+    """The folder of a hub model that is on disk."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(repository, local_files_only=True)
+    except LocalEntryNotFoundError:
+        raise UserError(f"--metrics {metric}: its model {repository} is not on disk; hf download {repository}") from None
+
+
+def bleu() -> tuple[Callable, Callable]:
+    """0 to 100. Overall: BLEU of the corpus; of an example: with effective order, as sacrebleu advises."""
+    sacrebleu = need("bleu", "sacrebleu", "sacrebleu")
+    return by_sacrebleu(sacrebleu.BLEU(force=True), sacrebleu.BLEU(effective_order=True))
+
+
+def chrf() -> tuple[Callable, Callable]:
+    """0 to 100. chrF2."""
+    sacrebleu = need("chrf", "sacrebleu", "sacrebleu")
+    return by_sacrebleu(sacrebleu.CHRF(), sacrebleu.CHRF())
+
+
+def by_sacrebleu(corpus, sentence) -> tuple[Callable, Callable]:
+    """sacrebleu's own bootstrap sums these statistics too; it has no public name for them."""
+
+    def rows(predictions: list[str], references: list[list[str]]) -> list[tuple[float, ...]]:
+        most = max(map(len, references))
+        streams = [[rs[i] if i < len(rs) else None for rs in references] for i in range(most)]
+        statistics = corpus._extract_corpus_statistics(predictions, streams)
+        return [(sentence._compute_score_from_stats(list(s)).score, *s) for s in statistics]
+
+    def overall(sums: np.ndarray) -> dict[str, np.ndarray]:
+        return {"": np.array([corpus._compute_score_from_stats(row).score for row in sums.tolist()])}
+
+    return rows, overall
+
+
+def rouge(kind: str) -> Callable:
+    """0 to 1: the F-measure of rouge-score, against the best reference, without stemming. rougeLsum takes each line
+    for a sentence."""
+    scorer = need(kind, "rouge_score.rouge_scorer", "rouge-score").RougeScorer([kind], tokenizer=words_of_rouge())
+
+    def metric(predictions: list[str], references: list[list[str]]) -> list[float]:
+        return [scorer.score_multi(rs, p)[kind].fmeasure for p, rs in zip(predictions, references, strict=True)]
+
+    return metric
+
+
+@lru_cache(1)
+def words_of_rouge():
+    """rouge-score's tokenizer, which the four kinds would run four times on every text."""
+    tokenizer = importlib.import_module("rouge_score.tokenizers").DefaultTokenizer()
+    tokenizer.tokenize = lru_cache(100_000)(tokenizer.tokenize)
+    return tokenizer
+
+
+def bertscore(folder: str | None = None, layers: int = BERT_LAYERS) -> Callable:
+    """0 to 1: F1 against the best reference (Zhang et al. 2020, https://arxiv.org/abs/1904.09675), not rescaled."""
+    bert_score = need("bertscore", "bert_score", "bert-score")
+    scorer = bert_score.BERTScorer(model_type=folder or need_model("bertscore", BERT), num_layers=layers)
+
+    def metric(predictions: list[str], references: list[list[str]]) -> np.ndarray:
+        scores = np.zeros(len(predictions))
+        if full := [i for i, p in enumerate(predictions) if p.strip()]:  # bert-score's 0 for an empty text fails of late
+            scores[full] = scorer.score([predictions[i] for i in full], [references[i] for i in full])[2].numpy()
+        return scores
+
+    return metric
+
+
+def nli(folder: str | None = None) -> Callable:
+    """0 to 1: the probability that a reference entails the prediction, for the best one; of a pair the first 512 tokens."""
+    transformers = need("nli", "transformers", "transformers")
+    import torch
+
+    folder = folder or need_model("nli", NLI)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval().to(device)
+    entailment = next(i for i, name in model.config.id2label.items() if name.lower().startswith("entail"))
+
+    @torch.no_grad()
+    def metric(predictions: list[str], references: list[list[str]]) -> list[float]:
+        pairs = [(r, p) for p, rs in zip(predictions, references, strict=True) for r in rs]
+        found: list[float] = []
+        for i in range(0, len(pairs), 32):
+            batch = tokenizer(pairs[i : i + 32], padding=True, truncation=True, return_tensors="pt").to(device)
+            found += model(**batch).logits.softmax(-1)[:, entailment].tolist()
+        ends = np.cumsum([len(rs) for rs in references])
+        return [max(found[end - len(rs) : end]) for end, rs in zip(ends, references)]
+
+    return metric

@@ -1,0 +1,53 @@
+"""SIGTERM and SIGUSR1, by which a cluster takes a machine back: save what there is, and stop.
+
+The first signal is noted and the loop of train.py asks for it, because a step or a save that is torn in the middle is
+worth nothing. Where nothing can be torn (at the start, while pictures are loaded, in an evaluation) it raises at once.
+The second ends the process on the spot; checkpoints are whole even then.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+CODE = 143  # what a shell reports for a process that SIGTERM ended
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to stop, in a place that may be left at once."""
+
+
+class Signals:
+    """Within the block of `with Signals() as signals`, `signals.asked` is the number of the signal that came, or 0."""
+
+    def __init__(self):
+        self.asked, self.urgent = 0, True
+
+    def __enter__(self) -> "Signals":
+        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def handle(self, number: int, frame) -> None:
+        if self.asked:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.asked = number
+        self.check()
+
+    def check(self) -> None:
+        if self.asked and self.urgent:
+            raise Interrupted
+
+    @contextmanager
+    def at_once(self, allowed: bool = True) -> Iterator[None]:
+        """A stretch of work that a signal may break off, if `allowed`; outside of it, signals wait to be asked for."""
+        before, self.urgent = self.urgent, allowed
+        try:
+            self.check()
+            yield
+        finally:
+            self.urgent = before

@@ -1,0 +1,128 @@
+"""What is put on the model from outside while it trains, and how large a step may be. No model file hears of it."""
+
+import gc
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llava_min.cli import UserError, note, printable
+from llava_min.config import SIZES, LlavaConfig
+from llava_min.data.sampler import plan
+from llava_min.llava import IGNORE, LOGIT_ROWS
+from llava_min.load import TINY, read_config
+from llava_min.weights import DTYPES
+
+
+def neftune(model: nn.Module, alpha: float) -> None:
+    """Noise on the embedded words in training: uniform, ±alpha / sqrt(L d) with L the padded length (Jain et al. 2023,
+    https://arxiv.org/abs/2310.05914). Picture features are put over the embeddings afterwards, so they get none."""
+
+    def add(module: nn.Module, inputs: tuple, x: Tensor) -> Tensor | None:
+        if module.training:
+            bound = alpha / (x.shape[1] * x.shape[2]) ** 0.5
+            return x + torch.empty_like(x).uniform_(-bound, bound)
+
+    model.language_model.embed_tokens.register_forward_hook(add)
+
+
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The decoder's blocks, and the tower's when it is trained."""
+    yield from model.language_model.layers
+    if any(p.requires_grad for p in model.vision_tower.parameters()):
+        yield from model.vision_tower.layers
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each block; equal blocks share one program, so this takes as long as compiling one."""
+    for block in (*model.language_model.layers, *model.vision_tower.layers):
+        block.forward = torch.compile(block.forward, dynamic=True)
+
+
+def recompute_blocks(model: nn.Module, dropout: bool) -> None:
+    """Keep only what goes into a block, and compute it again in the backward pass (Chen et al. 2016)."""
+    for block in blocks(model):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=dropout)
+
+
+def supervised_in(batch: dict[str, Tensor]) -> int:
+    """The number of tokens that a batch has a loss for."""
+    return int((batch["labels"][:, 1:] != IGNORE).sum())
+
+
+def largest_batch(rows: int, fits: Callable[[int], bool]) -> int:
+    """The largest divisor of `rows` for which `fits`: the step keeps its rows, in more micro-batches.
+
+    fits(n) runs forward and backward on n rows. Raises UserError when not even one row fits.
+    """
+    for n in (n for n in range(rows, 0, -1) if rows % n == 0):
+        if fits(n):
+            return n
+    raise UserError("--auto-batch-size: not even one row fits into the memory; give --gradient-checkpointing, a smaller "
+                    "--max-length, --train lora, or --cpu-offload")
+
+
+def try_step(work: Callable[[], Tensor], model: nn.Module) -> bool:
+    """Whether forward and backward of `work`'s loss fit into memory, with what Adam keeps beside them."""
+    adam: list[Tensor] = []
+    try:
+        adam += [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in (1, 2)]
+        work().backward()
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        adam.clear()
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def named_config(name: str) -> LlavaConfig:
+    """The shapes of a model without its weights: a size by name, a folder that has its config, or the size that the name
+    of an absent folder or hub id tells. Raises UserError when it tells none."""
+    if name in SIZES:
+        return SIZES[name]
+    if name == "tiny" or Path(name).is_dir():
+        return read_config(TINY if name == "tiny" else Path(name))[0]
+    size = next((s for s in sorted(SIZES, key=len, reverse=True) if s in name.lower()), None)
+    if size is None:
+        raise UserError(f"--model {printable(name)}: no such folder, and its name tells no size; give a folder with a "
+                        f"config.json, or one of {', '.join(SIZES)}")
+    note(f"{name}: not here; planned by the shapes of size {size}, which its name tells")
+    return SIZES[size]
+
+
+def show_plan(model: nn.Module, records: Sequence, knobs: Any, ranks: int) -> None:
+    """What `--dry-run` says besides the table: the steps, and the memory of each rank by part. `model` is on meta."""
+    rows = knobs.batch_size * knobs.grad_accum * ranks
+    said = [f"a step is {rows} rows: {knobs.batch_size} at a time, {knobs.grad_accum} times, on {ranks} rank(s)"]
+    if records:
+        lengths = [r.length if r.images else -r.length for r in records]
+        steps = len(plan(lengths, knobs.batch_size, knobs.grad_accum, ranks, knobs.epochs, knobs.max_steps, knobs.seed,
+                         group_by_length=knobs.group_by_length))
+        said.append(f"{len(records)} records, {'at most ' if knobs.packing else ''}{steps} steps")
+    text, item = model.config.text, DTYPES[knobs.precision].itemsize
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    # per token and block the backward reads about 8 vectors of the width and 4 of the MLP's
+    values = knobs.batch_size * knobs.max_length * (8 * text.hidden_size + 4 * text.intermediate_size)
+    if knobs.gradient_checkpointing:
+        values += knobs.batch_size * knobs.max_length * text.hidden_size * text.num_hidden_layers
+    else:
+        values *= text.num_hidden_layers
+    parts = {"weights": (4 * trained + item * frozen) / ranks, "gradients": 4 * trained / ranks,
+             "optimizer": 8 * trained / ranks, "activations": item * values + 8 * LOGIT_ROWS * text.vocab_size}
+    parts["memory of a rank"] = sum(parts.values())
+    said += [f"{name:<30}{size / 1e9:>13.2f} GB" for name, size in parts.items()]
+    said.append("weights, gradients and AdamW's moments are counted; activations are estimated, for rows of "
+                f"{knobs.max_length} tokens")
+    if ranks > 1:
+        said.append("a block is gathered whole when it runs, and a frozen tower is whole on every rank: some more than that")
+    print("\n".join(said), file=sys.stderr)

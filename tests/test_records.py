@@ -1,0 +1,574 @@
+"""Readers: good files are read as LLaVA and transformers do, every bad record is refused, counted and named."""
+
+import codecs
+import gzip
+import io
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llava_min.cli import UserError
+from llava_min.data import records as records_module
+from llava_min.data.chat import parts
+from llava_min.data.records import Embedded, Skips, read_records
+
+IMAGE = {"type": "image"}
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    root = tmp_path / "pictures"
+    (root / "sub").mkdir(parents=True)
+    for i, name in enumerate(("a.png", "b.png", "sub/c.png", "ü x.png")):
+        Image.new("RGB", (9 + i, 7), (40 * i, 90, 10)).save(root / name)
+    Image.new("RGB", (3, 3)).save(tmp_path / "outside.png")
+    return root
+
+
+def talk(*values: str) -> list[dict]:
+    return [{"from": ("human", "gpt")[i % 2], "value": v} for i, v in enumerate(values)]
+
+
+def record(*values: str, **other) -> dict:
+    return {"id": "r1", "conversations": talk(*values), **other}
+
+
+def written(path: Path, data) -> Path:
+    path.write_bytes(data if isinstance(data, bytes) else data.encode() if isinstance(data, str) else json.dumps(data).encode())
+    return path
+
+
+GOOD = record("<image>\nWhat is it?", "A cat.", image="a.png")
+
+
+# ---- what is read
+
+
+def test_json_and_jsonl_by_what_they_hold_not_by_their_name(tmp_path, images):
+    many = [record("Hi", f"Ho {i}", id=i) for i in range(3)]
+    lines = "\n\n".join(json.dumps(r) for r in many) + "\n"
+    read = [read_records(written(tmp_path / name, data), images) for name, data in (
+        ("a.json", many), ("b.jsonl", many), ("a.jsonl", lines), ("b.json", lines), ("c.json", json.dumps(many, indent=3)),
+        ("bom.json", codecs.BOM_UTF8 + json.dumps(many).encode()), ("crlf.jsonl", lines.replace("\n", "\r\n")))]
+    assert all(r == read[0] for r in read) and [r.id for r in read[0]] == ["0", "1", "2"]
+    one = read_records(written(tmp_path / "one.jsonl", GOOD), images)
+    assert one[0].messages == [{"role": "user", "content": [IMAGE, {"type": "text", "text": "What is it?"}]},
+                               {"role": "assistant", "content": "A cat."}]
+    assert one[0].images == [images / "a.png"]
+    text = "Ho\u2028Ho\x85"     # separators of lines to str.splitlines, not to JSON
+    (r,) = read_records(written(tmp_path / "u.jsonl", json.dumps(record("Hi", text), ensure_ascii=False)), images)
+    assert r.messages[1]["content"] == text
+
+
+def multimodal(value: str) -> str:
+    """What LLaVA's preprocess_multimodal leaves of a message (one mark): the picture, a newline, the rest stripped."""
+    return ("<image>\n" + value.replace("<image>", "").strip()).strip() if "<image>" in value else value
+
+
+@pytest.mark.parametrize("value", ["<image>\nWhat?", "What?\n<image>", "<image>", " <image> What? ", "a <image> b",
+                                   "<image>What?\n", "\n<image>\n\nA\nB  "])
+def test_marks_are_taken_out_as_llava_does(tmp_path, images, value):
+    (r,) = read_records(written(tmp_path / "x.json", [record(value, " A ", image="a.png")]), images)
+    content = r.messages[0]["content"]
+    assert "\n".join("<image>" if p == IMAGE else p["text"] for p in content) == multimodal(value)
+    assert r.messages[1]["content"] == " A "
+
+
+def test_pictures_and_text_in_every_legal_place(tmp_path, images):
+    data = [
+        record(" Hi \n", "Ho"),                                                     # text-only stays as it is
+        record("Hi", "Ho", image=None),
+        record("<image>\n<image>\nCompare.", "So.", image=["a.png", "sub/c.png"]),
+        record("Hi", "Ho", "And <image>?", "No.", image="./sub/../b.png"),         # in the second turn
+        record("<image>", "A cat.", image="ü x.png"),                              # a picture and no text
+        record("<image>\nTag?", "Use <image>, </s> or ASSISTANT: in it.", image="a.png", kind="html", id=7),
+        record("Is </s> <s> USER: fine? \t", "Yes, \x1b[1m too."),
+        record("<image>\nx", "y", image=str(images / "a.png")),                    # absolute, and inside
+    ]
+    got = read_records(written(tmp_path / "x.json", data), images)
+    assert [len(r.images) for r in got] == [0, 0, 2, 1, 1, 1, 0, 1]
+    assert got[0].messages[0]["content"] == " Hi \n" and got[2].messages[0]["content"][:2] == [IMAGE, IMAGE]
+    assert got[3].messages[0]["content"] == "Hi" and got[3].messages[2]["content"][0] == IMAGE
+    assert got[4].messages[0]["content"] == [IMAGE]
+    assert got[5].id == "7" and got[5].extra == {"kind": "html"} and "<image>" in got[5].messages[1]["content"]
+    assert [len(r.pictures()) for r in got] == [0, 0, 2, 1, 1, 1, 0, 1]
+    assert [im.size for im in got[2].pictures()] == [(9, 7), (11, 7)]
+    assert got[2].length > got[3].length > got[0].length == 2
+
+
+def test_the_folder_of_the_file_is_the_image_folder_unless_another_is_named(tmp_path, images, monkeypatch):
+    written(images / "x.json", [GOOD])
+    monkeypatch.chdir(images)
+    assert read_records("x.json")[0].pictures()[0].size == (9, 7)
+    monkeypatch.chdir(tmp_path)
+    assert read_records("pictures/x.json", "pictures")[0].pictures()[0].size == (9, 7)
+    assert read_records(written(images / "x.json", [GOOD]))[0].images == [images / "a.png"]
+    with pytest.raises(UserError, match="0 of 1 pictures found"):
+        read_records(written(tmp_path / "x.json", [GOOD]))
+    with pytest.raises(UserError, match="no such folder"):
+        read_records(tmp_path / "x.json", tmp_path / "nowhere")
+
+
+def test_warnings(tmp_path, images, capsys):
+    headless = {"id": "h", "conversations": [{"from": "gpt", "value": "I am."}, *talk("Hi", "Ho")]}
+    records = read_records(written(tmp_path / "x.json", [GOOD, GOOD, headless]), images)
+    assert records[2].messages == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 2 and "1 records begin with an answer" in err[0] and "r1" in err[1]
+
+
+# ---- what is refused: (file content, words the message must hold)
+
+DEEP = '{"id": "r1", "conversations": ' + "[" * 100_000 + "]" * 100_000 + "}"
+FILES = {
+    "empty": (b"", "is empty"),
+    "blank": (b" \n\n", "is empty"),
+    "no records": (b"[]", "no records"),
+    "bad json": (b'[{"id": 1},\n  {"id": 2,}]', "line 2 column 12"),
+    "bad line": (json.dumps(GOOD) + '\n{"id": ', ":2: column 8"),
+    "two lists": (b"[]\n[]", "one after the other"),
+    "top level object": (json.dumps({"data": [GOOD]}, indent=1), "put the records into a list"),
+    "object on one line": (json.dumps({"data": [GOOD]}), "conversations is missing"),
+    "utf-16": (json.dumps([GOOD]).encode("utf-16"), "UTF-16"),
+    "invalid utf-8": (json.dumps([GOOD]).encode() + b"\xff", "byte 139"),
+    "gzip": (gzip.compress(b"[]"), "gzip"),
+    "zip": (b"PK\x03\x04....", "zip"),
+    "parquet": (b"PAR1....", "parquet"),
+    "git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+    "key twice": ('[{"id": "r1", "image": "a.png", "image": "b.png", "conversations": []}]', "key image of record r1"),
+    "NaN": ('[{"id": "r1", "score": NaN, "conversations": []}]', "NaN is not JSON"),
+    "Infinity": ('{"score": -Infinity}', "-Infinity is not JSON"),
+    "deep": (DEEP, "nested too deeply"),
+    "long number": ("[" + "9" * 5000 + "]", "4300 digits"),
+    "text": (b"hello", "column 1"),
+}
+RECORDS = {
+    "no object": ("text", "is text, expected an object"),
+    "null": (None, "is null"),
+    "no conversations": ({"id": "r1"}, "conversations is missing"),
+    "empty conversations": (record(), "conversations is empty"),
+    "conversations text": ({"id": "r1", "conversations": "Hi"}, "conversations is text"),
+    "turn no object": ({"id": "r1", "conversations": ["Hi", "Ho"]}, "turn 0: is text"),
+    "one turn": (record("Hi"), "ends with a human turn"),
+    "ends with human": (record("Hi", "Ho", "Hu"), "ends with a human turn"),
+    "two humans": ({"id": "r1", "conversations": [*talk("Hi"), *talk("Ho", "Hu")]}, "turn 1: another human turn"),
+    "two answers": ({"id": "r1", "conversations": [*talk("Hi", "Ho"), {"from": "gpt", "value": "x"}]}, "another gpt turn"),
+    "only gpt": ({"id": "r1", "conversations": [{"from": "gpt", "value": "x"}]}, "turn 0: another gpt turn"),
+    "unknown from": ({"id": "r1", "conversations": [{"from": "system", "value": "x"}]}, "from is system"),
+    "from a list": ({"id": "r1", "conversations": [{"from": ["human"], "value": "x"}]}, "expected from human or gpt"),
+    "no from": ({"id": "r1", "conversations": [{"value": "x"}]}, "from is None"),
+    "value null": ({"id": "r1", "conversations": talk("Hi", None)}, "turn 1: value is null"),
+    "value number": ({"id": "r1", "conversations": talk(5, "x")}, "turn 0: value is a number"),
+    "value list": ({"id": "r1", "conversations": talk(["Hi"], "x")}, "value is a list"),
+    "empty answer": (record("Hi", " \n"), "turn 1: the answer is empty"),
+    "empty question": (record("", "Ho"), "turn 0: the question is empty"),
+    "image number": (record("<image>", "x", image=3), "image is a number"),
+    "image empty": (record("<image>", "x", image=""), "image is empty"),
+    "image object": (record("<image>", "x", image={"path": "a.png"}), "image is an object"),
+    "image in a list null": (record("<image>", "x", image=["a.png", None]), "image is null"),
+    "image without mark": (record("Hi", "Ho", image="a.png"), "1 pictures, but the human turns mark 0"),
+    "mark without image": (record("<image>\nHi", "Ho"), "0 pictures, but the human turns mark 1"),
+    "mark in html": (record("Use the `<image>` tag?", "Ho"), "0 pictures, but the human turns mark 1"),
+    "empty list of images": (record("<image>\nHi", "Ho", image=[]), "mark 1"),
+    "two marks one image": (record("<image>\n<image>", "Ho", image="a.png"), "1 pictures, but the human turns mark 2"),
+    "one mark two images": (record("<image>", "Ho", image=["a.png", "b.png"]), "2 pictures, but the human turns mark 1"),
+    "mark in the answer": (record("Hi", "<image>", image="a.png"), "1 pictures, but the human turns mark 0"),
+    "missing picture": (record("<image>", "Ho", image="gone.png"), "no picture"),
+    "other case": (record("<image>", "Ho", image="A.png"), "no picture"),
+    "dots": (record("<image>", "Ho", image="../outside.png"), "lies outside"),
+    "dots inside": (record("<image>", "Ho", image="sub/../../outside.png"), "lies outside"),
+    "absolute": (record("<image>", "Ho", image="/etc/passwd"), "lies outside"),
+    "url": (record("<image>", "Ho", image="https://example.com/a.png"), "URL"),
+    "NUL in a path": (record("<image>", "Ho", image="a\0.png"), "NUL"),
+    "NUL": (record("Hi", "H\0o"), "turn 1: holds a NUL"),
+    "surrogate": (record("Hi \ud800", "Ho"), "turn 0: holds half of a surrogate pair"),
+    "surrogate id": (record("Hi", "Ho", id="\ud800"), "surrogate"),
+    "long": (record("Hi", "x" * 1_000_001), "1000001 characters"),
+    "id list": (record("Hi", "Ho", id=["x"]), "id is a list"),
+    "id true": (record("Hi", "Ho", id=True), "id is true or false"),
+    "id null": (record("Hi", "Ho", id=None), "id is null"),
+}
+
+
+def refused(call, *words: str) -> str:
+    with pytest.raises(UserError) as e:
+        call()
+    message = str(e.value)
+    assert all(w in message for w in words), message
+    assert "\n" not in message and len(message) <= 2000 and message.isprintable() and ";" in message
+    return message
+
+
+@pytest.mark.parametrize("data, words", FILES.values(), ids=FILES.keys())
+def test_bad_files(tmp_path, images, data, words):
+    path = written(tmp_path / "x.json", data)
+    refused(lambda: read_records(path, images), str(path), words)
+
+
+@pytest.mark.parametrize("raw, words", RECORDS.values(), ids=RECORDS.keys())
+def test_bad_records_among_good_ones(tmp_path, images, raw, words):
+    named = isinstance(raw, dict) and raw["id"] == "r1"
+    path = written(tmp_path / "x.json", [GOOD, GOOD, raw])
+    refused(lambda: read_records(path, images), f"{path}: 1 of 3 records are bad: record 2" + " (id r1)" * named, words)
+    written(path, "\n".join(map(json.dumps, [GOOD, raw, GOOD])))
+    refused(lambda: read_records(path, images), "line 2" + " (id r1)" * named, words)
+
+
+def test_all_bad_records_are_counted_and_the_first_named(tmp_path, images):
+    data = [GOOD, *(record("Hi", "", id=f"bad {i} \x1b[31m") for i in range(300)), GOOD]
+    message = refused(lambda: read_records(written(tmp_path / "x.json", data), images), "300 of 302", "record 1 ", "record 5 ")
+    assert "record 6" not in message
+    all_missing = [record("<image>", "x", image=f"{i}.png") for i in range(200)]
+    refused(lambda: read_records(written(tmp_path / "x.json", all_missing), images), "0 of 200 pictures found under")
+
+
+def test_files_that_cannot_be_read(tmp_path, images, monkeypatch):
+    refused(lambda: read_records(tmp_path / "gone.json", images), "gone.json", "no such file")
+    refused(lambda: read_records(images, images), "not a regular file")
+    os.mkfifo(tmp_path / "pipe")
+    refused(lambda: read_records(tmp_path / "pipe", images), "not a regular file")
+
+    path = written(tmp_path / "x.json", [GOOD])
+    def deny(*_, **__):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr("builtins.open", deny)
+    monkeypatch.setattr(Path, "read_bytes", deny)
+    refused(lambda: read_records(path, images), "Permission denied")
+
+
+def test_a_picture_that_leaves_by_a_link_or_is_damaged_is_refused_with_its_record(tmp_path, images):
+    os.symlink(tmp_path / "outside.png", images / "link.png")
+    (images / "cut.png").write_bytes((images / "a.png").read_bytes()[:40])
+    for name, words in (("link.png", "outside"), ("cut.png", "cut.png")):
+        (r,) = read_records(written(tmp_path / "x.json", [record("<image>", "x", image=name)]), images)
+        refused(r.pictures, "record r1: ", words)
+
+
+def test_no_bytes_of_a_file_escape_as_another_error(tmp_path, images):
+    rng, path = random.Random(0), tmp_path / "x.json"
+    for whole in (json.dumps([GOOD, record("Hi", "Ho")]), json.dumps(GOOD) + "\n" + json.dumps(record("Hi", "Ho"))):
+        for _ in range(400):
+            data = bytearray(whole.encode())
+            for _ in range(rng.randint(1, 4)):
+                i = rng.randrange(len(data))
+                data[i:i + rng.randint(0, 3)] = rng.choice([b"", b"[", b"{", b'"', b"\\", b"null", rng.randbytes(2), data[:9]])
+            try:
+                read_records(written(path, bytes(data)), images)
+            except UserError as e:
+                assert "\n" not in str(e) and len(str(e)) <= 2000
+
+
+# ---- messages
+
+
+def said(text: str, *indices: int | None, text_first: bool = True) -> list[dict]:
+    """A content with image parts, as parquet gives it: every part has every field."""
+    parts = [{"type": "image", "index": index, "text": None} for index in indices]
+    return [{"type": "text", "text": text, "index": None}, *parts] if text_first else [*parts, {"type": "text", "text": text, "index": None}]
+
+
+def messages(*contents, roles=("user", "assistant")) -> list[dict]:
+    return [{"role": roles[i % 2], "content": c} for i, c in enumerate(contents)]
+
+
+def chat(*contents, images=(), id="r1", **other) -> dict:
+    return {"id": id, "messages": messages(*contents), "images": list(images), **other}
+
+
+def test_messages_are_what_the_llava_form_of_them_is(tmp_path, images):
+    """The same conversations in either format are the same records, wherever the image part stands."""
+    llava = [record("<image>\nWhat is it?", "A cat.", "Sure?", "Yes.", image="a.png"), record("Hi", "Ho"),
+             record("<image>\n<image>\nSame?", "No.", "And <image>?", "So.", image=["a.png", "b.png", "sub/c.png"])]
+    want = read_records(written(tmp_path / "x.json", llava), images)
+    for text_first in (True, False):
+        for index in (True, False):
+            ix = lambda *i: i if index else [None] * len(i)
+            data = [chat(said("What is it?", *ix(0), text_first=text_first), said("A cat."), said("Sure?"), "Yes.", images=["a.png"]),
+                    chat("Hi", said("Ho")),
+                    chat(said("Same?", *ix(0, 1), text_first=text_first), "No.", said("And ?", *ix(2), text_first=text_first), "So.",
+                         images=["a.png", {"path": "b.png", "bytes": None}, "sub/c.png"])]
+            got = read_records(written(tmp_path / "m.jsonl", "\n".join(map(json.dumps, data))), images)
+            assert [r.images for r in got] == [r.images for r in want]
+            for a, b in zip(got, want):
+                assert [m["role"] for m in a.messages] == [m["role"] for m in b.messages]
+                assert [records_module.text_of(m) for m in a.messages] == [records_module.text_of(m) for m in b.messages]
+                assert [parts(m)[0] for m in a.messages] == [parts(m)[0] for m in b.messages]
+            assert got == read_records(written(tmp_path / "m.json", data), images)
+
+
+def test_messages_name_their_pictures(tmp_path, images):
+    system = {"role": "system", "content": said("Be short.")}
+    data = [
+        chat(said("Which?", 1, 0, 1), "The first.", images=["a.png", "b.png"]),                # in any order, one shown twice
+        chat("<image>\nWhat? <image>", "That.", "<image>", "It.", images=["a.png", "b.png", "a.png"]),  # marks in plain strings
+        chat(said("The <image> tag?", 0), "Use <image>.", images=["a.png"]),                  # text where there are parts
+        chat("What is <image>?", "A tag."),                                                     # and where there are no pictures
+        {"messages": [system, *chat("Hi", "Ho")["messages"]], "images": None, "source": "s"},
+    ]
+    got = read_records(written(tmp_path / "x.json", data), images)
+    names = [[p.name for p in r.images] for r in got]
+    assert names == [["b.png", "a.png", "b.png"], ["a.png", "b.png", "a.png"], ["a.png"], [], []]
+    assert got[1].messages[0]["content"] == [IMAGE, IMAGE, {"type": "text", "text": "What?"}] and got[1].messages[2]["content"] == [IMAGE]
+    assert records_module.text_of(got[2].messages[0]) == "The <image> tag?" and got[3].messages[0]["content"] == "What is <image>?"
+    assert got[4].messages[0] == {"role": "system", "content": [{"type": "text", "text": "Be short."}]}
+    assert got[4].id == "4" and got[4].extra == {"source": "s"}
+
+
+BAD_MESSAGES = {
+    "no messages": ({"id": "r1", "messages": []}, "messages is empty"),
+    "messages object": ({"id": "r1", "messages": {}}, "messages is an object"),
+    "message text": ({"id": "r1", "messages": ["Hi"]}, "message 0 is text"),
+    "content null": (chat("Hi", None), "message 1: content is null"),
+    "content number": (chat(5, "x"), "message 0: content is a number"),
+    "unknown part": (chat([{"type": "video"}], "x"), "message 0: unknown part"),
+    "part text": (chat(["Hi"], "x"), "message 0: unknown part"),
+    "part null": (chat([None], "x"), "message 0: unknown part"),
+    "text null": (chat([{"type": "text", "text": None}], "x"), "message 0: unknown part"),
+    "path in a part": (chat([{"type": "image", "image": "a.png"}], "x"), "an image part has image"),
+    "unknown role": ({"id": "r1", "messages": messages("Hi", "Ho", roles=("user", "tool"))}, "expected role assistant"),
+    "starts with the assistant": ({"id": "r1", "messages": messages("Hi", "Ho", roles=("assistant", "user"))}, "expected role user"),
+    "system later": ({"id": "r1", "messages": messages("Hi", "Ho") + [{"role": "system", "content": "x"}]}, "message 2"),
+    "no answer": (chat("Hi"), "end without an answer"),
+    "ends with a question": (chat("Hi", "Ho", "Hi"), "end without an answer"),
+    "empty answer": (chat("Hi", " "), "the answer is empty"),
+    "empty question": (chat([], "x"), "is empty"),
+    "picture in the answer": (chat("Hi", said("x", 0), images=["a.png"]), "holds a picture"),
+    "index out of range": (chat(said("Hi", 1), "x", images=["a.png"]), "image index 1"),
+    "index negative": (chat(said("Hi", -1), "x", images=["a.png"]), "image index -1"),
+    "index text": (chat(said("Hi", "0"), "x", images=["a.png"]), "image index 0"),
+    "index true": (chat(said("Hi", True), "x", images=["a.png", "b.png"]), "image index True"),
+    "index without pictures": (chat(said("Hi", 0), "x"), "image index 0"),
+    "some have an index": (chat(said("Hi", 0, None), "x", images=["a.png", "b.png"]), "image index None"),
+    "never named": (chat(said("Hi", 0, 0), "x", images=["a.png", "b.png"]), "picture 1 is named by no message"),
+    "no place": (chat("Hi", "x", images=["a.png"]), "1 pictures, but the messages have 0 places"),
+    "more marks than pictures": (chat("<image> <image>", "x", images=["a.png"]), "1 pictures, but the messages have 2 places"),
+    "images text": ({**chat("Hi", "x"), "images": "a.png"}, "images is text"),
+    "picture null": (chat(said("Hi", 0), "x", images=[None]), "picture 0 is null"),
+    "picture empty": (chat(said("Hi", 0), "x", images=[{"path": None, "bytes": None}]), "picture 0 is null"),
+    "bytes in JSON": (chat(said("Hi", 0), "x", images=[{"path": "a.png", "bytes": "iVBO"}]), "picture 0 is an object"),
+    "url": (chat(said("Hi", 0), "x", images=["https://example.com/a.png"]), "picture 0 https://example.com/a.png is a URL"),
+    "outside": (chat(said("Hi", 0), "x", images=["../outside.png"]), "picture 0 ../outside.png lies outside"),
+    "missing picture": (chat(said("Hi", 0), "x", images=["gone.png"]), "no picture"),
+    "surrogate": (chat("Hi", said("\ud800")), "message 1: holds half of a surrogate"),
+    "long": (chat("x" * 1_000_001, "y"), "1000001 characters"),
+    "both kinds": ({**chat("Hi", "x"), "conversations": talk("Hi", "x")}, "messages and conversations"),
+    "image beside messages": ({**chat("Hi", "x"), "image": "a.png"}, "messages and image"),
+    "images beside conversations": (record("Hi", "x", images=["a.png"]), "conversations and images"),
+}
+
+
+@pytest.mark.parametrize("raw, words", BAD_MESSAGES.values(), ids=BAD_MESSAGES.keys())
+def test_bad_messages(tmp_path, images, raw, words):
+    path = written(tmp_path / "x.json", [GOOD, raw])
+    refused(lambda: read_records(path, images), f"{path}: 1 of 2 records are bad: record 1 (id r1)", words)
+
+
+# ---- mixtures
+
+
+def test_mixtures(tmp_path, images, monkeypatch, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (5, 5)).save(other / "a.png")
+    written(images / "a.json", [record("<image>", f"A{i}", image="a.png", id=f"a{i}") for i in range(5)])
+    written(other / "b,@2.jsonl", "\n".join(json.dumps(chat(said("Hi", 0), f"B{i}", images=["a.png"], id=f"b{i}")) for i in range(4)))
+    written(other / "c.json", [{"conversations": talk("Hi", "C")}])
+    monkeypatch.chdir(tmp_path)
+
+    def ids(data, *folder):
+        return [r.id for r in read_records(data, *folder)]
+    assert ids("pictures/a.json, other/c.json") == ["a0", "a1", "a2", "a3", "a4", "c.json:0"]
+    got = read_records("pictures/a.json,other/c.json")
+    assert got[0].images == [images / "a.png"] and got[0].root == images and got[-1].root == other
+    assert ids("other/b,@2.jsonl") == ["b0", "b1", "b2", "b3"]  # a file of that name
+    assert ids("pictures/a.json@2") == [f"a{i}" for i in range(5) for _ in range(2)]
+    assert ids("pictures/a.json@0.4,other/c.json@3") == ["a2", "a4", *["c.json:0"] * 3]
+    assert ids("pictures/a.json@1.4") == ["a0", "a1", "a2", "a2", "a3", "a4", "a4"]
+    assert len(ids("pictures/a.json@0.1,other/c.json")) == 1
+    assert not capsys.readouterr().err  # repeats are no doubles
+    assert ids("other/*.json") == ["0"] and ids("other/*n") == ["0"] and ids("other/*.json@2,pictures/*.json")[:3] == ["c.json:0", "c.json:0", "a0"]
+    written(tmp_path / "d.json", [record("Hi", "Ho", id="a1")])
+    ids("pictures/a.json,d.json")
+    assert "1 ids stand on more than one record, for example a1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data, words", [
+    ("a.json,", "a name is empty"), ("a.json@0", "a weight of 0"), ("a.json@0.1", "no record is left"), ("no*.json", "no such files"),
+    ("a.json,gone.json", "gone.json: no such file"), ("a.json@x", "a.json@x: no such file"), ("a.json@-1", "no such file"),
+    (",".join(["a.json"] * 100 + ["b" * 300]), "File name too long"),
+])
+def test_bad_mixtures(tmp_path, monkeypatch, data, words):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "a.json", [record("Hi", "Ho", id=i) for i in range(3)])
+    refused(lambda: read_records(data), words)
+
+
+# ---- bad records that are skipped
+
+
+def test_bad_records_are_skipped_up_to_a_share_counted_and_listed(tmp_path, images, capsys):
+    good = [record("Hi", "Ho", id=i) for i in range(198)]
+    data = [*good[:50], record("Hi", "", id="bad \x1b"), *good[50:], record("<image>", "x", image="gone.png", id="b")]
+    path, skips = written(tmp_path / "x.json", data), Skips(tmp_path / "skipped.txt")
+    with pytest.raises(UserError, match="0 of 1 pictures found"):  # the wrong folder is nothing to skip
+        read_records(path, images, skips)
+    path = written(tmp_path / "x.json", [*data[:-1], record("<image> <image>", "x", image="a.png", id="b")])
+    refused(lambda: read_records(path, images), "2 of 200")
+    assert [r.id for r in read_records(path, images, skips)] == [str(i) for i in range(198)]
+    assert "2 of 200 records are bad and left out: record 50" in capsys.readouterr().err
+    skips.write()
+    lines = (tmp_path / "skipped.txt").read_text().splitlines()
+    assert len(lines) == 2 and lines[0].startswith(f"{path}: record 50 (id bad \\x1b): turn 1") and "(id b)" in lines[1]
+    skips.add(lines)  # known already
+    refused(lambda: skips.add(["record 7: a.png: is damaged"]), "3 of 200 records are bad, more than the 1.00%")
+    refused(lambda: read_records(written(tmp_path / "y.json", data[:60]), images, Skips()), "1 of 60 records are bad, more than")
+    skips = Skips()  # the share is of all files together
+    assert len(read_records(f"{written(tmp_path / 'w.json', [GOOD] + data[50:51])},{written(tmp_path / 'z.json', good)}", images, skips)) == 199
+    assert skips.total == 200 and len(skips.lines) == 1
+
+
+# ---- parquet
+
+
+@pytest.fixture
+def parquet():
+    """A function that writes rows in the layout of HuggingFaceH4/llava-instruct-mix-vsft."""
+    pa = pytest.importorskip("pyarrow", reason="the extra that reads parquet; pip install -e '.[parquet]'")
+    import pyarrow.parquet as pq
+
+    part = pa.struct({"type": pa.string(), "text": pa.string(), "index": pa.int64()})
+    schema = pa.schema({"messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.list_(part)})),
+                        "images": pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))})
+
+    def write(path: Path, rows: list[dict], schema=schema, group: int = 3, **other) -> Path:
+        rows = [{k: v for k, v in row.items() if k != "id"} for row in rows] if "id" not in schema.names else rows
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=group, **other)
+        return path
+    write.schema = schema
+    return write
+
+
+def png(colour, size=(6, 4)) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", size, colour).save(out, "PNG")
+    return out.getvalue()
+
+
+def picture(n: int) -> dict:
+    return {"bytes": png((n, 10, 200)), "path": f"{n}.png"}
+
+
+def parquet_rows(n: int = 8) -> list[dict]:
+    rows = [chat(said(f"What is {i}?\n", 0), said("It."), said("Sure?"), said("Yes."), images=[picture(i)]) for i in range(n)]
+    rows[1] = chat(said("Text only"), said("So."))
+    rows[4] = chat(said("Two?", 1, 0), said("Two."), images=[picture(41), picture(42)])
+    return rows
+
+
+def red(r) -> list[int]:
+    return [im.getpixel((0, 0))[0] for im in r.pictures()]
+
+
+def test_parquet(tmp_path, parquet):
+    rows = parquet_rows()
+    got = read_records(parquet(tmp_path / "x.bin", rows))
+    assert [red(r) for r in got] == [[0], [], [2], [3], [42, 41], [5], [6], [7]] and [red(r) for r in reversed(got)][0] == [7]
+    assert [r.id for r in got] == list("01234567") and all(isinstance(p, Embedded) for r in got for p in r.images)
+    assert got[0].messages == [{"role": "user", "content": [IMAGE, {"type": "text", "text": "What is 0?\n"}]},
+                               *({"role": role, "content": [{"type": "text", "text": t}]} for role, t in
+                                 (("assistant", "It."), ("user", "Sure?"), ("assistant", "Yes.")))]
+    mixed = read_records(f"{tmp_path / 'x.bin'}@0.5,{written(tmp_path / 'y.json', [record('Hi', 'Ho')])}")
+    assert [r.id for r in mixed] == ["x.bin:1", "x.bin:3", "x.bin:5", "x.bin:7", "r1"]
+
+
+def test_parquet_pictures_are_read_when_they_are_asked_for(tmp_path, parquet, monkeypatch):
+    path = parquet(tmp_path / "x.parquet", parquet_rows())
+    reads = []
+    monkeypatch.setattr(records_module, "row_pictures", lambda *a, real=records_module.row_pictures: reads.append(a) or real(*a))
+    got = read_records(path)
+    assert not reads and all(len(repr(r)) < 2000 for r in got)
+    red(got[4])
+    assert {a[1:] for a in reads} == {(1, 1)}  # its row group, its row
+
+
+def test_parquet_in_a_forked_process(tmp_path, parquet):
+    import multiprocessing
+
+    got = read_records(parquet(tmp_path / "x.parquet", parquet_rows()))
+    red(got[0])  # the parent has the file open
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(red, got, chunksize=1) == [red(r) for r in got]
+
+
+def test_parquet_with_paths_instead_of_bytes(tmp_path, parquet, images):
+    rows = parquet_rows()
+    rows[3]["images"] = [{"bytes": None, "path": "b.png"}]
+    rows[4]["images"] = [{"bytes": None, "path": "sub/c.png"}, picture(9)]
+    got = read_records(parquet(tmp_path / "x.parquet", rows), images)
+    assert got[3].images == [images / "b.png"] and red(got[4]) == [9, 80] and red(got[5]) == [5]
+
+
+BAD_ROWS = {
+    "bytes null": (chat(said("Hi", 0), said("x"), images=[{"bytes": None, "path": None}]), "picture 0 is null"),
+    "picture null": (chat(said("Hi", 1, 0), said("x"), images=[picture(1), None]), "picture 1 is null"),
+    "path absent": (chat(said("Hi", 0), said("x"), images=[{"bytes": None, "path": "gone.png"}]), "no picture"),
+    "path outside": (chat(said("Hi", 0), said("x"), images=[{"bytes": None, "path": "/etc/passwd"}]), "lies outside"),
+    "images null": ({"messages": chat(said("Hi", 0), said("x"))["messages"], "images": None}, "image index 0"),
+    "messages null": ({"messages": None, "images": []}, "messages is null"),
+    "content null": (chat(None, said("x")), "content is null"),
+}
+
+
+@pytest.mark.parametrize("row, words", BAD_ROWS.values(), ids=BAD_ROWS.keys())
+def test_bad_rows(tmp_path, parquet, images, row, words):
+    rows = parquet_rows() + [chat(said("Hi", 0), said("x"), images=[{"bytes": None, "path": "a.png"}])]
+    path = parquet(tmp_path / "x.parquet", [*rows[:5], row, *rows[5:]])
+    refused(lambda: read_records(path, images), f"{path}: 1 of 10 records are bad: row 5:", words)
+    assert len(read_records(path, images, Skips(cap=0.2))) == 9
+
+
+def test_bad_parquet_files(tmp_path, parquet, monkeypatch):
+    import pyarrow as pa
+
+    path, rows = tmp_path / "x.parquet", parquet_rows()
+    whole = parquet(path, rows).read_bytes()
+    for data in (whole[:-5], whole[: len(whole) // 2], whole[:4], b"PAR1" + bytes(100) + b"PAR1", whole[:-8] + b"\xff" * 4 + b"PAR1"):
+        refused(lambda: read_records(written(path, data)), str(path), "not whole or not parquet")
+    text = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
+    for fields in ({"text": pa.string()}, {"messages": text, "images": pa.list_(pa.binary())}, {"messages": text, "images": pa.binary()}):
+        refused(lambda: read_records(parquet(path, [], schema=pa.schema(fields))), "expected messages, and images as a list of")
+    refused(lambda: read_records(parquet(path, [])), "holds no records")
+    strings = pa.schema({"id": pa.string(), "messages": text, "kind": pa.string()})
+    (r,) = read_records(parquet(path, [{"id": "z", "messages": messages("Hi", "Ho"), "kind": "k"}], schema=strings))
+    assert r.id == "z" and r.extra == {"kind": "k"} and r.messages == messages("Hi", "Ho")
+    monkeypatch.setattr(records_module, "MAX_BYTES", 20)
+    refused(lambda: read_records(parquet(path, rows)), "row group 0 unpacks to", "smaller row groups")
+    monkeypatch.setattr(records_module, "MAX_GROUP", 20)
+    refused(lambda: read_records(parquet(path, [rows[1]])), "row group 0 unpacks to")
+
+
+def test_a_parquet_file_that_is_cut_anywhere_is_refused(tmp_path, parquet):
+    whole = parquet(tmp_path / "x.parquet", parquet_rows()).read_bytes()
+    for n in range(4, len(whole), 97):
+        refused(lambda: read_records(written(tmp_path / "x.parquet", whole[:n])), "x.parquet", "not whole or not parquet")
+
+
+def test_a_damaged_picture_in_parquet_names_its_record(tmp_path, parquet):
+    rows = parquet_rows()
+    rows[5]["images"][0]["bytes"] = rows[5]["images"][0]["bytes"][:40]
+    rows[6]["images"][0]["bytes"] = b""
+    got = read_records(parquet(tmp_path / "x.parquet", rows))
+    refused(got[5].pictures, "record 5: ", "x.parquet: row group 1 row 2 picture 0", "damaged")
+    refused(got[6].pictures, "record 6: ", "is empty (0 bytes)")
+
+
+def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    path = written(tmp_path / "y.parquet", b"PAR1 and so on")
+    refused(lambda: read_records(path), str(path), "pip install 'llava_min[parquet]'")
