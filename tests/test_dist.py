@@ -30,6 +30,15 @@ from llava_min.trainable import select
 from llava_min.weights import local, save_weights
 
 
+@pytest.fixture(autouse=True)
+def restored():
+    """SLURM's variables become torchrun's in this process: none is left to the tests that follow."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
