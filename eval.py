@@ -53,6 +53,9 @@ class Knobs:
     def __post_init__(self):
         if self.data is None:
             raise UserError("--data: not given; give a file of records with answers")
+        for name in ("adapter", "out", "compare"):
+            if getattr(self, name) == "":
+                raise UserError(f"--{name}: is empty; give a path, or leave it out")
 
 
 def main(argv: list[str]) -> int | None:
@@ -83,6 +86,8 @@ def main(argv: list[str]) -> int | None:
             raise UserError(f"--by {printable(knobs.by)}: no record has such a field; give one that stands beside the "
                             "conversation")
         out = Path(knobs.out) if knobs.out else None
+        if knobs.compare:
+            check_compare(knobs)
         sides = [answers(knobs, records, world, out)]
         if knobs.compare:
             sides.append(answers(knobs, records, world, out and out / "compare", knobs.compare))
@@ -152,6 +157,24 @@ def weigh(side: Side, knobs: Knobs, records: list) -> None:
 # ---- answers
 
 
+def which(knobs: Knobs, compare: str | None) -> tuple[str, str | None]:
+    """The model and the adapter of a side."""
+    if not compare:
+        return knobs.model, knobs.adapter
+    return (knobs.model, compare) if (Path(compare) / "adapter_config.json").is_file() else (compare, None)
+
+
+def check_compare(knobs: Knobs) -> None:
+    """What is wrong with --compare is found before the first side, which may take hours, has answered."""
+    from llava_min.load import prepare
+    from llava_min.lora import read_adapter
+
+    source, adapter = which(knobs, knobs.compare)
+    ready = prepare(source, image_aspect_ratio=knobs.image_aspect_ratio, template=knobs.template)
+    if adapter:
+        read_adapter(ready.model, Path(adapter))
+
+
 def answers(knobs: Knobs, records: list, world: Any, folder: Path | None, compare: str | None = None) -> Side:
     """What --model answers, or the model or adapter it is compared with; `folder`, if there is one, is continued."""
     import torch
@@ -160,11 +183,7 @@ def answers(knobs: Knobs, records: list, world: Any, folder: Path | None, compar
     from llava_min.evaluate import predict, read_answers
     from llava_min.load import load
 
-    model_name, adapter = knobs.model, knobs.adapter
-    if compare and (Path(compare) / "adapter_config.json").is_file():
-        adapter = compare
-    elif compare:
-        model_name, adapter = compare, None
+    model_name, adapter = which(knobs, compare)
     options = dict(num_beams=knobs.num_beams, max_new_tokens=knobs.max_new_tokens, exif=knobs.exif, logprob=knobs.logprob)
     settings = {"model": model_name, "adapter": adapter, "data": knobs.data, "image_folder": knobs.image_folder,
                 "benchmark": knobs.benchmark, **options, "data_sha256": hashes(knobs.data)}
@@ -298,7 +317,7 @@ def put(path: Path, items: list[dict], indent: int | None = None) -> None:
 
     aside = path.with_name(path.name + ".tmp")
     lines = (json.dumps(item, ensure_ascii=False, indent=indent) + "\n" for item in items)
-    aside.write_text("".join(lines), encoding="utf-8")
+    aside.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")  # a path need not be UTF-8
     sync(aside)
     os.replace(aside, path)
 

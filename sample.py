@@ -114,6 +114,10 @@ def read_prompt(knobs: Knobs) -> str | None:
     if prompt is not None and prompt.count("<image>") > 1:
         raise UserError(f"--prompt: {prompt.count('<image>')} times <image>, and a question is about one picture; "
                         "mark it once at most")
+    try:
+        (prompt or "").encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"--prompt: is not UTF-8 at character {e.start}; convert it") from None
     return prompt
 
 

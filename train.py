@@ -159,7 +159,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     from llava_min.evaluate import predict, score
     from llava_min.files import new_folder, write_json
     from llava_min.load import on_meta, prepare, write_model
-    from llava_min.log import Log, peak_memory, show_samples
+    from llava_min.log import Log, check_packages, peak_memory, show_samples
     from llava_min.lora import LoRAConfig, adapter_names, add_lora, init_lora, save_adapter
     from llava_min.metrics import find as find_metrics
     from llava_min.optim import LossScale, clip, make_optimizer, parameter_groups, rate_factor
@@ -186,6 +186,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
         data, eval_data, images = str(out / "data" / "train.json"), out / "data" / "val.json", None
     skips = Skips(out / "skipped.txt" if world.rank == 0 else None) if knobs.skip_bad else None
     find_metrics(knobs.eval_metrics)
+    check_packages(knobs.log)
     try:
         records = read_records(data, images, skips) if data else []
         held_out = read_records(eval_data, images) if eval_data else []

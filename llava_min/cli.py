@@ -11,6 +11,7 @@ import inspect
 import math
 import os
 import re
+import shutil
 import sys
 import tomllib
 import types
@@ -42,11 +43,11 @@ def warn(text: str) -> None:
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Run a script's main: a user's mistake becomes one line and exit code 2, Ctrl-C 130, a closed pipe a quiet end."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None when the shell closed it
         stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character is no reason to stop
     try:
         code = main(sys.argv[1:]) or 0
-        sys.stdout.flush()
+        print(end="", flush=True)
     except UserError as e:
         note(f"error: {e}")
         code = 2
@@ -90,7 +91,7 @@ def convert(flag: str, kind: Any, value: Any) -> Any:
             number = None
         name = {int: "a whole number", float: "a number"}[kind]
         if number is None or not low <= number <= high or not math.isfinite(number):
-            bounds = f" from {low:g} up" if low > -math.inf and high >= 1 << 31 else f" from {low:g} to {high:g}" if low > -math.inf else ""
+            bounds = f" from {low:g} up" if low > -math.inf and high in (1 << 31, 1e30) else f" from {low:g} to {high:g}" if low > -math.inf else ""
             raise UserError(f"{flag}: {value!r} is not {name}{bounds}; give one")
         return number
     if not isinstance(value, kind):
@@ -110,13 +111,16 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors in our form, a guess for a mistyped flag, and no flag given twice."""
 
     def __init__(self, **other):
-        super().__init__(allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100), **other)
+        super().__init__(allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=min(shutil.get_terminal_size().columns, 100)), **other)
         self.seen: set[str] = set()
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)  # argparse's own lacks the exponent
 
     def error(self, message: str):
         if unknown := re.search(r"unrecognized arguments: (--?[^\s=]+)", message):
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
             message = f"{unknown[1]}: no such option; " + (f"did you mean {near[0]}?" if near else "see --help")
+        elif stray := re.match(r"unrecognized arguments: (\S+)", message):
+            message = f"{stray[1]}: belongs to no option; a switch takes no value (--name or --no-name), see --help"
         else:
             message = message.removeprefix("argument ") + "; see --help"
         raise UserError(message)

@@ -303,10 +303,10 @@ def _dtype_name(f: Fields) -> str | None:
     return f.data.get(key)
 
 
-def _llama(width: int, depth: int, heads: int, mlp: int, **other) -> LlavaConfig:
+def _llama(width: int, depth: int, heads: int, mlp: int, image_token_id: int = 32000, **other) -> LlavaConfig:
     text = dict(hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=mlp,
                 num_key_value_heads=heads, head_dim=width // heads)
-    return LlavaConfig(text=TextConfig(**{**text, **other}))
+    return LlavaConfig(text=TextConfig(**{**text, **other}), image_token_id=image_token_id)
 
 
 # The named sizes of `bench` and `plan`; 7b and 13b are LLaVA-1.5's.
@@ -317,4 +317,6 @@ SIZES = {
     "13b": _llama(5120, 40, 40, 13824),
     "mistral-7b": _llama(4096, 32, 32, 14336, model_type="mistral", num_key_value_heads=8, rope_theta=1e6,
                          max_position_embeddings=32768),
+    "qwen1.5-4b": _llama(2560, 40, 20, 6912, 151646, model_type="qwen2", vocab_size=151936, rope_theta=5e6,
+                         max_position_embeddings=32768, rms_norm_eps=1e-6, bos_token_id=None, eos_token_ids=(151643,)),
 }

@@ -3,6 +3,7 @@
 On several ranks the first one speaks; the others have a Log that is silent.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -122,11 +123,16 @@ def show_samples(folder: Path, last: int) -> None:
             print(f"  {label:<9} {printable(text)}")
 
 
+def check_packages(copies: Sequence[str]) -> None:
+    """What the copies are made with is installed (the packages have their names), or UserError."""
+    for name in copies:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--log {name}: the package is not installed; pip install 'llava_min[log]'")
+
+
 def to_tensorboard(folder: Path, settings: dict[str, Any]):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--log tensorboard: the package is not installed; pip install 'llava_min[log]'") from None
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(folder / "tensorboard")
 
     def copy(step: int, values: dict[str, float]) -> None:
@@ -138,10 +144,8 @@ def to_tensorboard(folder: Path, settings: dict[str, Any]):
 
 
 def to_wandb(folder: Path, settings: dict[str, Any]):
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--log wandb: the package is not installed; pip install 'llava_min[log]'") from None
+    import wandb
+
     run = wandb.init(dir=folder, name=folder.name, id=folder.name, resume="allow", config=settings)
     return lambda step, values: run.log(values, step=step)
 

@@ -45,7 +45,7 @@ class Options:
         need("min_new_tokens", int, lambda n: 0 <= n <= most, f"an integer from 0 to max_new_tokens {most}")
         need("num_beams", int, lambda n: n >= 1, "an integer of at least 1")
         need("num_return_sequences", int, lambda n: n >= 1, "an integer of at least 1")
-        need("length_penalty", float, lambda x: True, "a finite number")
+        need("length_penalty", float, lambda x: abs(x) <= 50, "a number from -50 to 50")
         need("temperature", float, lambda x: x >= 0, "a number of at least 0 (0 is greedy)")
         need("top_k", int, lambda n: n >= 0, "an integer of at least 0 (0 is all tokens)")
         need("top_p", float, lambda x: 0 < x <= 1, "a number above 0 and at most 1")

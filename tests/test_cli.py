@@ -1,11 +1,13 @@
 """Flags from a dataclass: kinds, bounds, recipes, guesses; what is printed cannot drive a terminal."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
 
-from llava_min.cli import Count, Fraction, Positive, UserError, parse, printable
+from llava_min.cli import Count, Fraction, Positive, Seed, UserError, parse, printable
 
 
 @dataclass
@@ -19,6 +21,7 @@ class Knobs:
     betas: tuple[float, ...] = (0.9, 0.999)  # several
     shuffle: bool = True  # a switch
     name: str | None = None  # text
+    seed: Seed = 0  # of all
 
 
 def read(*argv, recipes=None):
@@ -38,6 +41,7 @@ def test_flags_become_fields():
     (["--share", "1.1"], "--share"), (["--mode", "c"], "a, b"), (["--betas", "0.9,x"], "--betas"),
     (["--shuffle", "False", "--shuffle=False"], "--shuffle"), (["--batchsize", "3"], "did you mean --batch-size"),
     (["--lr", "1", "--lr", "2"], "twice"), (["--lr"], "--lr"), (["--no-such-thing-at-all"], "see --help"),
+    (["--shuffle", "--lr", "-1e-3"], "--lr"), (["--seed", str(1 << 63)], "to 9.2"),
 ])
 def test_what_does_not_fit_is_one_line(argv, named):
     with pytest.raises(UserError, match=named) as e:
@@ -76,3 +80,28 @@ def test_help_shows_comments_and_defaults(capsys):
 def test_printable_escapes_what_drives_a_terminal():
     assert printable("a\x1b]52;c;x\x07\u202eb\r\n") == "a\\x1b]52;c;x\\x07\\u202eb\\r\\n"
     assert printable("é 猫 🙂") == "é 猫 🙂"
+
+
+def test_a_switch_takes_no_value():
+    with pytest.raises(UserError, match="False: belongs to no option; a switch takes no value"):
+        parse(Switches, ["--shuffle", "False"], "A test.")
+
+
+@dataclass
+class Switches:
+    shuffle: bool = True  # a switch
+
+
+def test_help_fits_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(SystemExit):
+        read("--help")
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 60
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-"])
+def test_closed_streams_are_no_fault(tmp_path, closed):
+    page = tmp_path / "page.py"
+    page.write_text("from llava_min.cli import note, run\n\n\ndef main(argv):\n    print('out')\n    note('told')\n\n\nrun(main)\n")
+    done = subprocess.run(["sh", "-c", f"{sys.executable} {page} {closed}"], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr

@@ -284,3 +284,18 @@ def test_data_without_answers_or_with_answers_of_two_kinds_is_one_line(changed, 
     with pytest.raises(UserError, match=named) as e:
         run(changed(change))
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("flag, value, names", [("--compare", "/none", "/none: no such folder"), ("--compare", "", "--compare: is empty"),
+                                                ("--out", "", "--out: is empty"), ("--adapter", "", "--adapter: is empty")])
+def test_mistakes_are_found_before_anything_is_answered(data, flag, value, names, monkeypatch):
+    monkeypatch.setattr(evaluate, "predict", lambda *a, **k: pytest.fail("a model answered"))
+    with pytest.raises(UserError, match=names):
+        run(data, flag, value)
+
+
+def test_a_path_that_is_not_utf8_is_kept_in_the_settings(data, tmp_path):
+    folder = tmp_path / "toy\udcff"
+    shutil.copytree(data.parent, folder)
+    run(folder / data.name, "--out", str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["data"] == str(folder / data.name)

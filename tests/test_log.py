@@ -1,12 +1,13 @@
 """The progress line, metrics.jsonl and its copies."""
 
+import importlib.util
 import json
 import sys
 
 import pytest
 
 from llava_min.cli import UserError
-from llava_min.log import WIDTH, Log, clock, progress, show_samples
+from llava_min.log import WIDTH, Log, check_packages, clock, progress, show_samples
 
 VALUES = dict(loss=0.123456, lr=0.00014567, grad_norm=12.3456, tokens_per_s=9760.1, pictures_per_s=31.42, peak_gb=22.13)
 
@@ -55,11 +56,11 @@ def test_answers_are_shown_before_and_after(tmp_path, capsys):
     assert capsys.readouterr().out == "\n7: What?\n  before    x\n  after     a cat\\x1b[2J\n  expected  a cat\n"
 
 
-@pytest.mark.parametrize("name, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
-def test_an_absent_extra_is_one_line(tmp_path, monkeypatch, name, module):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"--log {name}: .*pip install 'llava_min\[log\]'"):
-        Log(tmp_path, 1, copies=[name])
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_an_absent_extra_is_one_line(name, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"--log {name}: the package is not installed; pip install"):
+        check_packages([name])
 
 
 def test_numbers_are_copied_to_tensorboard(tmp_path, monkeypatch):

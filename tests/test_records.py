@@ -572,3 +572,12 @@ def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     path = written(tmp_path / "y.parquet", b"PAR1 and so on")
     refused(lambda: read_records(path), str(path), "pip install 'llava_min[parquet]'")
+
+
+@pytest.mark.parametrize("text", ['[{"id": 1, "id": 2}]', '[{"id": NaN}]'])
+def test_a_fault_within_json_names_its_file_once(tmp_path, text):
+    path = tmp_path / "data.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as told:
+        read_records(path, tmp_path)
+    assert str(told.value).count(str(path)) == 1

@@ -179,7 +179,8 @@ def test_an_adapter_changes_the_answer(ask, model_folder, pictures, tmp_path):
     (["x.png", "--prompt", " "], "--prompt"), (["x.png", "--prompt", "-"], "--prompt -"), (["x.png", "--prompt", "<image> <image> a"], "2 times"),
     (["x.png", "y.png", "--chat"], "--chat"), (["x.png", "--chat", "--json"], "--chat"), (["x.png", "--chat", "--num-beams", "2"], "--chat"),
     (["x.png", "--max-new-tokens", "0"], "--max-new-tokens"), (["x.png", "--temperature", "nan"], "--temperature"),
-    (["x.png", "--top-p", "0"], "top_p"), (["x.png", "--top-k", "-1"], "--top-k"), (["x.png", "--num-return-sequences", "2"], "num_return_sequences"),
+    (["x.png", "--top-p", "0"], "top_p"), (["x.png", "--top-k", "-1"], "--top-k"),
+    (["x.png", "--prompt", "a\udcff"], "--prompt: is not UTF-8"), (["x.png", "--num-beams", "2", "--length-penalty", "1e30"], "length_penalty"), (["x.png", "--num-return-sequences", "2"], "num_return_sequences"),
     (["x.png"], "x.png: no such file"), (["x.png", "--model", "/none"], "x.png")])
 def test_mistakes_are_named_before_weights_are_read(argv, names, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b" \n")))

@@ -285,6 +285,8 @@ def parse(text: str, path: Path, line: int | None = None) -> object:
             looks = " (lists one after the other: join them into one)"
         raise UserError(f"{where}: {at}: {e.msg}{looks}; "
                         "expected a JSON list of records, or a record a line") from None
+    except UserError:  # of the two above, and a ValueError itself
+        raise
     except RecursionError:
         raise UserError(f"{where}: is nested too deeply for conversations; is it the right file?") from None
     except ValueError as e:  # an integer of thousands of digits
