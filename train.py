@@ -276,10 +276,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
         if knobs.train == "lora":
             save_adapter(model, lora, folder, knobs.model, weights)
         else:
-            whole = on_meta(model.config)
-            whole.load_state_dict(weights, assign=True, strict=False)  # a tied head is there by one name
-            whole.tie_weights()
-            write_model(whole, ready.processor, folder, compute)
+            write_model(model, ready.processor, folder, compute, weights)
 
     result, names = ("adapter", set(adapter_names(model))) if knobs.train == "lora" else ("model", None)
 

@@ -31,7 +31,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from llava_min.cli import UserError, note, printable, warn
-from llava_min.dist import World, gather, own_rows
+from llava_min.dist import World, gather, local, own_rows, split
 from llava_min.files import check_free, sync
 
 FORMAT = 1
@@ -48,15 +48,6 @@ class Damaged(UserError):
 
 
 # ---- tensors and their rows
-
-
-def split(x: Tensor) -> bool:
-    """Whether `x` is a DTensor; the class is not imported, because that takes as long as all else."""
-    return hasattr(x, "device_mesh")
-
-
-def local(x: Tensor) -> Tensor:
-    return x.to_local() if split(x) else x
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -103,14 +94,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> str:
         end += x.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with open(path, "wb") as file:
-        for part in (struct.pack("<Q", len(text)), text, *map(raw, tensors.values())):
-            file.write(part)
-            digest.update(part)
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
+    return write(path, struct.pack("<Q", len(text)), text, *tensors.values())
 
 
 def raw(x: Tensor) -> memoryview:
@@ -118,12 +102,20 @@ def raw(x: Tensor) -> memoryview:
 
 
 def write_text(path: Path, data: Any) -> str:
-    text = json.dumps(data, indent=1).encode() + b"\n"
+    return write(path, json.dumps(data, indent=1).encode() + b"\n")
+
+
+def write(path: Path, *parts: bytes | Tensor) -> str:
+    """The parts one after the other, synced; -> their sha256."""
+    digest = hashlib.sha256()
     with open(path, "wb") as file:
-        file.write(text)
+        for part in parts:
+            data = raw(part) if isinstance(part, Tensor) else part
+            file.write(data)
+            digest.update(data)
         file.flush()
         os.fsync(file.fileno())
-    return hashlib.sha256(text).hexdigest()
+    return digest.hexdigest()
 
 
 def sha256(path: Path) -> str:

@@ -301,9 +301,20 @@ def uneven(model: nn.Module, world: World) -> Iterator[None]:
             module.reshard()
 
 
+def split(p: Tensor) -> bool:
+    """Whether `p` is a DTensor; the class is not imported, because that takes as long as all else."""
+    return hasattr(p, "device_mesh")
+
+
+def local(p: Tensor) -> Tensor:
+    """What this rank keeps of `p`, to be read or written: all of it, or its rows of a DTensor."""
+    p = p.detach()
+    return p.to_local() if split(p) else p
+
+
 def own_rows(p: Tensor) -> tuple[int, int]:
     """First and end of the rows of `p` that this rank keeps: all, or its part of a DTensor."""
-    if not hasattr(p, "device_mesh"):
+    if not split(p):
         return 0, len(p)
     part = -(-len(p) // p.device_mesh.size())
     first = min(part * p.device_mesh.get_local_rank(), len(p))
@@ -319,7 +330,7 @@ def full_state(model: nn.Module, names: set[str] | None = None) -> dict[str, Ten
     for name, p in model.named_parameters():
         if names is None or name in names:
             whole = p.detach()
-            if hasattr(p, "device_mesh"):
+            if split(p):
                 whole = whole.to(p.device_mesh.device_type).full_tensor()
             if not dist.is_initialized() or dist.get_rank() == 0:
                 state[name] = dense(whole).cpu()

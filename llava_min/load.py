@@ -100,8 +100,10 @@ def save(model: Llava, processor: Processor, target: str | Path,
         write_model(model, processor, folder, dtype)
 
 
-def write_model(model: Llava, processor: Processor, folder: Path, dtype: torch.dtype) -> None:
-    state = dict(model.named_parameters())
+def write_model(model: Llava, processor: Processor, folder: Path, dtype: torch.dtype,
+                state: dict[str, torch.Tensor] | None = None) -> None:
+    """`state`: the whole tensors, where `model` holds only a part of them."""
+    state = dict(model.named_parameters()) if state is None else state
     if any(".lora_" in name for name in state):
         raise UserError(f"{folder}: the model has an adapter that is not merged; "
                         "save the adapter, or load the base without it")

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava_min.cli import UserError, printable, warn
+from llava_min.dist import local, own_rows, split
 from llava_min.files import read_json, write_json
 from llava_min.packed import dense
 from llava_min.weights import FLOATS, PIECE, READ, WRITE, is_finite, open_file, save_tensors, translate
@@ -74,18 +75,10 @@ def row_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat([torch.linalg.vector_norm(piece, dim=1, dtype=dtype) for piece in weight.split(rows)])
 
 
-def local(p: Tensor) -> Tensor:
-    """What this rank holds of `p`, to be written to: all of it, or its rows of a DTensor."""
-    return (p.to_local() if hasattr(p, "to_local") else p).detach()
-
-
 def cut(whole: Tensor, p: Tensor) -> Tensor:
-    """Of `whole`, made in full on every rank, the rows that `local(p)` has: FSDP2 shards as torch.chunk does."""
-    for dim, placement in enumerate(getattr(p, "placements", ())):
-        if placement.is_shard():
-            parts, rank = whole.chunk(p.device_mesh.size(dim)), p.device_mesh.get_local_rank(dim)
-            whole = parts[rank] if rank < len(parts) else whole[:0]
-    return whole
+    """Of `whole`, made in full on every rank, the rows that `local(p)` has."""
+    first, end = own_rows(p)
+    return whole[first:end]
 
 
 class Matrix(nn.Module):
@@ -116,7 +109,7 @@ class LoRALinear(nn.Module):
         if m is not None:
             w = weight_of(self.base)
             norms = row_norms(local(w), m.dtype)
-            local(m).copy_(norms if hasattr(w, "placements") else cut(norms, m))
+            local(m).copy_(norms if split(w) else cut(norms, m))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         a, b, kind, shape = self.lora_A.weight, self.lora_B.weight, x.device.type, x.shape

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llava_min.cli import UserError, printable
-from llava_min.dist import own_rows
+from llava_min.dist import local, own_rows, split
 from llava_min.files import check_file, read_json, write_json
 from llava_min.packed import dense
 
@@ -289,10 +289,9 @@ def make_parameter(model: nn.Module, name: str, dtype: torch.dtype, device: torc
     """Give the parameter of that name memory; returns what this process keeps of it, to be filled."""
     old = model.get_parameter(name)
     first, end = own_rows(old)
-    split = hasattr(old, "device_mesh")
     value = new = torch.empty(end - first, *old.shape[1:], dtype=torch.float32 if old.requires_grad else dtype,
-                              device="cpu" if split and offload else device)
-    if split:
+                              device="cpu" if split(old) and offload else device)
+    if split(old):
         from torch.distributed.tensor import DTensor
 
         value = DTensor.from_local(new, old.device_mesh, old.placements, run_check=False,
@@ -300,10 +299,6 @@ def make_parameter(model: nn.Module, name: str, dtype: torch.dtype, device: torc
     path, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=old.requires_grad))
     return new
-
-
-def local(p: Tensor) -> Tensor:
-    return p.to_local() if hasattr(p, "device_mesh") else p
 
 
 def is_finite(x: Tensor) -> bool:

@@ -20,14 +20,14 @@ from conftest import IMAGE, hf_config, pixels, rows, write_processor
 from llava_min import weights
 from llava_min.cli import UserError
 from llava_min.config import LlavaConfig
-from llava_min.dist import (World, agree, any_of, first_host, full_state, gather, own_rows, read_ranks, shard, start, total,
+from llava_min.dist import (World, agree, any_of, first_host, full_state, gather, local, own_rows, read_ranks, shard, start, total,
                             uneven, use_cores)
 from llava_min.generate import generate
 from llava_min.llava import IGNORE
 from llava_min.load import fresh, prepare
 from llava_min.lora import LoRAConfig, add_lora, init_lora
 from llava_min.trainable import select
-from llava_min.weights import local, save_weights
+from llava_min.weights import save_weights
 
 
 @pytest.fixture(autouse=True)

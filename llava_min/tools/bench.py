@@ -23,8 +23,8 @@ from typing import Annotated, Any, Literal
 
 from llava_min.cli import Count, note, parse
 from llava_min.config import LlavaConfig
-from llava_min.files import read_json, write_json
-from llava_min.tools.worker import (DTYPES, Worker, as_users_have_it, lines, now, place, prepare, prompt, ratios,
+from llava_min.files import write_json
+from llava_min.tools.worker import (DTYPES, Worker, as_users_have_it, config_of, lines, now, place, prepare, prompt, quiet, ratios,
                                     read_size, running, surroundings)
 
 TEXT = 30  # tokens of the prompt beside the picture's
@@ -146,15 +146,13 @@ class Transformers:
         from transformers import LlavaForConditionalGeneration
 
         self.imported = time.perf_counter() - start
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+        quiet()
         self.spec, self.version, self.device = spec, transformers.__version__, torch.device(spec["device"])
         start = time.perf_counter()
         self.model = LlavaForConditionalGeneration.from_pretrained(spec["folder"], dtype=spec["dtype"])
         self.model.to(self.device).eval()
         self.loaded = now(self.device) - start
-        path = Path(spec["folder"], "config.json")
-        ids, pixels = prompt(LlavaConfig.from_hf(read_json(path), str(path)), 1, TEXT)
+        ids, pixels = prompt(config_of(spec["folder"]), 1, TEXT)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
         self.batch = {name: x.to(self.device) for name, x in batch.items()}
 

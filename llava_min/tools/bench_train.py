@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from llava_min.cli import Count, UserError, note, parse
 from llava_min.config import LlavaConfig
-from llava_min.files import read_json, write_json
-from llava_min.tools.worker import (DTYPES, Rows, Worker, as_users_have_it, lines, now, place, prepare, prompt,
+from llava_min.files import write_json
+from llava_min.tools.worker import (DTYPES, Rows, Worker, as_users_have_it, config_of, lines, now, place, prepare, prompt, quiet,
                                     ratios, read_size, running, surroundings)
 
 LR, MAX_NORM = 1e-4, 1.0
@@ -135,8 +135,7 @@ class Transformers(Program):
         self.imported = time.perf_counter() - start
         from llava_min.lora import LINEARS
 
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+        quiet()
         self.version = f"{transformers.__version__} + peft {peft.__version__}"
         self.device = torch.device(spec["device"])
         start = time.perf_counter()
@@ -147,8 +146,7 @@ class Transformers(Program):
         if spec["checkpointing"]:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        path = Path(spec["folder"], "config.json")
-        self.ready(model, LlavaConfig.from_hf(read_json(path), str(path)), spec)
+        self.ready(model, config_of(spec["folder"]), spec)
         self.batch["attention_mask"] = self.batch["input_ids"].new_ones(self.batch["input_ids"].shape)
         self.loaded = now(self.device) - start
 

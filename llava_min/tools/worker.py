@@ -82,6 +82,19 @@ def as_users_have_it() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def quiet() -> None:
+    """transformers, which is imported, says and draws nothing."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def config_of(folder: str) -> LlavaConfig:
+    path = Path(folder, "config.json")
+    return LlavaConfig.from_hf(read_json(path), str(path))
+
+
 def serve(pipe: Any, program: type, spec: dict) -> None:
     """Load, then do the jobs (name, arguments) that come through `pipe`; each is answered by a dict."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
@@ -154,8 +167,7 @@ def read_size(size: str, text: int, flag: str) -> LlavaConfig:
     if size in SIZES:
         config = SIZES[size]
     elif Path(size).is_dir():
-        path = Path(size, "config.json")
-        config = LlavaConfig.from_hf(read_json(path), str(path))
+        config = config_of(size)
         if config.vision_source:
             raise UserError(f"{size}: a checkpoint in the original layout, which transformers does not load; "
                             "give one in the llava-hf layout")
