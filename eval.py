@@ -12,7 +12,6 @@ it is started again. docs/evaluation.md has the metrics and the benchmarks.
 import fcntl
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -313,13 +312,10 @@ def finish(folder: Path, rows: list[dict], settings: dict) -> None:
 
 def put(path: Path, items: list[dict], indent: int | None = None) -> None:
     """A file of JSON that is there whole, or as it was before."""
-    from llava_min.files import sync
+    from llava_min.files import replace
 
-    aside = path.with_name(path.name + ".tmp")
     lines = (json.dumps(item, ensure_ascii=False, indent=indent) + "\n" for item in items)
-    aside.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")  # a path need not be UTF-8
-    sync(aside)
-    os.replace(aside, path)
+    replace(path, "".join(lines), errors="backslashreplace")  # a path need not be UTF-8
 
 
 @contextmanager

@@ -47,6 +47,17 @@ def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def replace(path: Path, text: str, errors: str = "strict") -> None:
+    """`path` is the old file or the new one, never half of it: written aside, synced, renamed. OSError when it cannot be."""
+    aside = path.with_name(f".tmp-{path.name}")
+    try:
+        aside.write_text(text, encoding="utf-8", errors=errors)
+        sync(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def check_free(target: Path) -> None:
     """`target` may be written: absent, or an empty folder."""
     if target.is_dir() and not any(target.iterdir()):

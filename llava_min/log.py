@@ -6,7 +6,6 @@ On several ranks the first one speaks; the others have a Log that is silent.
 import importlib.util
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from llava_min.cli import UserError, note, printable
+from llava_min.files import replace
 
 WIDTH = 79  # columns of a progress line
 
@@ -106,9 +106,7 @@ def rewind(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    aside = path.with_name(f".tmp-{path.name}")
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, path)
+    replace(path, "".join(kept))
 
 
 def show_samples(folder: Path, last: int) -> None:

@@ -27,7 +27,7 @@ from PIL import Image
 
 from llava_min.cli import UserError, printable
 from llava_min.data.image import to_rgb, open_image
-from llava_min.files import sync
+from llava_min.files import replace
 from llava_min.report.curves import curve, figures
 
 # What a page may weigh: beyond it pictures shrink and then stop, texts are cut, rows are left out, and the page says so.
@@ -173,16 +173,11 @@ script-src 'sha256-{allow[1]}'; base-uri 'none'; form-action 'none'">
 
 def write(path: Path, text: str) -> None:
     """`path` is the old page or the new one, never half of it. Raises UserError when it cannot be written."""
-    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        aside.write_text(text, encoding="utf-8")
-        sync(aside)
-        os.replace(aside, path)
+        replace(path, text)
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e.strerror or printable(e)}); "
                         "free space or give another path") from None
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def heading(kind: str, title: object, under: Iterable[object]) -> str:
