@@ -10,9 +10,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-class RMSNorm(torch.autograd.Function):
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., C), weight (C,) -> x / rms(x) * weight (Zhang and Sennrich 2019), the norm itself in fp32."""
+    return RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else F.rms_norm(x, weight.shape, weight, eps)
 
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gate, up -> silu(gate) * up (Shazeer 2020)."""
+    return SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate) * up
+
+
+class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -33,8 +41,6 @@ class RMSNorm(torch.autograd.Function):
 
 
 class SwiGLU(torch.autograd.Function):
-    """gate, up -> silu(gate) * up (Shazeer 2020)."""
-
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)

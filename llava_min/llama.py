@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return lean.RMSNorm.apply(x, self.weight, self.eps)
+        return lean.rms_norm(x, self.weight, self.eps)
 
 
 def rotary(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -40,8 +40,7 @@ def rotary(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[T
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x[i], x[i + D/2]) by its angle: the half-split form of the Hugging Face checkpoints."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def causal_mask(real: Tensor) -> Tensor:
@@ -121,14 +120,14 @@ class KVCache:
         """Positions (B, T) of the tokens just counted, and the mask under which their queries attend.
 
         `real` (B, T) bool marks those that are not padding, None when all are. The mask is additive over the trunk
-        (B, 1, 1, T, S), or for a fresh prompt (B, 1, T, T) bool; None where every earlier token may be seen.
+        (B*K, N*G, T, S), or for a fresh prompt (B, 1, T, T) bool; None where every earlier token may be seen.
         """
         if real is None:
             real = torch.ones(len(self.positions), tokens, dtype=torch.bool, device=self.device)
         positions = (self.positions[:, None] + real.cumsum(-1) - 1).clamp(min=0)
         self.positions += real.sum(-1)
         if self.tail is not None:
-            return positions, hide(~self.filled[:, None, : self.length]) if self.padded else None
+            return positions, self.hide(~self.filled[:, None, : self.length]) if self.padded else None
         self.new = self.next_slot + torch.arange(tokens, device=self.device)
         self.filled.index_copy_(1, self.new, real)
         self.next_slot += tokens
@@ -139,7 +138,7 @@ class KVCache:
             return positions, None
         slots = torch.arange(self.slots if self.static else self.length, device=self.device)
         visible = self.filled[:, None, : len(slots)] & (slots <= self.new[:, None]) | (slots == self.new[:, None])
-        return positions, hide(~visible)
+        return positions, self.hide(~visible)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """k, v (rows, K, T, D) of the tokens just counted."""
@@ -149,6 +148,12 @@ class KVCache:
                 store.index_copy_(2, self.new, x.to(self.dtype))
             else:
                 store[:, :, end - x.shape[2] : end] = x
+
+    def hide(self, hidden: Tensor) -> Tensor:
+        """hidden (B, T, S) bool -> additive mask (B*K, N*G, T, S), once a step what `attend` adds in every block."""
+        kv = self.config.num_key_value_heads
+        mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
+        return mask.repeat_interleave(kv, dim=0)[:, None].repeat(1, self.branches * self.config.num_attention_heads // kv, 1, 1)
 
     def attend(self, layer: int, q: Tensor, mask: Tensor | None) -> Tensor:
         """q (B*N, H, T, D) against the trunk and, after `branch`, each row's own tail -> (B*N, H, T, D).
@@ -160,24 +165,22 @@ class KVCache:
         (k, v), n, (_, h, t, d) = self.trunk[layer], self.branches, q.shape
         b, kv = k.shape[:2]
         seen = self.slots if self.static and self.tail is None else self.length
-        k, v = k[:, :, :seen], v[:, :, :seen]
-        q = (q * d**-0.5).to(self.dtype).reshape(b, n, kv, -1, d)  # (B, N, K, G*T, D)
-        scores = q.transpose(1, 2).reshape(b, kv, -1, d) @ k.transpose(-1, -2)  # (B, K, N*G*T, S)
-        if mask is not None:
-            scores = (scores.unflatten(2, (-1, t)) + mask).flatten(2, 3).to(self.dtype)
+        k, v = (x[:, :, :seen].flatten(0, 1) for x in (k, v))  # (B*K, S, D)
+        q = q.to(self.dtype).reshape(b, n, kv, -1, d)  # (B, N, K, G*T, D)
+        scores = dot(q.transpose(1, 2).reshape(b * kv, -1, d), k, mask)  # (B*K, N*G*T, S)
         if self.tail is None:
             return (scores.softmax(-1) @ v).view(b, h, t, d)
-        own_k, own_v = (x[:, :, : self.tail_length] for x in self.tail[layer])
-        own = q.view(b * n, kv, -1, d) @ own_k.transpose(-1, -2)  # (B*N, K, G, tail)
-        own = own.view(b, n, kv, -1, self.tail_length).transpose(1, 2).reshape(b, kv, -1, self.tail_length)
-        weights = torch.cat([scores, own], dim=-1).softmax(-1)
-        rows = lambda x: x.reshape(b, kv, n, -1, x.shape[-1]).transpose(1, 2).reshape(b * n, kv, -1, x.shape[-1])
-        return (rows(weights[..., :seen] @ v) + rows(weights[..., seen:]) @ own_v).reshape(b * n, h, t, d)
+        own_k, own_v = (x[:, :, : self.tail_length].flatten(0, 1) for x in self.tail[layer])  # (B*N*K, tail, D)
+        trunk = lambda x: x.view(b, n, kv, -1, x.shape[-1]).transpose(1, 2).reshape(b * kv, -1, x.shape[-1])
+        rows = lambda x: x.view(b, kv, n, -1, x.shape[-1]).transpose(1, 2).reshape(b * n * kv, -1, x.shape[-1])
+        weights = torch.cat([scores, trunk(dot(q.reshape(b * n * kv, -1, d), own_k))], dim=-1).softmax(-1)
+        return (rows(weights[..., :seen] @ v) + rows(weights[..., seen:]) @ own_v).view(b * n, h, t, d)
 
 
-def hide(hidden: Tensor) -> Tensor:
-    """hidden (B, T, S) bool -> additive mask (B, 1, 1, T, S)."""
-    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))[:, None, None]
+def dot(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    """q (R, M, D) with k (R, S, D) -> scaled scores (R, M, S), masked by what `KVCache.hide` made."""
+    free = mask is None
+    return torch.baddbmm(q.new_zeros(1) if free else mask.flatten(1, 2), q, k.mT, beta=0 if free else 1, alpha=q.shape[-1] ** -0.5)
 
 
 class Attention(nn.Module):
@@ -217,7 +220,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(lean.SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(lean.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):

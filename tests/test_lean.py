@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from llava_min import attention as room
 from llava_min.attention import attention
-from llava_min.lean import RMSNorm, SwiGLU
+from llava_min.lean import rms_norm, swiglu
 
 
 def gradients(f, *inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -29,13 +29,13 @@ def normal(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_rms_norm_and_swiglu(dtype, tolerance):
     x, w, gate, up = normal(2, 7, 64, dtype=dtype), normal(64, dtype=dtype), normal(2, 7, 48, dtype=dtype), normal(2, 7, 48, dtype=dtype, seed=1)
-    same(gradients(lambda x, w: RMSNorm.apply(x, w, 1e-5), x, w), gradients(lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), x, w), tolerance)
-    same(gradients(SwiGLU.apply, gate, up), gradients(lambda gate, up: F.silu(gate) * up, gate, up), tolerance)
+    same(gradients(lambda x, w: rms_norm(x, w, 1e-5), x, w), gradients(lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), x, w), tolerance)
+    same(gradients(swiglu, gate, up), gradients(lambda gate, up: F.silu(gate) * up, gate, up), tolerance)
 
 
 def test_a_frozen_norm_gets_no_gradient():
     x, w = normal(3, 8).requires_grad_(), normal(8)
-    RMSNorm.apply(x, w, 1e-5).sum().backward()
+    rms_norm(x, w, 1e-5).sum().backward()
     assert x.grad is not None and w.grad is None
 
 
@@ -70,8 +70,8 @@ def test_less_is_kept(dtype):
     x, w = normal(2, 300, 64, dtype=dtype).requires_grad_(), normal(64, dtype=dtype)
     q = normal(2, 4, 300, 16, dtype=dtype).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        RMSNorm.apply(x, w, 1e-5)
-        SwiGLU.apply(x, x)
+        rms_norm(x, w, 1e-5)
+        swiglu(x, x)
         if dtype == torch.bfloat16:
             attention(q, q, q, causal=True)
     assert {t.dtype for t in kept} == {dtype} and len(kept) == (4 if dtype == torch.float32 else 8)

@@ -186,12 +186,12 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
     return asked
 
 
-def generate(task: str, n: int, seed: int = 0, split: str = "train", turns: int = 8,
+def generate(task: str, n: int, seed: int = 0, split: str = "train", turns: int = 8, text: float = 0.4,
              ) -> Iterator[tuple[dict, Image.Image]]:
     """`n` pictures with their LLaVA records, made as they are asked for.
 
-    `questions`: up to `turns` questions a picture in `train`; in `val` one, of a `kind` that goes round
-    KINDS. Within `val` no scene comes twice (`train` is drawn with replacement: there are few one-shape
+    `questions`: up to `turns` questions a picture in `train`, a share `text` of them with a printed string;
+    in `val` one, of a `kind` that goes round KINDS. Within `val` no scene comes twice (`train` is drawn with replacement: there are few one-shape
     scenes).
     """
     if task not in TASKS or split not in ("train", "val"):
@@ -202,7 +202,7 @@ def generate(task: str, n: int, seed: int = 0, split: str = "train", turns: int 
         kind = KINDS[index % len(KINDS)] if task == "questions" and split == "val" else None
         while True:
             if task == "questions":
-                s = scene(rng, text=1.0 if kind == "reading" else 0.4)
+                s = scene(rng, text=1.0 if kind == "reading" else text if split == "train" else 0.4)
             else:
                 s = scene(rng, most=3, text=float(task == "captions-text"))
             content = s.shapes, s.text, s.row
@@ -239,13 +239,14 @@ def conversation(scene: Scene, rng: random.Random, turns: int) -> list[tuple[str
     return [(question, answer) for _, question, answer in chosen[:turns]]
 
 
-def write(out: str | Path, task: str = "questions", train: int = 2000, val: int = 200, seed: int = 0) -> None:
+def write(out: str | Path, task: str = "questions", train: int = 2000, val: int = 200, seed: int = 0,
+          text: float = 0.4) -> None:
     """`out`/train.json, `out`/val.json and `out`/images/*.png: complete or absent, and never over something."""
     with new_folder(Path(out), durable=False) as folder:
         (folder / "images").mkdir()
         for split, n in (("train", train), ("val", val)):
             records = []
-            for record, image in generate(task, n, seed, split):
+            for record, image in generate(task, n, seed, split, text=text):
                 image.save(folder / record["image"])
                 records.append(record)
             write_json(folder / f"{split}.json", records)

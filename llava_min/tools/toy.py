@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llava_min.cli import Seed, UserError, Whole, note, parse
+from llava_min.cli import Fraction, Seed, UserError, Whole, note, parse
 
 
 @dataclass
@@ -12,6 +12,7 @@ class Knobs:
     task: Literal["questions", "captions", "captions-text"] = "questions"  # -text: captions quote a printed string
     train: Whole = 2000  # training pictures
     val: Whole = 200  # validation pictures, of scenes that are never trained on
+    text: Fraction | None = None  # share of the training pictures of `questions` with a printed string; 0.4 if not given
     seed: Seed = 0  # the same seed draws the same files
 
 
@@ -20,6 +21,9 @@ def main(argv: list[str]) -> None:
     if len(knobs.out) != 1:
         raise UserError("OUT: give the one folder to write")
 
+    if knobs.text is not None and knobs.task != "questions":
+        raise UserError(f"--text: pictures of task {knobs.task} all have a string or none; leave it out, or give --task questions")
+
     from llava_min.data import toy
-    toy.write(knobs.out[0], knobs.task, knobs.train, knobs.val, knobs.seed)
+    toy.write(knobs.out[0], knobs.task, knobs.train, knobs.val, knobs.seed, **({} if knobs.text is None else {"text": knobs.text}))
     note(f"{knobs.out[0]}: {knobs.train} training and {knobs.val} validation pictures, task {knobs.task}")
