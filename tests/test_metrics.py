@@ -1,5 +1,6 @@
 """Metrics: golden tables worked by hand from the papers' and scripts' rules, the packages' own values, intervals."""
 
+import json
 import math
 import random
 import sys
@@ -200,55 +201,86 @@ def test_vqa_wants_ten_references_and_pope_yes_or_no(capsys):
     assert "takes 10" in said and "takes yes or no" in said
 
 
+def one_line(name: str) -> str:
+    """What loading the metric says instead."""
+    with pytest.raises(UserError) as e:
+        find([name])
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
 def test_what_is_not_installed_or_not_on_disk_is_one_line(monkeypatch, tmp_path):
     metrics.load.cache_clear()
-    monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    monkeypatch.setitem(sys.modules, "rouge_score", None)
-    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    monkeypatch.setitem(sys.modules, "bert_score", None)
-    for name, package in (("bleu", "sacrebleu"), ("rougeL", "rouge-score"), ("bertscore", "bert-score")):
-        with pytest.raises(UserError, match=f"pip install {package}"):
-            find([name])
-    pytest.importorskip("transformers", reason="nli runs on it")
+    with monkeypatch.context() as patch:
+        for module in ("sacrebleu", "rouge_score", "rouge_score.rouge_scorer", "bert_score", "transformers"):
+            patch.setitem(sys.modules, module, None)
+        for name, package in (("bleu", "sacrebleu"), ("rougeL", "rouge-score"), ("bertscore", "bert-score"), ("nli", "transformers")):
+            assert f"--metrics {name}: needs {package} (" in one_line(name) and one_line(name).endswith(f"pip install {package}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="hf download FacebookAI/roberta-large-mnli"):
-        find(["nli"])
-    with pytest.raises(UserError, match="blue.*choose"):
-        find(["blue"])
+    for name, package, repository in (("nli", "transformers", "roberta-large-mnli"), ("bertscore", "bert_score", "roberta-large")):
+        pytest.importorskip(package, reason="what runs this metric; pip install -e '.[metrics]'")
+        assert one_line(name).endswith(f"is not on disk; hf download FacebookAI/{repository}")
+        cached = tmp_path / f"models--FacebookAI--{repository}"  # a download that broke off
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("abc")
+        (cached / "snapshots" / "abc").mkdir(parents=True)
+        (cached / "snapshots" / "abc" / "config.json").write_text('{"model_type": "roberta"}')
+        assert f"its model FacebookAI/{repository} cannot be loaded (" in one_line(name)
+    monkeypatch.setattr(metrics.library, "need_model", lambda *a: "/port5/model")
+    assert "a T5 model" in one_line("bertscore")
+    assert "choose" in one_line("blue")
     metrics.load.cache_clear()
 
 
 @pytest.fixture
-def bert(tmp_path):
-    """The folder of a tiny classifier with random weights, its tokenizer and itself."""
+def roberta(tmp_path, monkeypatch):
+    """The tokenizer and the classifier of a tiny folder with random weights, which the metrics take for theirs."""
     transformers = pytest.importorskip("transformers", reason="what runs these metrics; pip install -e '.[test]'")
     import torch
+    from tokenizers.pre_tokenizers import ByteLevel
 
-    (tmp_path / "vocab.txt").write_text("\n".join("[PAD] [UNK] [CLS] [SEP] [MASK] a red blue circle ring is there".split()))
-    tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"), model_max_length=64)
-    tokenizer.save_pretrained(tmp_path)
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(ByteLevel.alphabet()), "re", "red", "Ġred"]
+    (tmp_path / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    (tmp_path / "merges.txt").write_text("r e\nre d\nĠ red\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "RobertaTokenizer", "model_max_length": 64}')
     torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=12, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                                     intermediate_size=16, initializer_range=1.0,
-                                     id2label={0: "CONTRADICTION", 1: "NEUTRAL", 2: "ENTAILMENT"})
-    model = transformers.BertForSequenceClassification(config).eval().requires_grad_(False)
+    config = transformers.RobertaConfig(
+        vocab_size=len(pieces), hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=66, initializer_range=1.0, id2label={0: "CONTRADICTION", 1: "NEUTRAL", 2: "ENTAILMENT"})
+    model = transformers.RobertaForSequenceClassification(config).eval().requires_grad_(False)
     model.save_pretrained(tmp_path)
-    return tmp_path, tokenizer, model
+    monkeypatch.setattr(metrics.library, "need_model", lambda *a: str(tmp_path))
+    return transformers.AutoTokenizer.from_pretrained(tmp_path), model
 
 
-TEXTS = ["a red circle", "blue ring"], [["there is a ring", "a circle"], ["red"]]
+TEXTS = ["red circle", "blue ring"], [["a ring", "red ring is there"], ["red"]]
 
 
-def test_nli_is_the_probability_of_entailment(bert):
-    folder, tokenizer, model = bert
+def test_nli_is_the_probability_of_entailment(roberta):
+    tokenizer, model = roberta
     one = lambda r, p: float(model(**tokenizer(r, p, return_tensors="pt")).logits.softmax(-1)[0, 2])
     theirs = [max(one(r, p) for r in rs) for p, rs in zip(*TEXTS)]
-    assert metrics.library.nli(str(folder))(*TEXTS) == pytest.approx(theirs, abs=1e-5)
+    nli = metrics.library.nli()
+    assert nli(*TEXTS) == pytest.approx(theirs, abs=1e-5)
+    assert len(nli(["red " * 999], [["blue " * 999]])) == 1, "longer than the model takes"
 
 
-def test_bertscore_is_bert_scores(bert):
-    bert_score = pytest.importorskip("bert_score", reason="the oracle of this test; pip install -e '.[metrics]'")
-    theirs = bert_score.score(*TEXTS, model_type=str(bert[0]), num_layers=2)[2].tolist()
+def test_bertscore_is_the_papers(roberta, monkeypatch):
+    """Each token counts as much as the likest one of the other text is like it, the marks at its own ends nothing."""
+    pytest.importorskip("bert_score", reason="what runs this metric; pip install -e '.[metrics]'")
+    monkeypatch.setattr(metrics.library, "BERT_LAYERS", 2)
+    tokenizer, model = roberta
+    assert len(tokenizer(" red").input_ids) == 3, "a word that begins a text is a piece like one inside it"
+
+    def f1(text, other):
+        x, y = (model.roberta(tokenizer(f" {t}", return_tensors="pt").input_ids, output_hidden_states=True).hidden_states[2][0]
+                for t in (text, other))
+        alike = ((x / x.norm(dim=1, keepdim=True)) @ (y / y.norm(dim=1, keepdim=True)).T).clamp(min=0)  # as padding has it
+        p, r = alike.amax(1)[1:-1].mean(), alike.amax(0)[1:-1].mean()
+        return float(2 * p * r / (p + r))
+
+    theirs = [max(f1(p, r) for r in rs) for p, rs in zip(*TEXTS)]
     predictions, references = TEXTS
-    found = metrics.library.bertscore(str(bert[0]), 2)([*predictions, " "], [*references, ["red"]])
-    assert found == pytest.approx([*theirs, 0], abs=1e-9)
+    found = metrics.library.bertscore()([*predictions, " ", "red"], [*references, ["red"], ["", "red"]])
+    assert found == pytest.approx([*theirs, 0, 1], abs=1e-5)
+    assert metrics.library.bertscore()(["red"], [[" "]]).tolist() == [0]

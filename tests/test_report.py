@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_min import report
 from llava_min.cli import UserError
-from llava_min.report import curves, write_eval_report, write_run_report
+from llava_min.report import curves, evaluation, write_eval_report, write_run_report
+from llava_min.report.page import shown
+from llava_min.report.pictures import PICTURES, Thumbnails
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">'\"&\u2028\u2029\x1b]0;x\x07\u202e<!--<script </script "
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -102,6 +103,19 @@ def test_eval_page(tmp_path):
     assert len(page.data["pictures"]) == 1, "the same picture travels once"
     assert page.data["metrics"] == [{"name": "exact_match", "low": 0.0, "high": 1.0}, {"name": "f1", "low": 0.0, "high": 1.0}]
     assert [p.name for p in tmp_path.iterdir() if "tmp" in p.name] == []
+
+
+def test_groups_stand_under_their_metric_and_remarks_under_the_scores(tmp_path):
+    m = {"score": 0.5, "low": 0.2, "high": 0.8, "n": 6}
+    names = ["exact_match", "pope", "pope_f1", "exact_match top left", "pope top left", "pope_f1 top left", "exact_match red", "pope red"]
+    row = {"id": 1, "prompt": "p", "prediction": "a", "references": ["a"], "scores": {"exact_match": 1.0, "pope": 1.0}}
+    write_eval_report(tmp_path / "r.html", [row], dict.fromkeys(names, m), {"remarks": ["1 of 2 records lost"], "adapter": None, "n": []})
+    source = Page(tmp_path / "r.html").source
+    assert re.findall('<th scope="row"><bdi>(.*?)</bdi>', source) == ["exact_match", "top left", "red", "pope", "top left", "red", "pope_f1", "top left"]
+    assert source.count("<tr class=group>") == 5 and '<ul class="notes"><li>1 of 2 records lost</li></ul></section>' in source
+    assert "adapter" not in source.split("<section>")[2] and "remarks" not in source, "what is not set is left out"
+    write_eval_report(tmp_path / "r.html", [], {}, {})
+    assert "There is no score." in Page(tmp_path / "r.html").text
 
 
 def test_references_scales_and_lost_scores(tmp_path):
@@ -205,7 +219,7 @@ def test_hostile_run(tmp_path):
 
 
 def test_joined_emoji_and_lines_stay():
-    assert report.shown("👩\u200d🚀\n\tx\r\u202e") == "👩\u200d🚀\n\tx\\r\\u202e"
+    assert shown("👩\u200d🚀\n\tx\r\u202e") == "👩\u200d🚀\n\tx\\r\\u202e"
 
 
 def test_a_failed_write_leaves_the_old_page(tmp_path, monkeypatch):
@@ -232,12 +246,12 @@ def test_pictures_share_the_budget(tmp_path):
     paths = [tmp_path / f"{i}.png" for i in range(12)]
     for p in paths:
         Image.fromarray(noise.integers(0, 255, (200, 260, 3), dtype=np.uint8)).save(p)
-    large = report.Thumbnails(paths)
+    large = Thumbnails(paths)
     assert len(large.urls) == 12 and not large.notes()
-    small = report.Thumbnails(paths, 60_000)
+    small = Thumbnails(paths, 60_000)
     assert sum(map(len, small.urls)) <= 60_000 and small.shrunk and "smaller than 192" in small.notes()[0]
-    none = report.Thumbnails([*paths, tmp_path / "absent.png"], 9_000)
-    assert sum(map(len, none.urls)) <= 9_000 and none.left_out and none.broken == 1 and none.index[paths[-1]] is None
+    none = Thumbnails([*paths, tmp_path / "absent.png"], 9_000)
+    assert sum(map(len, none.urls)) <= 9_000 and none.left_out and none.broken == 1 and none.place(paths[-1]) is None
 
 
 def test_every_kind_of_picture(tmp_path):
@@ -246,12 +260,12 @@ def test_every_kind_of_picture(tmp_path):
         Image.new(mode, (500, 20 + i)).save(tmp_path / f"{i}.png")
         pictures.append(tmp_path / f"{i}.png")
     pictures.append(Image.new("CMYK", (30, 30)))
-    t = report.Thumbnails(pictures)
+    t = Thumbnails(pictures)
     assert not t.broken and not t.left_out and None not in t.index.values()
 
 
 def test_texts_and_rows_have_a_budget(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "ROWS", 10)
+    monkeypatch.setattr(evaluation, "ROWS", 10)
     rows = rows_of(30)
     rows[0]["prediction"] = "x" * 9000
     write_eval_report(tmp_path / "r.html", rows, TABLE, {})
@@ -277,7 +291,7 @@ def test_5000_examples(large):
     path, seconds = large
     page = Page(path)
     assert len(page.data["rows"]) == 5000 and len(page.data["pictures"]) > 4900
-    assert path.stat().st_size < report.PICTURES + 2**22
+    assert path.stat().st_size < PICTURES + 2**22
     assert seconds < 30
 
 

@@ -8,18 +8,20 @@ import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from llava_min.cli import UserError, printable
-from llava_min.data.records import (Bad, Files, Record, check_text, in_folder, kind, parse, raw_records, short, sources,
-                                    told)
+from llava_min.cli import UserError, printable, warn
+from llava_min.data.picture import short
+from llava_min.data.record import Bad, Record, check_text, in_folder, kind
+from llava_min.data.records import Files, parse, raw_records, sources, told
 from llava_min.files import check_file
 
 FOLDER = Path(__file__).parent
+FORM = re.compile(r"\{(\w+)(?::(\w*))?\}")
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """`id`, `image` and `prompt` are forms: `{field}` is a field of a published record, `{field:012}` a number with
-    leading zeros, a list stands with commas between its items."""
+    """`id`, `image` and `prompt` are forms: `{field}` is a field of a published record, a list with commas between its
+    items; `{field:012}` is a number with leading zeros, `{field:capitalize}` a text that begins with a capital."""
 
     title: str
     files: list[dict]  # name; records: the key its records stand under; join: the field it shares with the first file
@@ -60,6 +62,11 @@ def read_benchmark(name: str) -> Benchmark:
         for key in ("name", "join")[: 1 + (i > 0)]:
             if not isinstance(file.get(key), str):
                 raise UserError(f"{path}: files {i}: {key} is {short(file.get(key))}, expected text; give it")
+    for key in ("id", "image", "prompt"):
+        for m in FORM.finditer(data[key]):
+            if m[2] is not None and not re.fullmatch(r"capitalize|0\d+", m[2]):
+                raise UserError(f"{path}: {key}: {printable(m[0])} is no form; write {{{m[1]}}}, {{{m[1]}:012}} or "
+                                f"{{{m[1]}:capitalize}}")
     return Benchmark(**data)
 
 
@@ -68,21 +75,27 @@ def benchmark_records(benchmark: Benchmark, data: str, image_folder: str | None)
 
     Raises UserError: a file cannot be read or is another, or records are bad; all are counted and the first named.
     """
-    paths = [path for path, _ in sources(data)]
+    paths, weights = zip(*sources(data))
     takes = f"{benchmark.title} takes --data {','.join(f['name'] for f in benchmark.files)}"
     if len(paths) > len(benchmark.files):
         raise UserError(f"--data: {len(paths)} files; {takes}")
+    if any(weight != 1 for weight in weights):
+        raise UserError(f"--data {short(data, 400)}: a benchmark is asked whole; leave @WEIGHT out")
     first, *others = (read(path, layout, takes) for path, layout in zip(paths, benchmark.files))
-    joins = [(layout["join"], path, {record.get(layout["join"]): record for record in other})
+    joins = [(layout["join"], path, by_field(other, layout["join"], path, takes), set())
              for layout, path, other in zip(benchmark.files[1:], paths[1:], others)]
     root = Path(image_folder or paths[0].parent).absolute()
+    if not root.is_dir():
+        raise UserError(f"{short(root, 400)}: no such folder; give --image-folder, the folder of the pictures")
     files, records, bad = Files(root), [], []
     for n, raw in enumerate(first):
         try:
-            for field, path, other in joins:
-                if raw.get(field) not in other:
-                    raise Bad(f"{path.name} has none of its {field} {short(raw.get(field))}")
-                raw = other[raw[field]] | raw
+            for field, path, other, seen in joins:
+                key = key_of(raw, field)
+                if key not in other:
+                    raise Bad(f"{path.name} has none of its {field} {short(key)}")
+                seen.add(key)
+                raw = other[key] | raw
             record = from_published(raw, benchmark, root)
             if not files.have(record.images[0]):
                 raise Bad(f"no picture {short(record.images[0], 200)}")
@@ -92,7 +105,31 @@ def benchmark_records(benchmark: Benchmark, data: str, image_folder: str | None)
     if bad:
         raise UserError(f"{short(data, 400)}: {len(bad)} of {len(first)} records are bad: {told(bad)}; {takes}, and "
                         "--image-folder where the pictures lie")
+    for field, path, other, seen in joins:
+        if alone := [key for key in other if key not in seen]:
+            warn(f"{path.name}: {len(alone)} of {len(other)} records belong to no question and are left out, for example "
+                 f"{field} {short(alone[0])}")
     return records
+
+
+def key_of(raw: dict, field: str) -> str | int:
+    """What joins a record to one of another file. Raises Bad."""
+    key = value(raw, field)
+    if not isinstance(key, (str, int)):
+        raise Bad(f"{field}: {kind(key)}, expected text or a number")
+    return key
+
+
+def by_field(records: list[dict], field: str, path: Path, takes: str) -> dict[str | int, dict]:
+    found: dict[str | int, dict] = {}
+    for n, record in enumerate(records):
+        try:
+            if (key := key_of(record, field)) in found:
+                raise Bad(f"its {field} {short(key)} stands on another record too")
+            found[key] = record
+        except Bad as e:
+            raise UserError(f"{path}: record {n}: {e}; is it the right file? {takes}") from None
+    return found
 
 
 def read(path: Path, layout: dict, takes: str) -> list[dict]:
@@ -138,10 +175,13 @@ def value(raw: dict, field: str) -> object:
 
 def fill(form: str, raw: dict) -> str:
     def one(m: re.Match) -> str:
-        x = value(raw, m[1])
+        x, how = value(raw, m[1]), m[2]
+        if how and type(x) is not (str if how == "capitalize" else int):
+            raise Bad(f"{m[1]}: {short(x)}, expected {'text' if how == 'capitalize' else 'a whole number'}")
         items = x if isinstance(x, list) else [x]
-        if not all(isinstance(i, (str, int)) for i in items) or m[2] and not isinstance(x, int):
-            raise Bad(f"{m[1]}: {short(x)}, expected {'a whole number' if m[2] else 'text or numbers'}")
-        return ", ".join(map(str, items)).zfill(int(m[2] or 0))
+        if not all(type(i) in (str, int) for i in items):
+            raise Bad(f"{m[1]}: {short(x)}, expected text or numbers")
+        text = ", ".join(map(str, items))
+        return text.capitalize() if how == "capitalize" else text.zfill(int(how or 0))
 
-    return re.sub(r"\{(\w+)(?::0(\d+))?\}", one, form)
+    return FORM.sub(one, form)

@@ -5,13 +5,14 @@ The packages are extras, and no model is downloaded: what is missing is one line
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
 
 import numpy as np
 
-from llava_min.cli import UserError
+from llava_min.cli import UserError, printable
 
 BERT, BERT_LAYERS = "FacebookAI/roberta-large", 17  # bert-score's default for English, and the layer it reads
 NLI = "FacebookAI/roberta-large-mnli"
@@ -20,8 +21,8 @@ NLI = "FacebookAI/roberta-large-mnli"
 def need(metric: str, module: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"--metrics {metric}: needs {package}, which is not installed; pip install {package}") from None
+    except ImportError as e:  # the package, or one that it needs
+        raise UserError(f"--metrics {metric}: needs {package} ({printable(e)}); pip install {package}") from None
 
 
 def need_model(metric: str, repository: str) -> str:
@@ -33,6 +34,23 @@ def need_model(metric: str, repository: str) -> str:
         return snapshot_download(repository, local_files_only=True)
     except LocalEntryNotFoundError:
         raise UserError(f"--metrics {metric}: its model {repository} is not on disk; hf download {repository}") from None
+
+
+@contextmanager
+def reading(metric: str, repository: str) -> Iterator[None]:
+    """A download that broke off leaves a folder in which files are absent or cut short."""
+    try:
+        yield
+    except Exception as e:
+        raise UserError(f"--metrics {metric}: its model {repository} cannot be loaded ({printable(e)[:400]}); where its files "
+                        f"are damaged, hf download {repository} --force-download") from None
+
+
+def tokenizer_of(folder: str, **options):
+    """With RoBERTa's limit, which not every folder tells."""
+    tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(folder, **options)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, 512)
+    return tokenizer
 
 
 def bleu() -> tuple[Callable, Callable]:
@@ -81,30 +99,39 @@ def words_of_rouge():
     return tokenizer
 
 
-def bertscore(folder: str | None = None, layers: int = BERT_LAYERS) -> Callable:
-    """0 to 1: F1 against the best reference (Zhang et al. 2020, https://arxiv.org/abs/1904.09675), not rescaled."""
+def bertscore() -> Callable:
+    """0 to 1: F1 against the best reference (Zhang et al. 2020, https://arxiv.org/abs/1904.09675), not rescaled; 0 where
+    one of the two is empty."""
     bert_score = need("bertscore", "bert_score", "bert-score")
-    scorer = bert_score.BERTScorer(model_type=folder or need_model("bertscore", BERT), num_layers=layers)
+    folder = need_model("bertscore", BERT)
+    if "t5" in folder:  # bert-score would read it as a T5, with random weights
+        raise UserError(f"--metrics bertscore: bert-score takes every path with \"t5\" in it for a T5 model, and its model lies "
+                        f"in {folder}; move the cache and set HF_HOME")
+    with reading("bertscore", BERT):
+        scorer = bert_score.BERTScorer(model_type=folder, num_layers=BERT_LAYERS)
+        # bert-score asks for the space with every text, as RoBERTa was trained; transformers 5 hears it only here
+        scorer._tokenizer = tokenizer_of(folder, add_prefix_space=True)
 
     def metric(predictions: list[str], references: list[list[str]]) -> np.ndarray:
+        full = [[r for r in rs if r.strip()] if p.strip() else [] for p, rs in zip(predictions, references, strict=True)]
         scores = np.zeros(len(predictions))
-        if full := [i for i, p in enumerate(predictions) if p.strip()]:  # bert-score's 0 for an empty text fails of late
-            scores[full] = scorer.score([predictions[i] for i in full], [references[i] for i in full])[2].numpy()
+        if some := [i for i, rs in enumerate(full) if rs]:  # bert-score cannot take an empty text with transformers 5
+            scores[some] = scorer.score([predictions[i] for i in some], [full[i] for i in some])[2].numpy()
         return scores
 
     return metric
 
 
-def nli(folder: str | None = None) -> Callable:
+def nli() -> Callable:
     """0 to 1: the probability that a reference entails the prediction, for the best one; of a pair the first 512 tokens."""
     transformers = need("nli", "transformers", "transformers")
     import torch
 
-    folder = folder or need_model("nli", NLI)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval().to(device)
-    entailment = next(i for i, name in model.config.id2label.items() if name.lower().startswith("entail"))
+    folder, device = need_model("nli", NLI), "cuda" if torch.cuda.is_available() else "cpu"
+    with reading("nli", NLI):
+        tokenizer = tokenizer_of(folder)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval().to(device)
+        entailment = next(i for i, name in model.config.id2label.items() if name.lower() == "entailment")
 
     @torch.no_grad()
     def metric(predictions: list[str], references: list[list[str]]) -> list[float]:

@@ -3,13 +3,12 @@
 Everything is placed here in Python; the page's script only looks up the point nearest to the pointer.
 """
 
-import html
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from llava_min.cli import printable
+from llava_min.report.page import escape
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 220, 52, 12, 10, 26
 POINTS = 1000  # of a curve; of more, each stretch keeps its lowest and highest
@@ -25,14 +24,10 @@ class Curve:
 
 
 def figures(curves: list[Curve]) -> str:
-    note = lambda c: f'<p class="muted">{safe(c.note)}</p>' if c.note else ""
-    drawn = "".join(f'<figure class="chart"><figcaption><b><bdi>{safe(c.name)}</bdi></b><output></output></figcaption>'
+    note = lambda c: f'<p class="muted">{escape(c.note)}</p>' if c.note else ""
+    drawn = "".join(f'<figure class="chart"><figcaption><b><bdi>{escape(c.name)}</bdi></b><output></output></figcaption>'
                     f"{c.svg}{note(c)}</figure>" for c in curves)
     return f'<div class="charts">{drawn}</div>' if drawn else ""
-
-
-def safe(x: object) -> str:
-    return html.escape(printable(x), quote=True)
 
 
 def curve(name: str, values: dict[float, float]) -> Curve:
@@ -53,7 +48,7 @@ def curve(name: str, values: dict[float, float]) -> Curve:
     px = lambda s: round(LEFT + (s - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT), 1)
     py = lambda v: round(HEIGHT - BOTTOM - (f(v) - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM), 1)
 
-    out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{safe(name)} by step">']
+    out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)} by step">']
     for value in marks:
         y = py(value)
         out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'

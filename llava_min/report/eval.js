@@ -74,7 +74,9 @@ function example(row) {
   put(row.r.length > 1 ? "References" : "Reference", ...references);
   if (data.compare) put("Base", answer(row.b, row.t));
   put(data.compare ? "Tuned" : "Answer", answer(row.a, row.s));
-  const words = el("div", "words", el("div", "top", el("p", "id", bdi(row.id)), chips(row)), el("p", "question", bdi(row.q)), texts);
+  const [question, ...more] = row.q.split("\n");  // what follows is often the same in every example, or words read in the picture
+  const asked = el("p", "question", bdi(question), ...more.length ? [el("span", "more", "\n", bdi(more.join("\n")))] : []);
+  const words = el("div", "words", el("div", "top", el("p", "id", bdi(row.id)), chips(row)), asked, texts);
   const card = el("article", "example");
   if (row.p) {
     const pictures = el("div", "pictures");
