@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from llava_min.cli import Count, Seed, UserError, note, parse, printable, run
+from llava_min.cli import Count, Place, Seed, UserError, flags, note, parse, printable, run
 
 # What the answers depend on. A folder holds answers of one such set of settings.
 SAME = ("weights", "data_sha256", "template", "image_aspect_ratio", "exif", "dtype", "num_beams", "max_new_tokens",
@@ -29,18 +29,18 @@ CHECKED = 8  # answers that are asked again one at a time where arithmetic depen
 
 @dataclass
 class Knobs:
-    model: str = "tiny"  # a folder, a hub id, or tiny
-    adapter: str | None = None  # a PEFT folder, applied unmerged
-    data: str | None = None  # records with the right answers, as train.py reads them; with --benchmark, its files
-    image_folder: str | None = None  # where the pictures lie; the data file's own folder if not given
+    model: Place = "tiny"  # a folder, a hub id, or tiny
+    adapter: Place | None = None  # a PEFT folder, applied unmerged
+    data: Place | None = None  # records with the right answers, as train.py reads them; with --benchmark, its files
+    image_folder: Place | None = None  # where the pictures lie; the data file's own folder if not given
     benchmark: str | None = None  # vqav2, textvqa, textvqa-ocr, pope, or a settings file: how data is read and asked
     metrics: tuple[str, ...] | None = None  # names, with commas between, or module:function; exact_match if not given
     batch_size: Count = 8  # rows generated at a time; the answers do not depend on it
     num_beams: Count = 1  # 1 is greedy
     max_new_tokens: Count | None = None  # tokens of an answer; 128 if not given
     by: str | None = None  # a field of the records (kind, in the toy questions): scores for each of its values too
-    out: str | None = None  # folder for predictions, scores and the report; none is written if not given
-    compare: str | None = None  # another model, or an adapter of this one, on the same records
+    out: Place | None = None  # folder for predictions, scores and the report; none is written if not given
+    compare: Place | None = None  # another model, or an adapter of this one, on the same records
     logprob: bool = False  # each answer's mean log probability too; one more pass over the data
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the weights
     device: str = "auto"  # cpu, cuda, cuda:N
@@ -52,9 +52,8 @@ class Knobs:
     def __post_init__(self):
         if self.data is None:
             raise UserError("--data: not given; give a file of records with answers")
-        for name in ("adapter", "out", "compare"):
-            if getattr(self, name) == "":
-                raise UserError(f"--{name}: is empty; give a path, or leave it out")
+        if self.logprob and self.out is None:
+            raise UserError("--logprob: is written into predictions.jsonl alone; give --out DIR, or leave it out")
 
 
 def main(argv: list[str]) -> int | None:
@@ -74,7 +73,7 @@ def main(argv: list[str]) -> int | None:
     knobs.metrics = tuple(knobs.metrics or ("exact_match",))
     knobs.max_new_tokens = knobs.max_new_tokens or 128
     find(knobs.metrics)
-    with start(knobs.device) as world:
+    with flags(knobs), start(knobs.device) as world:
         if knobs.benchmark:
             records = benchmark_records(benchmark, knobs.data, knobs.image_folder)
         else:
@@ -85,11 +84,10 @@ def main(argv: list[str]) -> int | None:
             raise UserError(f"--by {printable(knobs.by)}: no record has such a field; give one that stands beside the "
                             "conversation")
         out = Path(knobs.out) if knobs.out else None
-        if knobs.compare:
-            check_compare(knobs)
-        sides = [answers(knobs, records, world, out)]
-        if knobs.compare:
-            sides.append(answers(knobs, records, world, out and out / "compare", knobs.compare))
+        compared = [None, knobs.compare] if knobs.compare else [None]
+        ways = [check_side(knobs, records, compare) for compare in compared]
+        sides = [answers(knobs, records, world, out and out / "compare" if compare else out, way, compare)
+                 for compare, way in zip(compared, ways)]
         if world.rank:
             return None
 
@@ -163,18 +161,22 @@ def which(knobs: Knobs, compare: str | None) -> tuple[str, str | None]:
     return (knobs.model, compare) if (Path(compare) / "adapter_config.json").is_file() else (compare, None)
 
 
-def check_compare(knobs: Knobs) -> None:
-    """What is wrong with --compare is found before the first side, which may take hours, has answered."""
+def check_side(knobs: Knobs, records: list, compare: str | None) -> dict[str, str]:
+    """What is wrong with a model, an adapter or the room for answers is found before the first side, which may take hours,
+    has answered. -> how the model is to be asked, as its files or the flags say."""
+    from llava_min.evaluate import check_room
     from llava_min.load import prepare
-    from llava_min.lora import read_adapter
+    from llava_min.adapter import read_adapter
 
-    source, adapter = which(knobs, knobs.compare)
+    source, adapter = which(knobs, compare)
     ready = prepare(source, image_aspect_ratio=knobs.image_aspect_ratio, template=knobs.template)
     if adapter:
         read_adapter(ready.model, Path(adapter))
+    check_room(ready.model, ready.processor, records, knobs.max_new_tokens)
+    return {"image_aspect_ratio": ready.processor.image_config.aspect, "template": ready.processor.template_name}
 
 
-def answers(knobs: Knobs, records: list, world: Any, folder: Path | None, compare: str | None = None) -> Side:
+def answers(knobs: Knobs, records: list, world: Any, folder: Path | None, way: dict[str, str], compare: str | None) -> Side:
     """What --model answers, or the model or adapter it is compared with; `folder`, if there is one, is continued."""
     import torch
 
@@ -188,8 +190,9 @@ def answers(knobs: Knobs, records: list, world: Any, folder: Path | None, compar
                 "benchmark": knobs.benchmark, **options, "data_sha256": hashes(knobs.data)}
     if folder and world.rank == 0:
         check_same(folder, settings)
-    model, processor = load(model_name, dtype=knobs.dtype, device=world.device, adapter=adapter,
-                            image_aspect_ratio=knobs.image_aspect_ratio, template=knobs.template)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    model, processor = load(model_name, dtype=knobs.dtype, device=world.device, adapter=adapter, **way)
     settings |= {"weights": fingerprint(model), "template": processor.template_name,
                  "prompt": exact_prompt(processor, records[0]), "image_aspect_ratio": processor.image_config.aspect,
                  "image_size": processor.image_config.size, "dtype": str(model.dtype).removeprefix("torch."),
@@ -289,7 +292,6 @@ def open_answers(folder: Path, settings: dict, world: Any) -> TextIO:
     if world.rank == 0:
         check_same(folder, settings)
         with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
             put(folder / "settings.json", [settings], indent=2)
     gather(world, None)
     name = "predictions.jsonl" if world.rank == 0 else f"predictions-{world.rank}.jsonl"

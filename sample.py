@@ -9,6 +9,7 @@ Answers go to stdout, everything else to stderr. One picture's answer streams, u
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llava_min.cli import Count, NonNegative, Positive, Seed, UserError, Whole, note, parse, printable, run
+from llava_min.cli import Count, NonNegative, Place, Positive, Seed, UserError, Whole, flags, note, parse, printable, run
 
 QUESTION = "Describe this image in detail."
 TINY_QUESTION = "What is in the picture?"  # the open question of the tiny model's own task
@@ -31,8 +32,8 @@ HELP = ("/image PATH: another picture   /reset: forget what was said   /quit or 
 class Knobs:
     images: list[str] = field(default_factory=list)  # the pictures, one answer each
     prompt: str | None = None  # the question; - reads it from stdin
-    model: str | None = None  # a folder, a hub id, or tiny, the bundled one
-    adapter: str | None = None  # a PEFT folder, applied unmerged
+    model: Place | None = None  # a folder, a hub id, or tiny, the bundled one
+    adapter: Place | None = None  # a PEFT folder, applied unmerged
     max_new_tokens: Count = 256  # an answer ends here at the latest
     min_new_tokens: Whole = 0  # and not before so many
     temperature: NonNegative = 0.0  # 0 is greedy; above it, sampling
@@ -56,10 +57,14 @@ class Knobs:
 def main(argv: list[str]) -> None:
     knobs = parse(Knobs, argv, "Ask a LLaVA about pictures.", positional="images")
     check(knobs)
-    prompt = read_prompt(knobs)
-    from llava_min.data.image import open_image  # torch comes with these, after the flags were read
+    with flags(knobs):
+        answer(knobs, read_prompt(knobs))
+
+
+def answer(knobs: Knobs, prompt: str | None) -> None:
+    from llava_min.data.picture import open_image
     from llava_min.generate import Options
-    from llava_min.load import load
+    from llava_min.load import load, prepare
 
     names = ("max_new_tokens", "min_new_tokens", "num_beams", "num_return_sequences", "temperature", "top_p",
              "top_k", "length_penalty", "repetition_penalty", "seed")
@@ -70,20 +75,26 @@ def main(argv: list[str]) -> None:
         note(TINY_NOTE)
     start = time.perf_counter()
     source = knobs.model or "tiny"
-    model, processor = load(source, dtype=knobs.dtype, device=knobs.device, adapter=knobs.adapter,
-                            image_aspect_ratio=knobs.image_aspect_ratio, template=knobs.template)
+    question = prompt or (TINY_QUESTION if source == "tiny" else QUESTION)
+    ready = prepare(source, image_aspect_ratio=knobs.image_aspect_ratio, template=knobs.template)
+    processor = ready.processor
+    batch = processor.chat([{"role": "user", "content": content(question)}], images[:1])
+    tokens, context = batch["input_ids"].shape[1], ready.model.config.text.context
+    if tokens + knobs.max_new_tokens > context:
+        raise UserError(f"--max-new-tokens: {knobs.max_new_tokens} and the question's {tokens} tokens are more than the model's "
+                        f"context of {context}; lower it, or shorten the question")
+    model, _ = load(source, dtype=knobs.dtype, device=knobs.device, adapter=knobs.adapter,
+                    image_aspect_ratio=processor.image_config.aspect, template=processor.template_name)
     dtype = str(model.dtype).removeprefix("torch.")
     note(f"loaded {source} in {time.perf_counter() - start:.1f} s: {model.device}, {dtype}")
     options |= {"compile": knobs.compile, "suppress_tokens": processor.silent_ids(model.config.text.vocab_size)}
     if knobs.chat:
         chat(model, processor, images[0], prompt, knobs.exif, options)
         return
-    prompt = prompt or (TINY_QUESTION if source == "tiny" else QUESTION)
     if len(images) * knobs.num_beams * knobs.num_return_sequences == 1 and not knobs.json:
-        batch = processor.chat([{"role": "user", "content": content(prompt)}], [images[0]])
         say(model, batch, processor, [], **options)
     else:
-        answer_all(model, processor, images, prompt, knobs, options)
+        answer_all(model, processor, images, question, knobs, options)
 
 
 def check(knobs: Knobs) -> None:
@@ -95,29 +106,31 @@ def check(knobs: Knobs) -> None:
                         "/image PATH changes it")
     if knobs.chat and (knobs.json or knobs.num_beams > 1 or knobs.num_return_sequences > 1):
         raise UserError("--chat: streams one answer; leave out --json, --num-beams and --num-return-sequences")
+    if knobs.compile and (knobs.num_beams > 1 or knobs.num_return_sequences > 1):
+        raise UserError("--compile: works for one answer per picture; leave it out with --num-beams or --num-return-sequences above 1")
+    if knobs.chat and sys.stdin is None and knobs.prompt is None:
+        raise UserError("--chat: stdin is closed, so no question can come; open it, or give --prompt TEXT")
     if knobs.chat and knobs.prompt == "-":
         raise UserError("--prompt -: a chat reads its questions from stdin anyway; leave it out")
 
 
 def read_prompt(knobs: Knobs) -> str | None:
     """The question, None when none was given."""
-    prompt = knobs.prompt
-    if prompt == "-":
-        if sys.stdin is None:
-            raise UserError("--prompt -: stdin is closed; give the question as --prompt TEXT")
-        try:
+    prompt, source = knobs.prompt, "--prompt -" if knobs.prompt == "-" else "--prompt"
+    try:
+        if prompt == "-":
+            if sys.stdin is None:
+                raise UserError("--prompt -: stdin is closed; give the question as --prompt TEXT")
             prompt = sys.stdin.buffer.read().decode("utf-8").strip()
-        except UnicodeDecodeError as e:
-            raise UserError(f"--prompt -: stdin is not UTF-8 at byte {e.start}; convert it") from None
+        elif prompt:
+            prompt = os.fsencode(prompt).decode("utf-8")  # the bytes that were typed, whatever the locale took them for
+    except UnicodeError as e:
+        raise UserError(f"{source}: is not UTF-8 at byte {e.start}; convert it") from None
     if prompt is not None and not prompt.replace("<image>", "").strip():
-        raise UserError(f"--prompt{' -' if knobs.prompt == '-' else ''}: is empty; write a question, or leave it out")
+        raise UserError(f"{source}: is empty; write a question, or leave it out")
     if prompt is not None and prompt.count("<image>") > 1:
         raise UserError(f"--prompt: {prompt.count('<image>')} times <image>, and a question is about one picture; "
                         "mark it once at most")
-    try:
-        (prompt or "").encode()
-    except UnicodeEncodeError as e:
-        raise UserError(f"--prompt: is not UTF-8 at character {e.start}; convert it") from None
     return prompt
 
 
@@ -184,7 +197,7 @@ def questions(first: str | None) -> Iterator[str]:
         yield first
     if sys.stdin is None:
         return
-    sys.stdin.reconfigure(errors="surrogateescape")  # what is not text is then a bad question, not a fault
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # what is not text is then a bad question, not a fault
     while True:
         try:
             if sys.stdin.isatty():
@@ -200,7 +213,7 @@ def questions(first: str | None) -> Iterator[str]:
 
 
 def chat(model: Any, processor: Any, image: Any, first: str | None, exif: bool, options: dict) -> None:
-    from llava_min.data.image import open_image
+    from llava_min.data.picture import open_image
     from llava_min.generate import new_cache
 
     cache, talk = new_cache(model), []

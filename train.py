@@ -8,16 +8,16 @@
 import math
 import multiprocessing
 import os
-import re
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from llava_min.cli import Count, Fraction, NonNegative, Positive, Seed, UserError, Whole, note, parse, printable, run
+from llava_min.cli import Count, Fraction, NonNegative, Place, Positive, Seed, UserError, Whole, flags, note, parse, printable, run
+from llava_min.settings import check_settings
 from llava_min.signals import CODE, Interrupted, Signals
 
 RECIPES = Path(__file__).parent / "llava_min" / "recipes"
@@ -31,15 +31,15 @@ FREE = set("""recipe model data toy_train toy_val image_folder eval_data out res
 class Knobs:
     recipe: str | None = None  # settings by name, or a .toml file; `toy` when there is no --data
     # what is trained, on what
-    model: str = "tiny"  # a folder, a hub id, or tiny; for --dry-run also a size: 300m, 1b, 7b, 13b, mistral-7b
-    data: str | None = None  # LLaVA JSON or messages, with commas between several; toy:TASK (questions, captions) draws it
+    model: Place = "tiny"  # a folder, a hub id, or tiny; for --dry-run also a size: 300m, 1b, 7b, 13b, mistral-7b
+    data: Place | None = None  # LLaVA JSON or messages, with commas between several; toy:TASK (questions, captions) draws it
     toy_train: Count = 3000  # pictures that toy:TASK draws to train on
     toy_val: Count = 200  # and to evaluate with
-    image_folder: str | None = None  # where the pictures lie; the data file's own folder if not given
-    eval_data: str | None = None  # held-out records of the same kind; toy:TASK has its own
+    image_folder: Place | None = None  # where the pictures lie; the data file's own folder if not given
+    eval_data: Place | None = None  # held-out records of the same kind; toy:TASK has its own
     skip_bad: bool = False  # leave bad records out, list them in skipped.txt, and stop at 1 % of them
-    out: str | None = None  # the run folder; runs/RECIPE-N if not given
-    resume: str = "never"  # auto: go on from the newest whole checkpoint of the run folder; or the folder of a checkpoint
+    out: Place | None = None  # the run folder; runs/RECIPE-N if not given
+    resume: Place = "never"  # auto: go on from the newest whole checkpoint of the run folder; or the folder of a checkpoint
     train: str = "lora"  # lora, full (the tower too), freeze_vision, projector, or last:N decoder blocks and the head
     train_projector: bool | None = None  # the projector learns, whatever --train says
     train_vision: bool | None = None  # the tower learns, whatever --train says
@@ -61,11 +61,11 @@ class Knobs:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warmup
     max_grad_norm: NonNegative = 1.0  # gradients are scaled down to this norm; 0 for none
     epochs: Positive = 1.0  # passes over the data
-    max_steps: Whole = 0  # stop after so many optimizer steps; 0 for epochs alone
+    max_steps: Whole = 0  # stop after so many optimizer steps, however many passes they are; 0 for epochs alone
     batch_size: Count = 8  # rows in a micro-batch of one rank
     grad_accum: Count = 1  # micro-batches in an optimizer step
     auto_batch_size: bool = False  # the largest micro-batch that fits, with the accumulation that keeps the step
-    max_length: Count = 2048  # tokens in a row
+    max_length: Count | None = None  # tokens in a row; 2048 if not given, or the model's context if that is less
     too_long: Literal["error", "shorten"] = "error"  # a longer record stops the run, or loses its last turns
     group_by_length: bool = False  # rows of like length in a micro-batch, with pictures or without in a step
     packing: bool = False  # several records in a row of max_length tokens, each seeing itself alone
@@ -83,7 +83,7 @@ class Knobs:
     seed: Seed = 0  # of weights, order and dropout
     deterministic: bool = False  # only operations that give the same bits every time
     device: str = "auto"  # cpu, cuda, cuda:N
-    timeout: Positive = 600.0  # seconds a rank waits for the others before the job ends
+    timeout: Annotated[float, 1.0, 1e6] = 600.0  # seconds a rank waits for the others before the job ends
     save_every: str = "30m"  # steps (500), minutes (30m) or epoch between checkpoints; 0 for none
     save_only_model: bool = False  # checkpoints without optimizer: small, and no run can go on from them
     keep: Count = 2  # newest checkpoints that are kept, beside the best
@@ -99,32 +99,13 @@ class Knobs:
     samples: Whole = 5  # answers shown before and after
     dry_run: bool = False  # show what would be done, without weights, and stop
 
-    def __post_init__(self):
-        faults = {
-            "--data: not given; give a LLaVA JSON file, or --recipe toy": self.data is None and not self.dry_run,
-            f"--betas: {self.betas} is not two numbers below 1; give for example 0.9,0.999":
-                len(self.betas) != 2 or max(self.betas) >= 1,
-            f"--save-every: {printable(self.save_every)} is not a number of steps, minutes like 30m, or epoch; give one":
-                not re.fullmatch(r"\d{1,9}|[1-9]\d{0,6}m|epoch", self.save_every),
-            "--early-stopping: by which metric? give --best-metric": self.early_stopping and not self.best_metric,
-            "--best-metric: without --eval-every N nothing is evaluated on the way; give it":
-                self.best_metric and not self.eval_every,
-            "--best-metric: keeps a checkpoint, and --save-every 0 allows none; give another":
-                self.best_metric and self.save_every == "0",
-            f"--best-metric: {printable(self.best_metric)} is not evaluated; give loss, or one of --eval-metrics":
-                self.best_metric not in (None, "loss", *self.eval_metrics)}
-        for line, true in faults.items():
-            if true:
-                raise UserError(line)
-
 
 def main(argv: list[str]) -> int | None:
     if not any(a.split("=")[0] in ("--recipe", "--data") for a in argv):
         argv = ["--recipe", "toy", *argv]
     knobs = parse(Knobs, argv, "Fine-tune a LLaVA.", recipes=RECIPES)
-    if knobs.train != "lora" and (flag := next((a.split("=")[0] for a in argv if re.match(r"--(lora-|dora|rslora)", a)), None)):
-        raise UserError(f"{flag}: has no meaning with --train {printable(knobs.train)}; leave it out, or give --train lora")
-    with Signals() as signals:
+    check_settings(knobs, argv)
+    with flags(knobs), Signals() as signals:
         from llava_min import checkpoint
         from llava_min.dist import agree, gather, start
 
@@ -134,6 +115,8 @@ def main(argv: list[str]) -> int | None:
                 if knobs.dry_run:
                     with tempfile.TemporaryDirectory() as folder:
                         return train(knobs, world, signals, Path(folder), None)
+                if knobs.cpu_offload and world.device.type == "cpu":
+                    raise UserError("--cpu-offload: the weights are in the CPU's memory anyway; leave it out, or give --device cuda")
                 name = Path(knobs.recipe or "run").stem
                 found = checkpoint.place(knobs.out, knobs.resume, Path("runs"), name) if world.rank == 0 else None
                 out, resumed = gather(world, found)[0]
@@ -153,20 +136,22 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     from llava_min import checkpoint
     from llava_min.data import toy
     from llava_min.data.dataset import Dataset, loader
-    from llava_min.data.records import Skips, read_records, short, sources
+    from llava_min.data.picture import short
+    from llava_min.data.records import Skips, read_records, sources
     from llava_min.data.sampler import plan as make_plan, records_of
     from llava_min.dist import agree, any_of, full_state, gather, shard, total, uneven
-    from llava_min.evaluate import predict, score
+    from llava_min.evaluate import check_room, predict, score
     from llava_min.files import new_folder, write_json
     from llava_min.load import on_meta, prepare, write_model
     from llava_min.log import Log, check_packages, peak_memory, show_samples
-    from llava_min.lora import LoRAConfig, adapter_names, add_lora, init_lora, save_adapter
+    from llava_min.adapter import adapter_names, save_adapter
+    from llava_min.lora import LoRAConfig, add_lora, init_lora
     from llava_min.metrics import find as find_metrics
-    from llava_min.optim import LossScale, clip, make_optimizer, parameter_groups, rate_factor
+    from llava_min.optim import LossScale, check_optimizer, clip, make_optimizer, parameter_groups, rate_factor
     from llava_min.packed import widen
     from llava_min.report import write_run_report
-    from llava_min.step import (compile_blocks, largest_batch, named_config, neftune, recompute_blocks, show_plan, supervised_in,
-                                try_step)
+    from llava_min.step import (compile_blocks, largest_batch, named_config, neftune, recompute_blocks, row_length, show_plan,
+                                supervised_in, try_step)
     from llava_min.trainable import check_gradients, select, table
     from llava_min.weights import DTYPES
 
@@ -176,6 +161,10 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
         torch.use_deterministic_algorithms(True)
 
     # ---- the data: whatever is wrong with it is found before weights are read
+    metrics = find_metrics(knobs.eval_metrics)
+    if not (knobs.best_metric or "loss").startswith(("loss", *metrics)):  # pope_f1 is of pope
+        raise UserError(f"--best-metric: {printable(knobs.best_metric)} is not evaluated; give one of {', '.join(['loss', *metrics])}")
+    check_packages(knobs.log)
     data, eval_data, images = knobs.data, knobs.eval_data, knobs.image_folder
     if data and data.startswith("toy:"):
         if (task := data.removeprefix("toy:")) not in toy.TASKS:
@@ -185,8 +174,6 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
         agree(world, "the toy data", True)
         data, eval_data, images = str(out / "data" / "train.json"), out / "data" / "val.json", None
     skips = Skips(out / "skipped.txt" if world.rank == 0 else None) if knobs.skip_bad else None
-    find_metrics(knobs.eval_metrics)
-    check_packages(knobs.log)
     try:
         records = read_records(data, images, skips) if data else []
         held_out = read_records(eval_data, images) if eval_data else []
@@ -206,12 +193,36 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     if knobs.train == "lora":
         add_lora(model, lora)
     select(model, knobs.train, train_projector=knobs.train_projector, train_vision=knobs.train_vision)
+    knobs.max_length = row_length(knobs.max_length, model.config.text.context)
+    groups = lambda: parameter_groups(model, knobs.lr, knobs.weight_decay, knobs.projector_lr, knobs.vision_lr)
+    check_optimizer(knobs.optimizer, groups(), knobs.betas, device)
     if world.rank == 0:
         print(table(model), file=sys.stderr)
     if knobs.dry_run:
         return show_plan(model, records, knobs, world.size)
+
+    # ---- the order of the data, and the rate at each step
     options = {"max_length": knobs.max_length, "exif": knobs.exif, "too_long": knobs.too_long}
     dataset, validation = Dataset(records, ready.processor, **options), Dataset(held_out, ready.processor, **options)
+    check_room(model, ready.processor, held_out, knobs.max_new_tokens)
+    lengths, rows, batch_size = dataset.lengths(exact=knobs.packing), knobs.batch_size * knobs.grad_accum, knobs.batch_size
+    deal = lambda batch_size: make_plan(lengths, batch_size, rows // batch_size, world.size, knobs.epochs, knobs.max_steps, knobs.seed,
+                                        group_by_length=knobs.group_by_length, packing=knobs.max_length if knobs.packing else 0)
+    plan = deal(batch_size)
+    warmup = knobs.warmup_steps or round(knobs.warmup_ratio * len(plan))
+    if warmup > len(plan):
+        raise UserError(f"--warmup-steps {warmup}: the run has only {len(plan)} steps; lower it, or raise --epochs")
+
+    # what every rank has alike, and a run that goes on has as it was
+    files = {entry.path for entry in ready.entries.values()}
+    tokenizer = ready.entries["language_model.norm.weight"].path.parent.glob("token*")
+    identity = {"training data": checkpoint.fingerprint(path for path, _ in sources(data)),
+                "base model": checkpoint.fingerprint(files), "tokenizer": checkpoint.fingerprint(tokenizer),
+                "rows of a step": rows * world.size, "steps": len(plan),
+                **{name: value for name, value in asdict(knobs).items() if name not in FREE}}
+    agree(world, "code, data or model", identity)
+
+    # ---- the weights, and what is put on them
     shard(model, world, compute=compute, full=knobs.train in ("full", "freeze_vision"), cpu_offload=knobs.cpu_offload)
     ready.fill(compute, device, offload=knobs.cpu_offload)
     init_lora(model, knobs.seed)
@@ -230,28 +241,14 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
         with autocast():
             return model.loss(**{k: v.to(device, non_blocking=True) for k, v in batch.items() if k != "attention_mask"})
 
-    # ---- the order of the data, the optimizer and its schedule
-    lengths, rows, batch_size = dataset.lengths(exact=knobs.packing), knobs.batch_size * knobs.grad_accum, knobs.batch_size
     if knobs.auto_batch_size:
         longest = [(i,) for i in sorted(range(len(lengths)), key=lambda i: -abs(lengths[i]))]
         fits = lambda n: try_step(lambda: loss_of(next(loader(dataset, [longest[:n]]))[0]), model)
         batch_size = largest_batch(rows, lambda n: not any_of(world, not fits(n)))
-    plan = make_plan(lengths, batch_size, rows // batch_size, world.size, knobs.epochs, knobs.max_steps, knobs.seed,
-                     group_by_length=knobs.group_by_length, packing=knobs.max_length if knobs.packing else 0)
-    warmup = knobs.warmup_steps or round(knobs.warmup_ratio * len(plan))
-    if warmup > len(plan):
-        raise UserError(f"--warmup-steps {warmup}: the run has only {len(plan)} steps; lower it, or raise --epochs")
-    groups = parameter_groups(model, knobs.lr, knobs.weight_decay, knobs.projector_lr, knobs.vision_lr)
-    optimizer, scale = make_optimizer(knobs.optimizer, groups, knobs.betas), LossScale(knobs.precision == "fp16")
+        plan = deal(batch_size)
+    optimizer, scale = make_optimizer(knobs.optimizer, groups(), knobs.betas), LossScale(knobs.precision == "fp16")
 
     # ---- where the run stands: at its beginning, or where the checkpoint left it
-    files = {entry.path for entry in ready.entries.values()}
-    tokenizer = ready.entries["language_model.norm.weight"].path.parent.glob("token*")
-    identity = {"training data": checkpoint.fingerprint(path for path, _ in sources(data)),
-                "base model": checkpoint.fingerprint(files), "tokenizer": checkpoint.fingerprint(tokenizer),
-                "rows of a step": rows * world.size, "steps": len(plan),
-                **{name: value for name, value in asdict(knobs).items() if name not in FREE}}
-    agree(world, "code, data or model", identity)
     at = {"step": 0, "evaluated": -1, "best": None, "best_step": -1, "waited": 0, "skipped": 0}
     checkpoint.reseed(knobs.seed, 0, world.rank)
     if resumed:
@@ -292,11 +289,13 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
         nll, tokens, step = 0.0, 0, at["step"]
         mine, size = [(i,) for i in range(world.rank, len(validation), world.size)], knobs.eval_batch_size
         model.eval()
-        with signals.at_once(alone), autocast():
-            with torch.no_grad(), uneven(model, world):
+        asked = lambda: signals.asked
+        with signals.at_once(alone and not knobs.cpu_offload), autocast():
+            with torch.no_grad(), uneven(model, world, asked) as check:
                 for batch, _ in loader(validation, [mine[i : i + size] for i in range(0, len(mine), size)]):
                     nll, tokens = nll + float(loss_of(batch)), tokens + supervised_in(batch)
-            rows = predict(model, ready.processor, held_out, size, knobs.exif, world=world,
+                    check()
+            rows = predict(model, ready.processor, held_out, size, knobs.exif, world=world, asked=asked,
                            num_beams=knobs.num_beams, max_new_tokens=knobs.max_new_tokens)
         model.train()
         nll, tokens = total(world, nll, tokens)
@@ -312,6 +311,8 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
             write_run_report(out)
         at["evaluated"] = step
         if knobs.best_metric:
+            if knobs.best_metric not in scores:
+                raise UserError(f"--best-metric: {knobs.best_metric} is not among {', '.join(scores)}, which the evaluation gave; give one")
             value = -scores["loss"] if knobs.best_metric == "loss" else scores[knobs.best_metric]
             if at["best"] is None or value > at["best"]:
                 at.update(best=value, best_step=step, waited=0)
@@ -359,7 +360,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
             loss, norm = total(world, loss)[0], float(norm)
             if finite := math.isfinite(loss + norm):
                 if first:
-                    check_gradients(model, any("pixel_values" in batch for batch in micros))
+                    check_gradients(model)
                     first = False
                 optimizer.step()
             elif not scale.searching or not math.isfinite(loss):
@@ -391,7 +392,8 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     except Interrupted:
         if saver.saved != at["step"]:
             save()
-        log.say(f"saved step {at['step']}, resume with --resume auto --out {out}")
+        log.say(f"saved step {at['step']}, " + ("from which no run can go on (--save-only-model)" if knobs.save_only_model else
+                                               f"resume with --resume auto --out {out}"))
         for worker in multiprocessing.active_children():
             worker.kill()
         sys.exit(CODE)

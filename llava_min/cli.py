@@ -7,7 +7,9 @@ help. Nothing heavy is imported here, so `--help` and a mistyped flag answer at 
 import argparse
 import dataclasses
 import difflib
+import errno
 import inspect
+import io
 import math
 import os
 import re
@@ -16,7 +18,8 @@ import sys
 import tomllib
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +27,38 @@ MAX_LINE = 2000
 
 
 class UserError(ValueError):
-    """A mistake of the caller: one line that says what came, what was expected and what to do."""
+    """A mistake of the caller: one line that says what came, what was expected and what to do.
+
+    What is about an argument begins with its keyword, `device: …`; for the user of a script, see `flags`, with his flag.
+    """
+
+    def __init__(self, line: str):
+        super().__init__(by_flag(line))
+
+
+FLAGS: dict[str, str] = {}  # the library's keyword -> the flag of the script that runs
+
+
+@contextmanager
+def flags(knobs: Any) -> Iterator[None]:
+    """Within, the library's lines that begin with a keyword, `device: …`, begin with the flag that was typed, `--device: …`.
+
+    The flags are the fields of `knobs` that have a value; `--eval-x` stands for the keyword x, too, where there is no --x.
+    """
+    given = {name: value for name, value in vars(knobs).items() if value is not None and not isinstance(value, list)}
+    named = {name: "--" + name.replace("_", "-") for name in given if name not in map(str, given.values())}  # a file may be called so
+    FLAGS.update({name.removeprefix("eval_"): flag for name, flag in named.items()} | named)
+    try:
+        yield
+    finally:
+        FLAGS.clear()
+
+
+def by_flag(line: str) -> str:
+    for keyword, flag in FLAGS.items():
+        if begins := re.match(rf"(--)?{keyword.replace('_', '[_ -]')}(?=:| .*:)", line):
+            return flag + line[begins.end():]
+    return line
 
 
 def printable(text: object) -> str:
@@ -38,13 +72,27 @@ def note(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    note(f"warning: {text}")
+    note(f"warning: {by_flag(text)}")
+
+
+class Unheard(io.FileIO):
+    """A stream that nobody need read: what was lost with the terminal or the pipe is no reason to stop."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Run a script's main: a user's mistake becomes one line and exit code 2, Ctrl-C 130, a closed pipe a quiet end."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None when the shell closed it
-        stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character is no reason to stop
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the shell closed it
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # a terminal that cannot show a character is no reason to stop
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = io.TextIOWrapper(Unheard(2, "w", closefd=False), sys.stderr.encoding, "backslashreplace", write_through=True)
     try:
         code = main(sys.argv[1:]) or 0
         print(end="", flush=True)
@@ -54,9 +102,14 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except KeyboardInterrupt:
         note("stopped")
         code = 130
-    except BrokenPipeError:
+    except OSError as e:
+        if e.filename is not None or e.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more on its way out
         code = 141
+        if e.errno != errno.EPIPE:
+            note(f"error: the output cannot be written ({e.strerror}); free space")
+            code = 2
     sys.exit(code)
 
 
@@ -67,6 +120,7 @@ Seed = Annotated[int, 0, (1 << 63) - 1]
 Positive = Annotated[float, 1e-30, 1e30]
 NonNegative = Annotated[float, 0.0, 1e30]
 Fraction = Annotated[float, 0.0, 1.0]
+Place = Annotated[str, "~"]  # a path, or several with commas between; of --name=~/x the shell leaves the ~ to us
 
 
 def convert(flag: str, kind: Any, value: Any) -> Any:
@@ -82,6 +136,8 @@ def convert(flag: str, kind: Any, value: Any) -> Any:
         if value not in typing.get_args(kind):
             raise UserError(f"{flag}: {value!r} is not one of {', '.join(map(str, typing.get_args(kind)))}; choose one")
         return value
+    if kind == Place:
+        return ",".join(map(os.path.expanduser, convert(flag, str, value).split(",")))
     low, high = (kind.__metadata__ if typing.get_origin(kind) is Annotated else (-math.inf, math.inf))
     kind = typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
     if kind in (int, float):
@@ -96,6 +152,8 @@ def convert(flag: str, kind: Any, value: Any) -> Any:
         return number
     if not isinstance(value, kind):
         raise UserError(f"{flag}: {value!r} is not {'true or false' if kind is bool else 'text'}; correct it")
+    if kind is str and not value.strip():
+        raise UserError(f"{flag}: is empty; give a value, or leave it out")
     return value
 
 

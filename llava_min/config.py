@@ -140,6 +140,11 @@ class TextConfig:
     def qkv_bias(self) -> bool:
         return self.model_type == "qwen2"
 
+    @property
+    def context(self) -> int:
+        """The longest sequence that is taken."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+
     @classmethod
     def from_hf(cls, f: Fields, kind: str | None = None) -> "TextConfig":
         """`kind` is the model_type where the file's own says something else."""

@@ -12,7 +12,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from llava_min.cli import UserError, note, printable
 from llava_min.packed import dense
+from llava_min.signals import Interrupted
 
 # torchrun's variables, and SLURM's for the same.
 RANKS = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
@@ -269,18 +270,34 @@ def shard(model: nn.Module, world: World, *, compute: torch.dtype, full: bool, c
 
 
 @contextmanager
-def uneven(model: nn.Module, world: World) -> Iterator[None]:
+def uneven(model: nn.Module, world: World, asked: Callable[[], int] = lambda: 0) -> Iterator[Callable[[], None]]:
     """Within, ranks may run the model different numbers of times, as they do to generate answers.
 
     All ranks gather a block together. So each says when it runs the decoder, and one that is done runs two tokens of
     its own for as long as others go on. The rest of the model is gathered once, for the whole time. An autocast that
     the model needs is to be around this, too.
+
+    When `asked` is true on any rank, all leave by Interrupted, having run the decoder as often: before its next run, or
+    where what this gives is called, which has to follow each call of `loss`, as no one may leave from within FSDP's forward.
     """
     from torch.distributed.fsdp import FSDPModule
 
     if not isinstance(model, FSDPModule):
-        yield
+        yield lambda: None
         return
+    leave = False
+
+    def check() -> None:
+        if leave:
+            raise Interrupted
+
+    def others_go_on(here: bool) -> bool:
+        nonlocal leave
+        check()
+        busy, stop = total(world, here, bool(asked()))
+        leave = stop > 0
+        return busy > 0
+
     ids = torch.zeros(1, 2, dtype=torch.long, device=world.device)
     step = lambda: model.loss(ids, ids)
     with torch.no_grad():
@@ -288,17 +305,20 @@ def uneven(model: nn.Module, world: World) -> Iterator[None]:
         rest = [m for m in (model, *model.vision_tower.layers) if isinstance(m, FSDPModule)]
         for module in rest:
             module.unshard()
-        announce = model.language_model.register_forward_pre_hook(lambda *_: any_of(world, True) and None)
+        announce = model.language_model.register_forward_pre_hook(lambda *_: others_go_on(True) and None)
         try:
-            yield
+            try:
+                yield check
+            finally:
+                announce.remove()
+            others = True
+            while others:
+                others = others_go_on(False)
+                step()  # the last one by all: in the next backward pass FSDP gathers in the order it has seen
+            check()
         finally:
-            announce.remove()
-        others = True
-        while others:
-            others = any_of(world, False)
-            step()  # the last one by all: in the next backward pass FSDP gathers in the order it has seen
-        for module in rest:
-            module.reshard()
+            for module in rest:
+                module.reshard()
 
 
 def split(p: Tensor) -> bool:

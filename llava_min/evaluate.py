@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from llava_min.cli import UserError, printable, warn
-from llava_min.data.dataset import evaluation_batch
+from llava_min.data.chat import render
+from llava_min.data.dataset import Dataset, evaluation_batch
 from llava_min.data.processor import Processor
-from llava_min.data.records import Bad, Record, check_text, short, text_of
+from llava_min.data.picture import short
+from llava_min.data.record import Bad, Record, check_text, text_of
 from llava_min.dist import World, gather, uneven
 from llava_min.generate import generate
 from llava_min.llava import Llava
@@ -39,7 +41,7 @@ NAMED = 5  # how many ids a message tells
 def predict(model: Llava, processor: Processor, records: Sequence[Record], batch_size: int = 8, exif: bool = False,
             progress: Callable[[str], None] = lambda line: None, *, world: World | None = None,
             done: dict[int, dict] | None = None, save: Callable[[list[dict]], None] = lambda rows: None,
-            logprob: bool = False, **options) -> list[dict]:
+            asked: Callable[[], int] = lambda: 0, logprob: bool = False, **options) -> list[dict]:
     """One row per record, in their order, without scores.
 
     Records of like length share a batch, the longest first; the answers do not depend on its size. Of several ranks
@@ -47,6 +49,7 @@ def predict(model: Llava, processor: Processor, records: Sequence[Record], batch
 
     done: rows that are there already, by the index of their record; these are not asked again
     save: gets the rows of each batch as soon as they are there
+    asked: of a split model, true on any rank breaks all off by Interrupted
     logprob: rows get `logprob`, the mean log probability of the answer's tokens, from one more pass over each batch
     """
     world = world or World(0, 1, 0, model.device)
@@ -59,7 +62,7 @@ def predict(model: Llava, processor: Processor, records: Sequence[Record], batch
     model.eval()
     start = told = time.perf_counter()
     answered = {}
-    with uneven(model, world):
+    with uneven(model, world, asked):
         prepared = ahead(lambda chosen: prepare(processor, [records[i] for i in chosen], exif), mine)
         for n, (chosen, (found, batch)) in enumerate(zip(mine, prepared, strict=True), 1):
             if batch:
@@ -76,6 +79,17 @@ def predict(model: Llava, processor: Processor, records: Sequence[Record], batch
     for part in gather(world, answered):
         rows |= part
     return [rows[i] for i in range(len(records))]
+
+
+def check_room(model: Llava, processor: Processor, records: Sequence[Record], max_new_tokens: int) -> None:
+    """Each question leaves room for its answer in the context of `model`, which may be on meta; UserError names the record."""
+    tokens, room = Dataset([], processor).tokens, model.config.text.context - max_new_tokens
+    for record in records:
+        if tokens(record, room) > room:  # perhaps: its right answer is counted, too
+            asked, _ = processor.encode(render(processor.template_name, record.messages[:-1], answer=False))
+            if len(asked) > room:
+                raise UserError(f"max_new_tokens: {max_new_tokens} and the {len(asked)} tokens of record {short(record.id)} are more "
+                                f"than the model's context of {model.config.text.context}; lower it, or shorten the record")
 
 
 def ahead(f: Callable, items: Sequence) -> Iterator:

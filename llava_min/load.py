@@ -11,109 +11,25 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from llava_min.cli import UserError, note, printable, warn
+from llava_min.cli import UserError, printable, warn
 from llava_min.config import Fields, LlavaConfig, VisionConfig, read_eos
-from llava_min.data.chat import choose
-from llava_min.data.image import ASPECTS, ImageConfig
 from llava_min.data.processor import Processor
-from llava_min.data.tokenizer import Tokenizer
+from llava_min.data.processor_files import read_processor
+from llava_min.data.tokenizer_files import read_optional
 from llava_min.dist import pick_device
-from llava_min.files import check_file, new_folder, read_json, write_json
+from llava_min.files import new_folder, read_json, write_json
+from llava_min.layouts import CLIP_REST, Entry, check_entries, find_files, find_folder, read_entries
 from llava_min.llava import Llava
-from llava_min.lora import apply_adapter, read_adapter
+from llava_min.adapter import apply_adapter, read_adapter
 from llava_min.packed import pack
-from llava_min.weights import (CLIP_REST, DTYPES, NAMES, Entry, check_entries, find_files, find_folder,
-                               load_weights, read_entries, save_weights)
+from llava_min.weights import DTYPES, NAMES, load_weights, save_weights
 
 TINY = Path(__file__).parent / "tiny"
 CLIP_336 = "openai/clip-vit-large-patch14-336"  # LLaVA-1.5's tower, whose shapes are VisionConfig's defaults
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SMALL = 500_000_000  # parameters: up to here `dtype="auto"` is fp32 on CPU, where exactness costs little
 
 
-def load(source: str, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto",
-         adapter: str | None = None, image_aspect_ratio: str | None = None, template: str | None = None,
-         revision: str | None = None) -> tuple[Llava, Processor]:
-    """A ready model and its processor.
-
-    source: a folder in the layout of llava-hf or of the original LLaVA-1.5, a hub id, or "tiny", the bundled
-    one. dtype: "auto", "fp32", "bf16", "fp16" or a torch.dtype; auto is what the checkpoint stores, but on
-    CPU fp32 for small models and bf16 for large ones. device: "auto" takes the GPU where there is one.
-    adapter: a PEFT folder, applied unmerged. image_aspect_ratio: "pad" or "crop", None for what the
-    checkpoint records.
-    Raises UserError, in one line, for whatever is wrong with the files.
-    """
-    ready = prepare(source, image_aspect_ratio=image_aspect_ratio, template=template, revision=revision)
-    model, device = ready.model, pick_device(device)
-    dtype = pick_dtype(dtype, model, device)
-    if adapter is not None:
-        lora = read_adapter(model, Path(adapter))
-        base = read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
-        if isinstance(base, str) and Path(base).name != Path(str(source)).name:
-            warn(f"{adapter}: was made for {base}, and is applied to {source}")
-    ready.fill(dtype, device)
-    if adapter is not None:
-        apply_adapter(model, *lora)
-    pack(model)
-    return model.eval(), ready.processor
-
-
-@dataclass
-class Prepared:
-    """A checkpoint found sound, its weights not read yet."""
-
-    model: Llava  # on meta, nothing trained; may be changed before it is filled
-    processor: Processor
-    entries: dict[str, Entry]
-
-    def fill(self, dtype: torch.dtype, device: torch.device, *, offload: bool = False) -> None:
-        """Read the weights: what is trained in fp32, the rest in `dtype`, of a split model this rank's rows.
-
-        Parameters that the checkpoint does not have, such as LoRA's, are NaN until they are initialised. `offload`
-        puts what is split on the CPU.
-        """
-        load_weights(self.model, self.entries, dtype, device, offload)
-
-
-def prepare(source: str, *, image_aspect_ratio: str | None = None, template: str | None = None,
-            revision: str | None = None) -> Prepared:
-    """All of `load` before the weights; arguments and errors are the same."""
-    folder = TINY if str(source) == "tiny" else find_folder(str(source), revision)
-    config, clip_folder = read_config(folder)
-    processor = build_processor(folder, config, clip_folder, image_aspect_ratio, template)
-    model, entries = plan_model(folder, config, clip_folder)
-    return Prepared(model, processor, entries)
-
-
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Llava:
-    """The model of a folder without its processor, for those who make its inputs themselves."""
-    model, entries = plan_model(folder, *read_config(folder))
-    load_weights(model, entries, dtype, device)
-    return model.eval()
-
-
-def save(model: Llava, processor: Processor, target: str | Path,
-         dtype: str | torch.dtype | None = None) -> None:
-    """Write `model` and all that goes with it as a llava-hf folder; `target` must not exist."""
-    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype or model.dtype
-    with new_folder(Path(target)) as folder:
-        write_model(model, processor, folder, dtype)
-
-
-def write_model(model: Llava, processor: Processor, folder: Path, dtype: torch.dtype,
-                state: dict[str, torch.Tensor] | None = None) -> None:
-    """`state`: the whole tensors, where `model` holds only a part of them."""
-    state = dict(model.named_parameters()) if state is None else state
-    if any(".lora_" in name for name in state):
-        raise UserError(f"{folder}: the model has an adapter that is not merged; "
-                        "save the adapter, or load the base without it")
-    save_weights(state, folder, dtype)
-    config = replace(model.config, dtype=NAMES[dtype], vision_source=None)
-    write_json(folder / "config.json", config.to_hf())
-    ids = {"bos_token_id": config.text.bos_token_id, "eos_token_id": list(config.text.eos_token_ids),
-           "pad_token_id": config.text.pad_token_id}
-    write_json(folder / "generation_config.json", ids)
-    processor.save(folder)
+# ---- the model without its weights
 
 
 class WithoutInit(TorchFunctionMode):
@@ -146,9 +62,17 @@ def fresh(config: LlavaConfig, dtype: torch.dtype = torch.float32, seed: int = 0
     return model.eval()
 
 
+# ---- what a folder says
+
+
 def read_config(folder: Path) -> tuple[LlavaConfig, Path | None]:
     """The config, and for the original layout its tower's folder, None where the tower's shapes are known."""
     path = folder / "config.json"
+    if not path.exists() or (folder / ".lock").exists():  # which a run of train.py has
+        adapter = next((p for p in (folder, folder / "adapter") if (p / "adapter_config.json").exists()), None)
+        mend = f"give the base model, and {adapter} as adapter" if adapter else \
+            f"give {folder / 'model'}" if (folder / "model").is_dir() else "give one, a hub id, or tiny"
+        raise UserError(f"{folder}: holds no config.json of a model, expected the folder of a checkpoint; {mend}")
     config = LlavaConfig.from_hf(read_json(path), str(path))
     path_to_stops = folder / "generation_config.json"  # chat models name their end-of-turn token only there
     if stops := read_eos(Fields(read_optional(path_to_stops), str(path_to_stops)), config.text.vocab_size):
@@ -168,13 +92,6 @@ def read_config(folder: Path) -> tuple[LlavaConfig, Path | None]:
     return config.with_vision(vision, str(path)), clip
 
 
-def plan_model(folder: Path, config: LlavaConfig, clip_folder: Path | None) -> tuple[Llava, dict[str, Entry]]:
-    """The model on meta, and where each of its tensors stands in the files; all are accounted for."""
-    entries, model = collect_entries(folder, config, clip_folder), on_meta(config)
-    check_entries(entries, model, stored_rows(config))
-    return model, entries
-
-
 def collect_entries(folder: Path, config: LlavaConfig, clip_folder: Path | None) -> dict[str, Entry]:
     entries = read_entries(find_files(folder))
     if config.vision_source and not any(name.startswith("vision_tower.") for name in entries):
@@ -189,66 +106,48 @@ def stored_rows(config: LlavaConfig) -> dict[str, int]:
     return dict.fromkeys(tables, config.image_token_id)
 
 
-def build_processor(folder: Path, config: LlavaConfig, clip_folder: Path | None, aspect: str | None,
-                    template: str | None) -> Processor:
-    tokenizer = Tokenizer.load(folder)
-    if tokenizer.token_id("<image>") is None:
-        tokenizer.add_special("<image>", config.image_token_id)
-    if tokenizer.token_id("<image>") != config.image_token_id:
-        raise UserError(f"{folder}: image_token_index is {config.image_token_id} in config.json but <image> "
-                        f"is {tokenizer.token_id('<image>')} in the tokenizer; correct one of them")
-    if len(tokenizer) > config.text.vocab_size:
-        raise UserError(f"{folder}: the tokenizer knows {len(tokenizer)} tokens but vocab_size is "
-                        f"{config.text.vocab_size}; the tokenizer belongs to another model")
-    images = read_image_config(folder, config, clip_folder, aspect)
-    template = template or pick_template(folder, tokenizer)
-    return Processor(tokenizer, images, template, config.image_token_id, config.tokens_per_image)
+def plan_model(folder: Path, config: LlavaConfig, clip_folder: Path | None) -> tuple[Llava, dict[str, Entry]]:
+    """The model on meta, and where each of its tensors stands in the files; all are accounted for."""
+    entries, model = collect_entries(folder, config, clip_folder), on_meta(config)
+    check_entries(entries, model, stored_rows(config))
+    return model, entries
 
 
-def read_optional(path: Path) -> dict:
-    return read_json(path) if path.exists() else {}
+# ---- in
 
 
-def read_image_config(folder: Path, config: LlavaConfig, clip_folder: Path | None,
-                      aspect: str | None) -> ImageConfig:
-    """How pictures are prepared. The aspect is the caller's, else what the checkpoint records, else "pad"."""
-    if aspect is not None and aspect not in ASPECTS:
-        raise UserError(f"image_aspect_ratio: {printable(aspect)!r} is not pad or crop; choose one")
-    if config.vision_source:
-        path = (clip_folder or folder) / "preprocessor_config.json"
-        images = ImageConfig(config.vision.image_size, CLIP_MEAN, CLIP_STD, None)
-        if path.exists():
-            images = ImageConfig.from_hf(read_json(path), str(path))
-        recorded = read_json(folder / "config.json").get("image_aspect_ratio")
-        images = replace(images, aspect=ASPECTS[recorded or "square"])
-    else:
-        # transformers 5 saves the settings inside processor_config.json, and reads that one first
-        path = folder / "processor_config.json"
-        data = read_optional(path).get("image_processor")
-        if data is None:
-            path = folder / "preprocessor_config.json"
-            data = read_json(path)
-        images = ImageConfig.from_hf(data, str(path))
-    if images.size != config.vision.image_size:
-        raise UserError(f"{path}: pictures are made {images.size} pixels wide but image_size in config.json "
-                        f"is {config.vision.image_size}; correct one of them")
-    if aspect is None and images.aspect is None:
-        note(f"{folder}: does not record image_aspect_ratio; taking pad, how LLaVA-1.5 was tuned "
-             "(crop is what transformers does)")
-    return replace(images, aspect=ASPECTS[aspect or images.aspect or "pad"])
+@dataclass
+class Prepared:
+    """A checkpoint found sound, its weights not read yet."""
+
+    model: Llava  # on meta, nothing trained; may be changed before it is filled
+    processor: Processor
+    entries: dict[str, Entry]
+
+    def fill(self, dtype: torch.dtype, device: torch.device, *, offload: bool = False) -> None:
+        """Read the weights: what is trained in fp32, the rest in `dtype`, of a split model this rank's rows.
+
+        Parameters that the checkpoint does not have, such as LoRA's, are NaN until they are initialised. `offload`
+        puts what is split on the CPU.
+        """
+        load_weights(self.model, self.entries, dtype, device, offload)
 
 
-def pick_template(folder: Path, tokenizer: Tokenizer) -> str:
-    """The template the checkpoint records, or whose marks stand in its jinja text, which is never run."""
-    jinja = folder / "chat_template.jinja"
-    if jinja.exists():
-        check_file(jinja)
-        text = jinja.read_text(encoding="utf-8", errors="replace")
-    else:
-        files = (read_optional(folder / name) for name in ("chat_template.json", "tokenizer_config.json"))
-        text = next((data["chat_template"] for data in files if data.get("chat_template")), None)
-    recorded = read_optional(folder / "processor_config.json")
-    return choose(read_json(folder / "config.json"), recorded, text, tokenizer)
+def prepare(source: str, *, image_aspect_ratio: str | None = None, template: str | None = None,
+            revision: str | None = None) -> Prepared:
+    """All of `load` before the weights; arguments and errors are the same."""
+    folder = TINY if str(source) == "tiny" else find_folder(str(source), revision)
+    config, clip_folder = read_config(folder)
+    processor = read_processor(folder, config, clip_folder, image_aspect_ratio, template)
+    model, entries = plan_model(folder, config, clip_folder)
+    return Prepared(model, processor, entries)
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Llava:
+    """The model of a folder without its processor, for those who make its inputs themselves."""
+    model, entries = plan_model(folder, *read_config(folder))
+    load_weights(model, entries, dtype, device)
+    return model.eval()
 
 
 def pick_dtype(dtype: str | torch.dtype, model: Llava, device: torch.device) -> torch.dtype:
@@ -261,3 +160,57 @@ def pick_dtype(dtype: str | torch.dtype, model: Llava, device: torch.device) -> 
     if device.type == "cpu":
         return torch.float32 if sum(p.numel() for p in model.parameters()) <= SMALL else torch.bfloat16
     return DTYPES[model.config.dtype or "float16"]
+
+
+def load(source: str, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto",
+         adapter: str | None = None, image_aspect_ratio: str | None = None, template: str | None = None,
+         revision: str | None = None) -> tuple[Llava, Processor]:
+    """A ready model and its processor.
+
+    source: a folder in the layout of llava-hf or of the original LLaVA-1.5, a hub id, or "tiny", the bundled
+    one. dtype: "auto", "fp32", "bf16", "fp16" or a torch.dtype; auto is what the checkpoint stores, but on
+    CPU fp32 for small models and bf16 for large ones. device: "auto" takes the GPU where there is one.
+    adapter: a PEFT folder, applied unmerged. image_aspect_ratio: "pad" or "crop", None for what the
+    checkpoint records.
+    Raises UserError, in one line, for whatever is wrong with the files.
+    """
+    ready = prepare(source, image_aspect_ratio=image_aspect_ratio, template=template, revision=revision)
+    model, device = ready.model, pick_device(device)
+    dtype = pick_dtype(dtype, model, device)
+    if adapter is not None:
+        lora = read_adapter(model, Path(adapter))
+        base = read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
+        if isinstance(base, str) and Path(base).name != Path(str(source)).name:
+            warn(f"{adapter}: was made for {base}, and is applied to {source}")
+    ready.fill(dtype, device)
+    if adapter is not None:
+        apply_adapter(model, *lora)
+    pack(model)
+    return model.eval(), ready.processor
+
+
+# ---- out
+
+
+def write_model(model: Llava, processor: Processor, folder: Path, dtype: torch.dtype,
+                state: dict[str, torch.Tensor] | None = None) -> None:
+    """`state`: the whole tensors, where `model` holds only a part of them."""
+    state = dict(model.named_parameters()) if state is None else state
+    if any(".lora_" in name for name in state):
+        raise UserError(f"{folder}: the model has an adapter that is not merged; "
+                        "save the adapter, or load the base without it")
+    save_weights(state, folder, dtype)
+    config = replace(model.config, dtype=NAMES[dtype], vision_source=None)
+    write_json(folder / "config.json", config.to_hf())
+    ids = {"bos_token_id": config.text.bos_token_id, "eos_token_id": list(config.text.eos_token_ids),
+           "pad_token_id": config.text.pad_token_id}
+    write_json(folder / "generation_config.json", ids)
+    processor.save(folder)
+
+
+def save(model: Llava, processor: Processor, target: str | Path,
+         dtype: str | torch.dtype | None = None) -> None:
+    """Write `model` and all that goes with it as a llava-hf folder; `target` must not exist."""
+    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype or model.dtype
+    with new_folder(Path(target)) as folder:
+        write_model(model, processor, folder, dtype)

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from llava_min.cli import UserError, printable
 
 
+ADAM = (0.9, 0.999)  # the betas where none are asked for
+
+
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float, projector_lr: float | None = None,
                      vision_lr: float | None = None) -> list[dict]:
     """Trainable parameters by learning rate and decay; norms and biases (one dimension) do not decay."""
@@ -24,22 +27,32 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float, projector
 
 
 def make_optimizer(name: str, groups: list[dict], betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """adamw, or MODULE:CLASS: anything that is called with parameter groups, and with `betas` where it takes them.
-
-    Raises UserError when there is no such module or class, or it does not take the groups.
-    """
+    """adamw, or MODULE:CLASS: anything that is called with parameter groups, and with `betas` where it takes them."""
     if name == "adamw":
         return torch.optim.AdamW(groups, betas=betas, fused=True)
     module, _, attribute = name.partition(":")
+    make = getattr(importlib.import_module(module), attribute)
+    return make(groups, **({"betas": betas} if "betas" in inspect.signature(make).parameters else {}))
+
+
+def check_optimizer(name: str, groups: list[dict], betas: tuple[float, float], device: torch.device | str = "cpu") -> None:
+    """One step of it on stand-ins of one number for the parameters of `groups`, which may be on meta.
+
+    Raises UserError when there is no such module or class, it does not take the groups, or has no use for a setting.
+    """
+    groups = [{**g, "params": [nn.Parameter(torch.zeros([1] * p.dim(), device=device)) for p in g["params"]]} for g in groups]
     try:
-        make = getattr(importlib.import_module(module), attribute)
-        takes = inspect.signature(make).parameters
-        optimizer = make(groups, **({"betas": betas} if "betas" in takes else {}))
-        optimizer.state, optimizer.param_groups, optimizer.step  # what the loop and the checkpoints use
-    except (ImportError, AttributeError, TypeError, ValueError) as e:
-        raise UserError(f"--optimizer {printable(name)}: {printable(e)[:300]}; give adamw, or MODULE:CLASS of an optimizer that "
-                        "is installed") from None
-    return optimizer
+        optimizer = make_optimizer(name, groups, betas)
+        for p in (p for g in optimizer.param_groups for p in g["params"]):
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.state, optimizer.defaults  # what checkpoints and the lines below use
+    except Exception as e:  # whatever a stranger's class raises
+        raise UserError(f"optimizer {printable(name)}: {printable(e)[:300]}; give adamw, or MODULE:CLASS of an optimizer that is "
+                        "installed and steps without a closure") from None
+    for keyword, given in (("betas", betas != ADAM), ("weight_decay", any(g["weight_decay"] for g in groups))):
+        if given and keyword not in optimizer.defaults:
+            raise UserError(f"{keyword}: {printable(name)} does not know it; leave it out, or give another --optimizer")
 
 
 def rate_factor(step: int, total: int, warmup: int, schedule: str) -> float:

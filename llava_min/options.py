@@ -3,6 +3,7 @@
 Each means what it means in `generate` of Hugging Face transformers 5.23.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,12 @@ from torch import Tensor
 
 from llava_min.cli import UserError, warn
 from llava_min.llava import Llava
+
+
+@functools.cache
+def tell(line: str) -> None:
+    """A warning, once in a process, however many answers are made."""
+    warn(line)
 
 
 @dataclass(frozen=True)
@@ -62,10 +69,13 @@ class Options:
         if n > 1 and beams == 1 and not self.temperature:
             raise UserError(f"num_return_sequences: {n} greedy answers would be the same; "
                             f"set temperature above 0, or num_beams to at least {n}")
-        if not self.temperature and (self.top_k or self.top_p < 1):
-            warn("top_k and top_p have no effect at temperature 0, which is greedy")
-        if beams == 1 and (self.length_penalty != 1 or self.early_stopping):
-            warn("length_penalty and early_stopping have no effect without num_beams above 1")
+        greedy, alone = not self.temperature, beams == 1
+        for name, idle, without in (("top_k", greedy and self.top_k, "temperature above 0 (0 is greedy)"),
+                                    ("top_p", greedy and self.top_p < 1, "temperature above 0 (0 is greedy)"),
+                                    ("length_penalty", alone and self.length_penalty != 1, "num_beams above 1"),
+                                    ("early_stopping", alone and self.early_stopping, "num_beams above 1")):
+            if idle:
+                tell(f"{name}: has no effect without {without}")
 
     @property
     def branches(self) -> int:

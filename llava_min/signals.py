@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1, by which a cluster takes a machine back: save what there is, and stop.
+"""SIGTERM and SIGUSR1, by which a cluster takes a machine back, and SIGHUP of a lost terminal: save what there is, and stop.
 
 The first signal is noted and the loop of train.py asks for it, because a step or a save that is torn in the middle is
 worth nothing. Where nothing can be torn (at the start, while pictures are loaded, in an evaluation) it raises at once.
@@ -10,6 +10,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 CODE = 143  # what a shell reports for a process that SIGTERM ended
 
 
@@ -24,7 +25,8 @@ class Signals:
         self.asked, self.urgent = 0, True
 
     def __enter__(self) -> "Signals":
-        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        heard = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]  # nohup ignores SIGHUP, and so does its job
+        self.before = {s: signal.signal(s, self.handle) for s in heard}
         return self
 
     def __exit__(self, *error) -> None:

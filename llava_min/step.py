@@ -50,6 +50,13 @@ def recompute_blocks(model: nn.Module, dropout: bool) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=dropout)
 
 
+def row_length(asked: int | None, context: int) -> int:
+    """The most tokens of a row: what was asked for, else 2048 as in LLaVA, within the model's context."""
+    if asked and asked > context:
+        raise UserError(f"max_length: {asked} tokens were asked for, and the model's context is {context}; lower it")
+    return asked or min(2048, context)
+
+
 def supervised_in(batch: dict[str, Tensor]) -> int:
     """The number of tokens that a batch has a loss for."""
     return int((batch["labels"][:, 1:] != IGNORE).sum())

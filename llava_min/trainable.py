@@ -82,17 +82,17 @@ def table(model: nn.Module) -> str:
     return "\n".join(lines)
 
 
-def check_gradients(model: nn.Module, pictures: bool = True) -> None:
+def check_gradients(model: nn.Module) -> None:
     """After a backward: every trained tensor has a finite gradient and no other has one, or UserError with names.
 
-    A gradient of zeros passes: LoRA's A has no other while B is zero. pictures: whether the batch had any; without
-    one the tower and the projector are not asked. Of a sharded tensor this rank's rows are looked at.
+    A gradient of zeros passes: LoRA's A has no other while B is zero, nor has the projector in a batch without pictures.
+    Of a sharded tensor this rank's rows are looked at.
     """
     faults: dict[str, list[str]] = {}
     for name, p in model.named_parameters():
         fault = None
         if p.grad is None:
-            if p.requires_grad and (pictures or part_of(name) in (LANGUAGE, HEAD)):
+            if p.requires_grad:
                 fault = "no gradient though it is trained"
         elif not p.requires_grad:
             fault = "a gradient though it is frozen"

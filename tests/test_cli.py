@@ -1,5 +1,6 @@
 """Flags from a dataclass: kinds, bounds, recipes, guesses; what is printed cannot drive a terminal."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from llava_min.cli import Count, Fraction, Positive, Seed, UserError, parse, printable
+from llava_min.cli import Count, Fraction, Place, Positive, Seed, UserError, flags, parse, printable
 
 
 @dataclass
@@ -22,6 +23,7 @@ class Knobs:
     shuffle: bool = True  # a switch
     name: str | None = None  # text
     seed: Seed = 0  # of all
+    place: Place | None = None  # files
 
 
 def read(*argv, recipes=None):
@@ -32,6 +34,8 @@ def test_flags_become_fields():
     k = read("one", "--lr", "2e-4", "--batch-size=8", "--mode", "b", "--betas", "0.8,0.9", "--no-shuffle", "two words")
     assert (k.lr, k.batch_size, k.mode, k.betas, k.shuffle, k.files) == (2e-4, 8, "b", (0.8, 0.9), False, ["one", "two words"])
     assert read() == Knobs()
+    home = os.path.expanduser("~")
+    assert (read("--place=~/a,b,~/c").place, read("--name=~/a").name) == (f"{home}/a,b,{home}/c", "~/a")
     assert read("--", "-dashed.jpg").files == ["-dashed.jpg"]
 
 
@@ -42,6 +46,7 @@ def test_flags_become_fields():
     (["--shuffle", "False", "--shuffle=False"], "--shuffle"), (["--batchsize", "3"], "did you mean --batch-size"),
     (["--lr", "1", "--lr", "2"], "twice"), (["--lr"], "--lr"), (["--no-such-thing-at-all"], "see --help"),
     (["--shuffle", "--lr", "-1e-3"], "--lr"), (["--seed", str(1 << 63)], "to 9.2"),
+    (["--name", ""], "--name: is empty"), (["--place", " "], "--place: is empty"),
 ])
 def test_what_does_not_fit_is_one_line(argv, named):
     with pytest.raises(UserError, match=named) as e:
@@ -77,6 +82,27 @@ def test_help_shows_comments_and_defaults(capsys):
     assert e.value.code == 0 and "rows, 100 % of them (4)" in out and "--no-shuffle" in out and "{a,b}" in out
 
 
+@dataclass
+class Named:
+    images: list[str] = field(default_factory=list)  # positional
+    batch_size: int = 4  # rows
+    template: str | None = None  # not given
+    eval_metrics: tuple[str, ...] = ("x",)  # in a script that has no --metrics
+    out: str = "run"  # a folder that may be called like a flag
+
+
+@pytest.mark.parametrize("knobs, line, said", [
+    (Named(), "batch_size: 0 was given; give one", "--batch-size: 0 was given; give one"),
+    (Named(), "batch size: 0", "--batch-size: 0"), (Named(), "--metrics bleu: needs it", "--eval-metrics bleu: needs it"),
+    (Named(), "template plain: of the checkpoint", "template plain: of the checkpoint"), (Named(template="plain"), "template plain: no", "--template plain: no"),
+    (Named(), "images: two", "images: two"), (Named(), "batch_sizes: two", "batch_sizes: two"), (Named(), "/x/out: is full", "/x/out: is full"),
+    (Named(out="template", template="x"), "template: exists", "template: exists")])
+def test_an_error_of_the_library_begins_with_the_flag(knobs, line, said):
+    with flags(knobs):
+        assert str(UserError(line)) == said
+    assert str(UserError(line)) == line
+
+
 def test_printable_escapes_what_drives_a_terminal():
     assert printable("a\x1b]52;c;x\x07\u202eb\r\n") == "a\\x1b]52;c;x\\x07\\u202eb\\r\\n"
     assert printable("é 猫 🙂") == "é 猫 🙂"
@@ -99,9 +125,10 @@ def test_help_fits_the_terminal(capsys, monkeypatch):
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 60
 
 
-@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-"])
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-", "1>/dev/full"])
 def test_closed_streams_are_no_fault(tmp_path, closed):
     page = tmp_path / "page.py"
-    page.write_text("from llava_min.cli import note, run\n\n\ndef main(argv):\n    print('out')\n    note('told')\n\n\nrun(main)\n")
+    page.write_text("import sys\nfrom llava_min.cli import note, run\n\n\ndef main(argv):\n    print(sys.stderr.isatty())\n    note('told')\n\n\nrun(main)\n")
     done = subprocess.run(["sh", "-c", f"{sys.executable} {page} {closed}"], capture_output=True, text=True)
-    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert done.returncode == (2 if "full" in closed else 0) and "Traceback" not in done.stderr
+    assert "full" not in closed or done.stderr.endswith("error: the output cannot be written (No space left on device); free space\n")

@@ -392,7 +392,8 @@ def test_a_killed_worker_is_one_line(images, processor):
     next(batches)
     (worker,) = pids() - before
     os.kill(worker, signal.SIGKILL)
-    refused(lambda: list(batches), "--workers 1", "was killed", "lower --workers")
+    message = refused(lambda: list(batches), "--workers 1", "was killed", "lower --workers")
+    assert "Traceback" not in message and pids() == before  # nobody is left behind
 
 
 def test_a_process_that_ends_with_workers_at_work_ends_at_once(tmp_path):

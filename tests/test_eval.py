@@ -208,7 +208,8 @@ def test_records_of_one_id_keep_their_own_answers(changed, tmp_path, capsys):
 
 
 def test_a_model_and_an_adapter_of_it_are_compared(data, tmp_path, capsys):
-    from llava_min.lora import LoRAConfig, add_lora, save_adapter
+    from llava_min.adapter import save_adapter
+    from llava_min.lora import LoRAConfig, add_lora
 
     model, _ = load("tiny", dtype="fp32", device="cpu")
     config = LoRAConfig(r=4, alpha=8.0, targets=("q_proj", "v_proj"))
@@ -268,8 +269,11 @@ def test_two_ranks_answer_as_one(data, tmp_path):
 
 @pytest.mark.parametrize("argv, named", [
     ([], "--data"), (["--data", "absent.json"], "absent.json"), (["--metrics", "blue"], "blue"), (["--batch-size", "0"], "--batch-size"),
-    (["--benchmark", "vqa"], "did you mean vqav2"), (["--compare", "absent"], "absent"), (["--by", "sort"], "--by sort: no record")])
-def test_mistakes_are_one_line(data, argv, named):
+    (["--benchmark", "vqa"], "did you mean vqav2"), (["--compare", "absent"], "absent"), (["--by", "sort"], "--by sort: no record"),
+    (["--device", "tpu"], "--device: 'tpu'"), (["--template", "poem"], "--template: poem"), (["--logprob"], "--logprob: is written"), (["--model", "/etc"], "/etc: holds no config.json"),
+    (["--max-new-tokens", "1020"], "--max-new-tokens: 1020 and the .* tokens of record questions-val-000000 .* context of 1024"), (["--out", "/proc/x"], "--out /proc/x: cannot be written")])
+def test_mistakes_are_one_line_before_weights_are_read(data, argv, named, monkeypatch):
+    monkeypatch.setattr(sys.modules["llava_min.load"], "load_weights", lambda *a: pytest.fail("weights were read"))
     with pytest.raises(UserError, match=named) as e:
         script.main(argv if not argv or argv[0] == "--data" else ["--data", str(data), *argv])
     assert "\n" not in str(e.value)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from training import argv, child, final, lines, make_home, run, train
 
-from llava_min import checkpoint, evaluate
+from llava_min import checkpoint, evaluate, snapshot
 from llava_min.cli import UserError
 from llava_min.data.dataset import Dataset
 from llava_min.llava import Llava
@@ -42,7 +42,7 @@ def at_call(patch, owner, name: str, n: int, act) -> None:
 # ---- signals
 
 PLACES = {"start-up": (importlib.import_module("llava_min.load"), "prepare", 1), "loading": (Dataset, "__getitem__", 20), "step": (Llava, "loss", 9),
-          "evaluation": (evaluate, "predict", 2), "save": (checkpoint, "write_tensors", 1)}
+          "evaluation": (evaluate, "predict", 2), "save": (snapshot, "write_tensors", 1)}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_a_second_signal_stops_at_once_and_damages_nothing(home, never, tmp_path
     command = argv(home, tmp_path / "run", *SHAPE, "--eval-data", home / "data" / "val.json", "--eval-every", "4", "--max-new-tokens", "2")
 
     def work():
-        at_call(monkeypatch, checkpoint, "write_tensors", 2, lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in (1, 2)])
+        at_call(monkeypatch, snapshot, "write_tensors", 2, lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in (1, 2)])
         return train.main(command)
 
     assert child(work) == -signal.SIGTERM
@@ -102,7 +102,7 @@ def test_a_second_signal_stops_at_once_and_damages_nothing(home, never, tmp_path
 
 def test_ctrl_c_in_a_save(home, tmp_path, monkeypatch):
     def work():
-        at_call(monkeypatch, checkpoint, "write_tensors", 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        at_call(monkeypatch, snapshot, "write_tensors", 2, lambda: os.kill(os.getpid(), signal.SIGINT))
         return train.main(argv(home, tmp_path / "run", *SHAPE))
 
     assert child(work) == 130

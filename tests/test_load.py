@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IMAGE, PIECES, hf_config, pixels, rows, their_model, write_folder, write_processor
+from conftest import IMAGE, PIECES, hf_config, pixels, rows, their_model, write_processor
 from PIL import Image
 
 import llava_min
@@ -249,6 +249,27 @@ def test_a_tower_that_is_not_there(spm, tmp_path):
         change(folder / "config.json", mm_vision_tower=tower)
         with pytest.raises(UserError, match=f"{tower}: not a folder here, and the hub did not give it"):
             llava_min.load(folder, device="cpu")
+
+
+# ---- a folder that is no checkpoint
+
+NO_CHECKPOINTS = {
+    "empty": ({}, "{}: holds no config.json of a model, expected the folder of a checkpoint; give one, a hub id, or tiny"),
+    "text": ({"passwd": "root"}, "{}: holds no config.json of a model"),
+    "weights alone": ({"model.safetensors": ""}, "{}: holds no config.json of a model"),
+    "config alone": ({"config.json": json.dumps(hf_config())}, "{}: no tokenizer.json and no tokenizer.model here; give a checkpoint folder"),
+    "another model": ({"config.json": '{"model_type": "bert"}'}, "{}/config.json: model_type is 'bert', expected 'llava'"),
+    "config a list": ({"config.json": "[]"}, "{}/config.json: a JSON list, expected an object"),
+}
+
+
+@pytest.mark.parametrize("files, says", NO_CHECKPOINTS.values(), ids=NO_CHECKPOINTS.keys())
+def test_a_folder_that_is_no_checkpoint(tmp_path, files, says):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as told:
+        llava_min.load(tmp_path, device="cpu")
+    assert says.format(tmp_path) in str(told.value) and "\n" not in str(told.value)
 
 
 # ---- which template

@@ -15,8 +15,8 @@ import llava_min
 from llava_min.cli import UserError
 from llava_min.config import LlavaConfig
 from llava_min.load import on_meta, save
-from llava_min.lora import (LINEARS, PEFT, LoRAConfig, LoRALinear, adapter_names, add_lora, init_lora,
-                            load_adapter, read_adapter, save_adapter, to_transformers)
+from llava_min.adapter import PEFT, adapter_names, load_adapter, read_adapter, save_adapter
+from llava_min.lora import LINEARS, LoRAConfig, LoRALinear, add_lora, init_lora, to_transformers
 from llava_min.packed import pack
 from llava_min.trainable import check_gradients, select
 
@@ -138,7 +138,7 @@ def test_targets_that_fit_nothing(kind, targets, says):
     model = our_model(their_model(kind))
     with pytest.raises(UserError) as e:
         add_lora(model, LoRAConfig(targets=targets))
-    assert says in str(e.value) and "lora targets" in str(e.value) and not adapted(model)
+    assert says in str(e.value) and "lora_targets" in str(e.value) and not adapted(model)
 
 
 def test_the_start_depends_on_seed_and_path_alone():

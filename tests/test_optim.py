@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from llava_min.cli import UserError
-from llava_min.optim import LossScale, clip, make_optimizer, parameter_groups, rate_factor
+from llava_min.optim import LossScale, check_optimizer, clip, make_optimizer, parameter_groups, rate_factor
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -41,10 +41,13 @@ def test_an_optimizer_of_ones_own(monkeypatch):
     assert isinstance(make_optimizer("torch.optim:SGD", groups, (0.9, 0.999)), torch.optim.SGD)
     adam = make_optimizer("torch.optim:NAdam", groups, (0.5, 0.75))
     assert adam.defaults["betas"] == (0.5, 0.75) and adam.param_groups[0]["lr"] == 0.5
+    groups = [{"params": [nn.Parameter(torch.ones(2, 3, device="meta"))], "lr": 0.5, "weight_decay": 0.0}]  # before the weights are read
+    for name in ("adamw", "torch.optim:SGD", "torch.optim:Muon", "torch.optim:Adafactor"):
+        check_optimizer(name, groups, (0.9, 0.999))
     monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(nothing=lambda groups: 3))
-    for name in ("absent:SGD", "torch.optim:Absent", "torch.optim", "mine:nothing", "adam", "json:loads"):
-        with pytest.raises(UserError, match=f"--optimizer {name}") as e:
-            make_optimizer(name, groups, (0.9, 0.999))
+    for name in ("absent:SGD", "torch.optim:Absent", "torch.optim", "mine:nothing", "adam", "json:loads", "torch.optim:LBFGS", "torch.optim:SparseAdam"):
+        with pytest.raises(UserError, match=f"optimizer {name}: ") as e:
+            check_optimizer(name, groups, (0.9, 0.999))
         assert "\n" not in str(e.value)
 
 

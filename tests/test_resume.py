@@ -11,7 +11,7 @@ import pytest
 import torch
 from training import argv, child, final, lines, make_home, run, train
 
-from llava_min import checkpoint
+from llava_min import checkpoint, snapshot
 from llava_min.cli import UserError
 
 STEPS = 12  # of 6 rows: three epochs of 24 records
@@ -107,7 +107,7 @@ def count_down(n: int) -> dict[str, int]:
     for name in MOMENTS:
         watch(os, name)
     watch(shutil, "rmtree")
-    watch(checkpoint, "write_tensors"), watch(checkpoint, "write_text"), watch(checkpoint, "sha256"), watch(checkpoint, "raw")
+    watch(snapshot, "write_tensors"), watch(snapshot, "write"), watch(snapshot, "sha256"), watch(snapshot, "raw")
     return calls
 
 
@@ -228,12 +228,12 @@ def test_only_the_model(home, tmp_path):
 
 def test_random_streams_come_back():
     checkpoint.reseed(3, 5, 0)
-    numbers, tensors = checkpoint.rng_state(torch.device("cpu"))
+    numbers, tensors = snapshot.rng_state(torch.device("cpu"))
     numbers = json.loads(json.dumps(numbers))
     draw = lambda: (random.random(), torch.rand(3).tolist(), checkpoint.np.random.rand(2).tolist())
     first = draw()
     assert draw() != first
-    checkpoint.set_rng_state(numbers, tensors, torch.device("cpu"))
+    snapshot.set_rng_state(numbers, tensors, torch.device("cpu"))
     assert draw() == first
     checkpoint.reseed(3, 5, 0)
     assert draw() == first

@@ -159,7 +159,8 @@ def test_a_terminal_gets_no_control_characters(monkeypatch):
 
 
 def test_an_adapter_changes_the_answer(ask, model_folder, pictures, tmp_path):
-    from llava_min.lora import LoRAConfig, add_lora, save_adapter
+    from llava_min.adapter import save_adapter
+    from llava_min.lora import LoRAConfig, add_lora
 
     model, _ = load(str(model_folder))
     config = LoRAConfig(4, 8)
@@ -172,6 +173,9 @@ def test_an_adapter_changes_the_answer(ask, model_folder, pictures, tmp_path):
     save_adapter(model, config, tmp_path / "adapter", str(model_folder))
     plain, tuned = ask(pictures[0])[0], ask(pictures[0], "--adapter", str(tmp_path / "adapter"))[0]
     assert plain != tuned
+    for folder in ("adapter", "."):  # a run's folder has one
+        with pytest.raises(UserError, match="holds no config.json.* give the base model, and .*adapter as adapter"):
+            sample.main([pictures[0], "--model", str(tmp_path / folder)])
 
 
 @pytest.mark.parametrize("argv, names", [
@@ -179,15 +183,28 @@ def test_an_adapter_changes_the_answer(ask, model_folder, pictures, tmp_path):
     (["x.png", "--prompt", " "], "--prompt"), (["x.png", "--prompt", "-"], "--prompt -"), (["x.png", "--prompt", "<image> <image> a"], "2 times"),
     (["x.png", "y.png", "--chat"], "--chat"), (["x.png", "--chat", "--json"], "--chat"), (["x.png", "--chat", "--num-beams", "2"], "--chat"),
     (["x.png", "--max-new-tokens", "0"], "--max-new-tokens"), (["x.png", "--temperature", "nan"], "--temperature"),
-    (["x.png", "--top-p", "0"], "top_p"), (["x.png", "--top-k", "-1"], "--top-k"),
-    (["x.png", "--prompt", "a\udcff"], "--prompt: is not UTF-8"), (["x.png", "--num-beams", "2", "--length-penalty", "1e30"], "length_penalty"), (["x.png", "--num-return-sequences", "2"], "num_return_sequences"),
+    (["x.png", "--top-p", "0"], "--top-p: 0.0"), (["x.png", "--top-k", "-1"], "--top-k"),
+    (["x.png", "--prompt", "a\udcff"], "--prompt: is not UTF-8"), (["x.png", "--num-beams", "2", "--length-penalty", "1e30"], "--length-penalty"), (["x.png", "--num-return-sequences", "2"], "--num-return-sequences"),
+    (["x.png", "--compile", "--num-beams", "2"], "--compile"), (["x.png", "--adapter", ""], "--adapter: is empty"),
+    (["red.png", "--max-new-tokens", "1000000000"], "--max-new-tokens: 1000000000 and the question's .* context of 1024"),
+    (["red.png", "--max-new-tokens", "9", "--prompt", "abc " * 500], "--max-new-tokens: 9 and the question's"),
+    (["red.png", "--template", "poem"], "--template: poem"), (["red.png", "--device", "tpu"], "--device: 'tpu'"), (["red.png", "--model", "/etc"], "/etc: holds no config.json"),
     (["x.png"], "x.png: no such file"), (["x.png", "--model", "/none"], "x.png")])
-def test_mistakes_are_named_before_weights_are_read(argv, names, monkeypatch):
+def test_mistakes_are_named_before_weights_are_read(argv, names, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (30, 20), "red").save("red.png")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b" \n")))
     monkeypatch.setattr(sys.modules["llava_min.load"], "load_weights", lambda *a: pytest.fail("weights were read"))
     with pytest.raises(UserError, match=names) as e:
         sample.main(argv)
     assert "\n" not in str(e.value)
+
+
+def test_what_has_no_effect_is_told_once(ask, pictures):
+    from llava_min.options import tell
+
+    tell.cache_clear()
+    assert ask(pictures[0], "--top-k", "3", "--chat", stdin="abc?\ndef?\n")[1].count("warning: --top-k: has no effect") == 1
 
 
 def test_help_is_quick_and_mistakes_exit_with_2(tmp_path):

@@ -1,21 +1,31 @@
 """train.py: what is trained, that it learns, what it writes; and the one-line errors before any weight is read."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import typing
 from pathlib import Path
 
 import pytest
 import torch
 import training
+from test_faults import at_call, ranks
 from training import lines, make_home, train
 
-from llava_min.cli import UserError
+from llava_min import evaluate
+from llava_min.cli import UserError, parse
 from llava_min.config import SIZES
 from llava_min.data import toy
-from llava_min.data.dataset import Dataset, collate, read_records
+from llava_min.data.dataset import Dataset, collate
+from llava_min.data.records import read_records
 from llava_min.data.sampler import pack
-from llava_min.llama import Block
+from llava_min.llama import Block, Llama
+from llava_min.llava import Llava
 from llava_min.load import load
+from llava_min.log import Log
 from llava_min.step import compile_blocks, named_config, neftune, recompute_blocks
 
 
@@ -84,21 +94,46 @@ def test_bf16_keeps_what_is_trained_in_fp32(data, tmp_path):
 
 @pytest.mark.parametrize("argv, named", [
     (["--data", "absent.json"], "absent.json"), (["--data", "toy:poems"], "toy:poems"), (["--recipe", "nothing"], "nothing"),
-    (["--model", "no/such/folder"], "no/such/folder"), (["--betas", "0.9"], "--betas"), (["--lora-targets", "c_proj"], "c_proj"),
-    (["--max-length", "70"], "--max-length"), (["--device", "cuda:9"], "cuda"), (["--template", "poem"], "poem"),
-    (["--train", "full", "--lora-r", "8"], "--lora-r: has no meaning with --train full"), (["--train", "all"], "--train all"),
-    (["--train", "last:9"], "last:9"), (["--warmup-steps", "50"], "--warmup-steps 50"), (["--batch-size", "25"], "--batch-size 25"),
-    (["--save-every", "5s"], "--save-every"), (["--best-metric", "bleu", "--eval-every", "2"], "--best-metric"),
-    (["--best-metric", "loss"], "--best-metric: without --eval-every"), (["--early-stopping", "2", "--eval-every", "2"], "--early-stopping"),
-    (["--eval-metrics", "beauty"], "beauty"), (["--optimizer", "torch.optim:Adamw"], "--optimizer torch.optim:Adamw"),
-    (["--log", "paper"], "--log"), (["--resume", "no/checkpoint"], "--resume no/checkpoint"), (["--lr", "0"], "--lr"),
-    (["--packing", "--group-by-length"], "--group-by-length"), (["--no-train-projector", "--train", "projector"], "nothing is left to"),
+    (["--model", "no/such/folder"], "no/such/folder"), (["--model", "/etc"], "/etc: holds no config.json"), (["--betas", "0.9"], "--betas"),
+    (["--lora-targets", "c_proj"], "--lora-targets: 'c_proj'"), (["--max-length", "70"], "--max-length 70: 24 of 24"),
+    (["--max-length", "1025"], "--max-length: 1025 tokens were asked for, and the model's context is 1024"),
+    (["--device", "cuda:9"], "--device: cuda"), (["--device", "tpu"], "--device: 'tpu'"), (["--template", "poem"], "--template: poem"),
+    (["--template", "chatml"], "--template chatml: needs"), (["--train", "all"], "--train all"), (["--train", "last:9"], "last:9"),
+    (["--warmup-steps", "50"], "--warmup-steps 50"), (["--batch-size", "25"], "--batch-size 25"), (["--save-every", "5s"], "--save-every"),
+    (["--eval-metrics", "beauty", "--eval-data", "VAL"], "--eval-metrics: 'beauty'"), (["--optimizer", "torch.optim:Adamw"], "--optimizer torch.optim:Adamw"),
+    (["--optimizer", "torch.optim:LBFGS"], "--optimizer torch.optim:LBFGS"), (["--log", "paper"], "--log"), (["--resume", "no/checkpoint"], "--resume no/checkpoint"),
+    (["--lr", "0"], "--lr"), (["--timeout", "1e30"], "--timeout"), (["--image-folder", ""], "--image-folder: is empty"), (["--lora-dropout", "1"], "--lora-dropout: 1"),
+    (["--eval-data", "VAL", "--max-new-tokens", "1020"], "--max-new-tokens: 1020 and the .* tokens of record captions-val-000000 .* context of 1024"),
+    # what would be ignored
+    (["--train", "full", "--lora-r", "8"], "--lora-r: has no effect without --train lora"), (["--train", "projector", "--dora"], "--dora: has no effect"),
+    (["--no-train-projector", "--train", "projector"], "nothing is left to"), (["--train", "last:1", "--projector-lr", "1"], "--projector-lr: has no effect without --train-projector"),
+    (["--vision-lr", "1"], "--vision-lr: has no effect without --train-vision"), (["--packing", "--group-by-length"], "--group-by-length: with --packing"),
+    (["--optimizer", "torch.optim:SGD", "--betas", "0.5,0.9"], "--betas: torch.optim:SGD does not know it"),
+    (["--optimizer", "torch.optim:Rprop", "--weight-decay", "0.1"], "--weight-decay: torch.optim:Rprop does not"), (["--toy-train", "9"], "--toy-train: has no effect"),
+    (["--data", "toy:captions", "--image-folder", "x"], "--image-folder: has no effect"), (["--eval-every", "2"], "--eval-every: has no effect without --eval-data"),
+    (["--samples", "2"], "--samples: has no effect"), (["--best-metric", "loss", "--eval-data", "VAL"], "--best-metric: has no effect without --eval-every"),
+    (["--early-stopping", "2", "--eval-every", "2", "--eval-data", "VAL"], "--early-stopping: has no effect without --best-metric"),
+    (["--best-metric", "bleu", "--eval-every", "2", "--eval-data", "VAL"], "--best-metric: bleu is not evaluated"), (["--cpu-offload", "--device", "cpu"], "--cpu-offload: "),
+    (["--keep", "3", "--save-every", "0"], "--keep: has no effect"), (["--save-every", "0", "--best-metric", "loss", "--eval-every", "2"], "--best-metric: keeps"),
 ])
-def test_mistakes_are_one_line_and_leave_nothing(data, tmp_path, argv, named):
-    before = sorted(tmp_path.rglob("*"))
+def test_mistakes_are_one_line_before_weights_are_read_and_leave_nothing(data, tmp_path, monkeypatch, argv, named):
+    monkeypatch.setattr(sys.modules["llava_min.load"], "load_weights", lambda *a: pytest.fail("weights were read"))
+    argv = [str(data / "val.json") if a == "VAL" else a for a in argv] + ([] if argv[0] == "--data" else ["--data", str(data / "train.json")])
     with pytest.raises(UserError, match=named) as e:
-        train.main(["--data", str(data / "train.json"), *argv, "--out", str(tmp_path / "run")] if argv[0] != "--data" else [*argv, "--out", str(tmp_path / "run")])
-    assert "\n" not in str(e.value) and sorted(tmp_path.rglob("*")) == before
+        train.main([*argv, "--out", str(tmp_path / "run")])
+    assert "\n" not in str(e.value) and not list(tmp_path.iterdir())
+
+
+def test_every_number_refuses_what_is_none():
+    kinds, asked = typing.get_type_hints(train.Knobs), 0
+    for name in (n for n, kind in kinds.items() if kind in (int, float, int | None, float | None, tuple[float, ...])):
+        flag = "--" + name.replace("_", "-")
+        for value in ("-1", "nan", "inf", "1e400", "some", ""):
+            with pytest.raises(UserError, match=f"{flag}: '{value}' is not a") as e:
+                parse(train.Knobs, [f"{flag}={value}"], "A test.")
+            assert "\n" not in str(e.value)
+            asked += 1
+    assert asked >= 30 * 6
 
 
 def test_an_existing_run_is_not_written_over(data, tmp_path):
@@ -238,6 +273,44 @@ def test_evaluation_in_the_loop_keeps_the_best_and_stops_early(home, tmp_path, c
     samples = lines(out, "samples.jsonl")
     assert {row["step"] for row in samples} == set(found) and set(samples[0]) == {"step", "id", "prompt", "prediction", "reference", "image"}
     assert (out / "report.html").exists()
+
+
+@pytest.mark.parametrize("mode, place", [("lora", (Llava, "hidden", 2)), ("full", (evaluate, "generate", 1))], ids=["loss", "answers"])
+def test_a_signal_in_an_evaluation_of_two_ranks_is_not_waited_for(home, tmp_path, mode, place):
+    """One of them gets it, in the evaluation at step 2; the run then goes on as if nothing had been."""
+    shape = ("--train", mode, "--max-steps", "4", "--eval-data", home / "data" / "val.json", "--eval-every", "2", "--eval-batch-size", "1",
+             "--max-new-tokens", "20", "--save-every", "9")
+
+    def work(rank: int):
+        patch, since = pytest.MonkeyPatch(), []
+        if rank:
+            act = lambda: (since.append(0), os.kill(os.getpid(), signal.SIGTERM))
+            at_call(patch, Log, "step", 2, lambda: at_call(patch, *place, act))
+        run = Llama.forward
+        patch.setattr(Llama, "forward", lambda *a, **k: (since and since.append(0), (tmp_path / f"after-{rank}").write_text(str(len(since))), run(*a, **k))[2])
+        return train.main(training.argv(home, tmp_path / "2", "--batch-size", "3", *shape))
+
+    assert ranks(2, work, tmp_path) == [143, 143], (tmp_path / "log-0").read_text()
+    assert "saved step 2, resume with" in (tmp_path / "log-0").read_text().splitlines()[-1]
+    assert int((tmp_path / "after-1").read_text()) <= 4  # runs of the decoder after the signal, of some 60
+    training.run(home, tmp_path / "2", "--batch-size", "6", *shape, "--resume", "auto")
+    training.run(home, tmp_path / "1", "--batch-size", "6", *shape)
+    one, two = (losses(lines(tmp_path / n)) for n in "12")
+    assert len(one) == 4 and two == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize("hangup", [False, True])
+def test_who_loses_the_terminal_loses_no_training(home, tmp_path, hangup):
+    """Its progress has no reader any more; with SIGHUP it saves and stops, without it goes on to the end."""
+    command = [sys.executable, train.__file__, *training.argv(home, tmp_path / "run", "--batch-size", "1", "--epochs", "3" if not hangup else "999")]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not (line := run.stderr.readline()).startswith(b"3/"):
+        assert line
+    run.stderr.close()
+    if hangup:
+        run.send_signal(signal.SIGHUP)
+    assert run.wait(60) == (143 if hangup else 0)
+    assert (tmp_path / "run" / ("last" if hangup else "adapter")).is_dir()
 
 
 def test_a_bad_picture_on_the_way(home, tmp_path):

@@ -1,4 +1,4 @@
-"""weights.py and files.py: every published layout gives one model, what is saved is what was loaded, and a
+"""layouts.py, weights.py and files.py: every published layout gives one model, what is saved is what was loaded, and a
 malformed folder gives one line."""
 
 import json
@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import KINDS, PIECES, VOCAB, hf_config, our_model, pixels, rows, their_model, write_folder
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import llava_min
@@ -26,10 +25,11 @@ from llava_min import weights
 from llava_min.cli import UserError
 from llava_min.config import LlavaConfig
 from llava_min.files import new_folder
+from llava_min.layouts import READ, WRITE, check_entries, translate
 from llava_min.llava import Llava
 from llava_min.load import collect_entries, on_meta, read_config, save, stored_rows
 from llava_min.packed import dense
-from llava_min.weights import check_entries, find_folder, load_weights, save_tensors
+from llava_min.weights import load_weights
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +336,7 @@ def test_a_file_cut_short_after_it_was_looked_at(folder):
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_every_dtype_becomes_every_other(stored, folder, base):
     tensors(lambda table: table.update({name: x.to(stored) for name, x in table.items()}))(folder)
-    table = {weights.translate(name, weights.READ): x for name, x in load_file(single(folder)).items()}
+    table = {translate(name, READ): x for name, x in load_file(single(folder)).items()}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         model = bare(folder, dtype)
         assert all(torch.equal(p, table[name].to(dtype)) for name, p in model.named_parameters())
@@ -357,7 +357,8 @@ for folder, dtype in zip(sys.argv[1::2], sys.argv[2::2]):
         continue
     before = memory("VmRSS")
     from llava_min.load import collect_entries, on_meta, read_config
-    from llava_min.weights import DTYPES, check_entries, load_weights
+    from llava_min.layouts import check_entries
+    from llava_min.weights import DTYPES, load_weights
     config, _ = read_config(Path(folder))
     entries, model = collect_entries(Path(folder), config, None), on_meta(config)
     check_entries(entries, model)
@@ -380,7 +381,7 @@ def write_big(folder: Path, dtype: torch.dtype) -> Path:
     for name, p in on_meta(LlavaConfig.from_hf(config)).named_parameters():
         end = at + p.numel() * dtype.itemsize
         info = {"dtype": kind, "shape": list(p.shape), "data_offsets": [at, end]}
-        header[weights.translate(name, weights.WRITE)] = info
+        header[translate(name, WRITE)] = info
         at = end
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
@@ -809,47 +810,7 @@ def test_flipped_bytes(seed, folder, base):
 def test_pickles_are_read_in_one_place_and_nothing_runs():
     source = {p.name: p.read_text() for p in Path(llava_min.__file__).parent.rglob("*.py")}
     calls = {name: text.count("torch.load(") for name, text in source.items() if "torch.load(" in text}
-    assert calls == {"weights.py": 1} and "weights_only=True, mmap=True" in source["weights.py"]
+    assert calls == {"layouts.py": 1} and "weights_only=True, mmap=True" in source["layouts.py"]
     for word in ("import pickle", "trust_remote_code", "shell=True", "os.system", "eval(", "exec("):
         assert not [name for name, text in source.items()
                     if re.search(rf"(?<![\w.]){re.escape(word)}", text)], word
-
-
-# ---- where a checkpoint comes from
-
-
-def test_find_folder(tmp_path, monkeypatch):
-    (tmp_path / "a b").mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for source in (f"{tmp_path}/a b", f"{tmp_path}/a b/", "~/a b"):
-        assert find_folder(source) == tmp_path / "a b"
-    (tmp_path / "file").write_text("")
-    for source, says in (
-            ("nobody/no-such-model", "the hub did not give it"),
-            ("llava-hf/llava-1.5-7b-hf", "the hub did not give it"), ("no-such-folder", "no such folder"),
-            ("./no/such/folder", "no such folder"), ("/no/such", "no such folder"),
-            (str(tmp_path / "file"), "a file"), ("~nobody-here/x", "cannot be looked up"),
-            ("x" * 5000, "cannot be looked up"), ("a\0b", "no such folder"), (EVIL, "no such folder"),
-            ("../..x/y/z", "no such folder"), ("a/b/c", "no such folder"),
-            (" ", "no such folder"), ("-x/y\n", "no such folder"),
-            ("https://huggingface.co/a/b", "no such folder")):
-        with pytest.raises(UserError) as e:
-            find_folder(source)
-        assert says in str(e.value) and str(e.value).isprintable() and len(str(e.value)) < 1000, str(e.value)
-
-
-def test_a_hub_id_takes_safetensors_where_there_are_any(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    asked = []
-    def download(name, revision, allow_patterns):
-        asked.append((name, revision, allow_patterns))
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert find_folder("a/b", "main") == tmp_path
-    assert [a[:2] for a in asked] == [("a/b", "main")] * 2 and asked[1][2] == ["pytorch_model*.bin"]
-    assert not any(".bin" in p or ".py" in p for p in asked[0][2])
-    (tmp_path / "model.safetensors").write_text("")
-    find_folder("a/b")
-    assert len(asked) == 3

@@ -14,7 +14,8 @@ from llava_min.data import toy
 from llava_min.data.image import ImageConfig
 from llava_min.data.processor import Processor
 from llava_min.data.tokenizer import Tokenizer
-from llava_min.load import CLIP_MEAN, CLIP_STD, TINY, fresh, save
+from llava_min.data.processor_files import CLIP_MEAN, CLIP_STD
+from llava_min.load import TINY, fresh, save
 
 train = load_script("train")
 

@@ -17,8 +17,10 @@ import torch
 
 from llava_min.cli import UserError, warn
 from llava_min.data.chat import Piece, parts, render
+from llava_min.data.picture import short
 from llava_min.data.processor import IGNORE, Processor
-from llava_min.data.records import NAMED, Record, read_records, short, text_of  # noqa: F401  read_records: its old place
+from llava_min.data.record import Record, text_of
+from llava_min.data.records import told
 from llava_min.data.sampler import Row
 
 # ---- the training view -------------------------------------------------------------------------------------
@@ -46,13 +48,13 @@ class Dataset(torch.utils.data.Dataset):
             self.records.append(r)
         if long and too_long == "error":
             raise UserError(f"--max-length {max_length}: {len(long)} of {len(records)} records have more tokens: "
-                            f"{listed(long)}; raise it, or shorten or remove them")
+                            f"{told(long, ', ')}; raise it, or shorten or remove them")
         if shortened:
             warn(f"--max-length {max_length}: {len(shortened)} of {len(records)} records lost their last turns: "
-                 f"{listed(shortened)}")
+                 f"{told(shortened, ', ')}")
         if dropped:
             warn(f"--max-length {max_length}: {len(dropped)} of {len(records)} records are left out, as a single turn of "
-                 f"theirs is longer: {listed(dropped)}")
+                 f"theirs is longer: {told(dropped, ', ')}")
 
     def pieces(self, r: Record) -> list[Piece]:
         try:
@@ -86,10 +88,6 @@ class Dataset(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict:
         r = self.records[i]
         return self.processor.training(r.messages, [r.pictures(self.exif)] if r.images else None)
-
-
-def listed(names: list[str]) -> str:
-    return ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
 
 
 def join(items: list[dict]) -> dict:
@@ -151,7 +149,7 @@ class Batches(torch.utils.data.Dataset):
 
 def deafen(_: int) -> None:
     """Signals go to the main process, which stops its workers once it has saved; only a second SIGTERM ends one."""
-    for s in (signal.SIGINT, signal.SIGUSR1):
+    for s in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(s, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from llava_min.cli import UserError, warn
 from llava_min.data.added_tokens import AddedToken, Matcher
-from llava_min.data.tokenizer_files import IDS, LLAMA, SURROGATE, Source, as_tokenizer_json, fault, read_folder
+from llava_min.data.tokenizer_files import LLAMA, read_folder
+from llava_min.data.tokenizer_model import as_tokenizer_json
+from llava_min.data.tokenizer_source import IDS, SURROGATE, Source, fault
 
 AS_WRITTEN = "PreTrainedTokenizerFast"                 # the class for which transformers obeys tokenizer.json
 

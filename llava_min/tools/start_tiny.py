@@ -3,7 +3,7 @@
     python -m llava_min.tools.start_tiny OUT
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava_min.cli import UserError, parse, run
@@ -25,7 +25,8 @@ def main(argv: list[str]) -> None:
     from llava_min.data.processor import Processor
     from llava_min.data.tokenizer import Tokenizer
     from llava_min.files import new_folder, write_json
-    from llava_min.load import CLIP_MEAN, CLIP_STD, fresh, write_model
+    from llava_min.data.processor_files import CLIP_MEAN, CLIP_STD
+    from llava_min.load import fresh, write_model
 
     with new_folder(Path(knobs.out[0])) as folder:
         (folder / "tokenizer.model").write_bytes(toy_vocab.tokenizer_model(toy_vocab.words(), toy_vocab.toy_words()))

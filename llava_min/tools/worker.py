@@ -242,7 +242,8 @@ def write_random(model: Any, config: LlavaConfig, folder: Path, dtype: Any) -> N
     """A llava-hf folder for `model` on meta, a shard at a time: normal matrices, zero biases, unit norms."""
     import torch
 
-    from llava_min.weights import WRITE, save_tensors, translate
+    from llava_min.layouts import WRITE, translate
+    from llava_min.weights import save_tensors
 
     generator = torch.Generator().manual_seed(0)
     files, shard, left = {}, {}, len(list(model.parameters()))

@@ -1,0 +1,78 @@
+"""The files of a folder that say how its model is spoken to → its `Processor`: tokenizer, pictures, chat template.
+
+Above processor.py, beside tokenizer_files.py; load.py calls it before any weight is read. What two files say differently is
+an error that names both.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from llava_min.cli import UserError, note, printable
+from llava_min.config import LlavaConfig
+from llava_min.data.chat import choose
+from llava_min.data.image import ASPECTS, ImageConfig
+from llava_min.data.processor import Processor
+from llava_min.data.tokenizer import Tokenizer
+from llava_min.data.tokenizer_files import read_optional
+from llava_min.files import check_file, read_json
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def read_image_config(folder: Path, config: LlavaConfig, clip_folder: Path | None,
+                      aspect: str | None) -> ImageConfig:
+    """How pictures are prepared. The aspect is the caller's, else what the checkpoint records, else "pad"."""
+    if aspect is not None and aspect not in ASPECTS:
+        raise UserError(f"image_aspect_ratio: {printable(aspect)!r} is not pad or crop; choose one")
+    if config.vision_source:
+        path = (clip_folder or folder) / "preprocessor_config.json"
+        images = ImageConfig(config.vision.image_size, CLIP_MEAN, CLIP_STD, None)
+        if path.exists():
+            images = ImageConfig.from_hf(read_json(path), str(path))
+        recorded = read_json(folder / "config.json").get("image_aspect_ratio")
+        images = replace(images, aspect=ASPECTS[recorded or "square"])
+    else:
+        # transformers 5 saves the settings inside processor_config.json, and reads that one first
+        path = folder / "processor_config.json"
+        data = read_optional(path).get("image_processor")
+        if data is None:
+            path = folder / "preprocessor_config.json"
+            data = read_json(path)
+        images = ImageConfig.from_hf(data, str(path))
+    if images.size != config.vision.image_size:
+        raise UserError(f"{path}: pictures are made {images.size} pixels wide but image_size in config.json "
+                        f"is {config.vision.image_size}; correct one of them")
+    if aspect is None and images.aspect is None:
+        note(f"{folder}: does not record image_aspect_ratio; taking pad, how LLaVA-1.5 was tuned "
+             "(crop is what transformers does)")
+    return replace(images, aspect=ASPECTS[aspect or images.aspect or "pad"])
+
+
+def pick_template(folder: Path, tokenizer: Tokenizer) -> str:
+    """The template the checkpoint records, or whose marks stand in its jinja text, which is never run."""
+    jinja = folder / "chat_template.jinja"
+    if jinja.exists():
+        check_file(jinja)
+        text = jinja.read_text(encoding="utf-8", errors="replace")
+    else:
+        files = (read_optional(folder / name) for name in ("chat_template.json", "tokenizer_config.json"))
+        text = next((data["chat_template"] for data in files if data.get("chat_template")), None)
+    recorded = read_optional(folder / "processor_config.json")
+    return choose(read_json(folder / "config.json"), recorded, text, tokenizer)
+
+
+def read_processor(folder: Path, config: LlavaConfig, clip_folder: Path | None, aspect: str | None,
+                   template: str | None) -> Processor:
+    """`clip_folder`: of the original layout's tower. `aspect`, `template`: the caller's, None for what the folder says."""
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.token_id("<image>") is None:
+        tokenizer.add_special("<image>", config.image_token_id)
+    if tokenizer.token_id("<image>") != config.image_token_id:
+        raise UserError(f"{folder}: image_token_index is {config.image_token_id} in config.json but <image> "
+                        f"is {tokenizer.token_id('<image>')} in the tokenizer; correct one of them")
+    if len(tokenizer) > config.text.vocab_size:
+        raise UserError(f"{folder}: the tokenizer knows {len(tokenizer)} tokens but vocab_size is "
+                        f"{config.text.vocab_size}; the tokenizer belongs to another model")
+    images = read_image_config(folder, config, clip_folder, aspect)
+    template = template or pick_template(folder, tokenizer)
+    return Processor(tokenizer, images, template, config.image_token_id, config.tokens_per_image)

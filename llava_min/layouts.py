@@ -1,0 +1,204 @@
+"""Which tensors a checkpoint has: four published layouts, safetensors or `.bin`, sharded or not, a folder or the hub.
+
+Names cross in one table of prefixes, read in every layout and written in the one that every reader accepts (llava-hf as
+transformers 4.36 wrote it). Every tensor is accounted for before weights.py reads the first.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from llava_min.cli import UserError, printable
+from llava_min.files import check_file, read_json
+
+# Our prefix <- theirs, the first match wins.  A: llava-hf as published, B: transformers >= 4.52 in memory,
+# C: as transformers 5 saves, O: the original, CLIP: OpenAI's own folder.
+VISION = ("model.vision_tower.vision_tower.vision_model.",  # O
+          "model.vision_tower.vision_model.",  # B
+          "vision_tower.vision_model.",  # A
+          "model.vision_tower.", "vision_tower.",  # C in memory, C
+          "vision_model.")  # CLIP
+READ = [
+    *((f"{p}encoder.layers.", "vision_tower.layers.") for p in VISION),
+    *((p, "vision_tower.") for p in VISION),
+    ("model.mm_projector.0.", "multi_modal_projector.linear_1."),  # O
+    ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),  # B
+    ("multi_modal_projector.", "multi_modal_projector."),  # A, C
+    ("language_model.model.", "language_model."),  # A, C
+    ("language_model.lm_head.", "lm_head."),
+    ("model.language_model.", "language_model."),  # B
+    ("lm_head.", "lm_head."),  # B, O
+    ("model.", "language_model."),  # O, and a language model by itself
+]
+WRITE = [  # A <- ours
+    ("vision_tower.layers.", "vision_tower.vision_model.encoder.layers."),
+    ("vision_tower.", "vision_tower.vision_model."),
+    ("multi_modal_projector.", "multi_modal_projector."),
+    ("language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+]
+# Tables that code recomputes; and what a CLIP folder holds besides its tower.
+TABLES = re.compile(r"(.*\.)?(inv_freq|position_ids)|model\.image_newline")
+CLIP_REST = re.compile(r".*\.position_ids|text_model\..*|(visual|text)_projection\..*|logit_scale")
+SHARD = re.compile(r"[\w.-]+\.(safetensors|bin)")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS |= {str(dtype): dtype for dtype in FLOATS.values()}  # as safetensors and `.bin` call them
+
+
+def translate(name: str, table: list[tuple[str, str]]) -> str | None:
+    return next((ours + name[len(theirs):] for theirs, ours in table if name.startswith(theirs)), None)
+
+
+# ---- files
+
+
+def find_folder(source: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: a path, or a hub id, which is downloaded (safetensors where they exist)."""
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return path
+        if path.exists():
+            raise UserError(f"{printable(source)}: a file, expected a checkpoint's folder; give that")
+    except (OSError, RuntimeError) as e:  # a name too long, a ~user that is not there
+        why = printable(e)[:200]
+        raise UserError(f"{printable(source)[:400]}: cannot be looked up ({why}); check the path") from None
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        raise UserError(f"{printable(source)[:400]}: no such folder; give a checkpoint's folder, "
+                        "a hub id such as llava-hf/llava-1.5-7b-hf, or tiny")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.jinja", "*.model", "*.safetensors"]
+    try:
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(source, revision=revision, allow_patterns=["pytorch_model*.bin"])
+    except Exception as e:  # the hub's client raises its own errors, its HTTP library's and the system's
+        raise UserError(f"{source}: not a folder here, and the hub did not give it ({printable(e)[:200]}); "
+                        "check the name and the network, or download it and give the folder") from None
+    return folder
+
+
+def find_files(folder: Path) -> list[Path]:
+    """The weight files of a folder, shards by their index; safetensors before `.bin`."""
+    for stem, end in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index, single = folder / f"{stem}.{end}.index.json", folder / f"{stem}.{end}"
+        if single.exists():
+            return [single]
+        if index.exists():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                raise UserError(f"{index}: no weight_map; download the file again")
+            names = sorted(set(map(str, shards.values())))
+            if bad := [n for n in names if not SHARD.fullmatch(n)]:
+                raise UserError(f"{index}: {printable(bad[0])!r} is not the name of a file beside it; "
+                                "the index is damaged or hostile")
+            if absent := [n for n in names if not (folder / n).is_file()]:
+                raise UserError(f"{index}: {len(absent)} of {len(names)} shards are absent "
+                                f"({', '.join(absent[:4])}); download them")
+            return [folder / n for n in names]
+    raise UserError(f"{folder}: no model.safetensors, pytorch_model.bin or index of shards; "
+                    "give the folder of a checkpoint")
+
+
+def open_file(path: Path):
+    """A mapping of tensor names to tensors that reads a tensor when it is asked for."""
+    check_file(path)
+    try:
+        if path.suffix != ".bin":
+            return safe_open(path, framework="pt")
+        # CLIP and Vicuna are published so; weights_only refuses anything but tensors
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:  # both readers raise many kinds for damaged files; none of them is our fault
+        why = printable(e)[:200]
+        raise UserError(f"{path}: damaged or not a weight file ({why}); download it again") from None
+    plain = lambda x: isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
+    if not isinstance(tensors, dict) or not all(isinstance(k, str) and plain(x) for k, x in tensors.items()):
+        raise UserError(f"{path}: not a table of named tensors; give the weights of a model")
+    return tensors
+
+
+# ---- tensors
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file, not read yet."""
+
+    path: Path
+    name: str  # in the file
+    shape: tuple[int, ...]
+    dtype: str  # as the file calls it
+    start: int | None = None  # its first byte in the file; None in a `.bin`
+
+    def __str__(self) -> str:
+        return f"{self.path}: {printable(self.name)[:200]}"
+
+
+def stored(path: Path) -> Iterator[Entry]:
+    """The tensors of a file; none is read."""
+    file = open_file(path)
+    if path.suffix == ".bin":
+        yield from (Entry(path, name, tuple(x.shape), str(x.dtype)) for name, x in file.items())
+        return
+    with open(path, "rb") as f:  # safe_open has checked this header: lengths, order, no gap, no overlap
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
+    for name, info in header.items():
+        if name != "__metadata__":
+            yield Entry(path, name, tuple(info["shape"]), info["dtype"], 8 + size + info["data_offsets"][0])
+
+
+def read_entries(paths: Iterable[Path], ignored: re.Pattern = TABLES) -> dict[str, Entry]:
+    """Our name -> the tensor's place, for every tensor of the files.
+
+    Raises UserError for a name that has no place in a LLaVA, or that stands twice.
+    """
+    entries, unknown = {}, []
+    for path in paths:
+        for entry in stored(path):
+            if ignored.fullmatch(entry.name):
+                continue
+            if (ours := translate(entry.name, READ)) is None:
+                unknown.append(entry.name)
+            elif ours in entries:
+                raise UserError(f"{entries[ours]} is the same tensor as {printable(entry.name)[:200]} in {path.name}; keep one")
+            else:
+                entries[ours] = entry
+    if unknown:
+        raise UserError(f"{path.parent}: {some(unknown)} have no place in a LLaVA-1.5; is this another architecture?")
+    return entries
+
+
+def check_entries(entries: dict[str, Entry], model: nn.Module, rows: dict[str, int] = {}) -> None:
+    """Every parameter of `model` has a tensor of its shape and kind, every tensor a parameter, or UserError.
+
+    `rows` gives tensors that have fewer rows than the model: the vocabulary of the original layout.
+    """
+    want = {n: (rows.get(n, len(p)), *p.shape[1:]) for n, p in model.named_parameters(remove_duplicate=False)}
+    needed = {n for n, _ in model.named_parameters()}  # a tied head may be left out
+    both = [(e, want[n]) for n, e in entries.items() if n in want]
+    faults = []
+    if missing := sorted(needed - entries.keys()):
+        faults.append(f"missing {some(missing)}")
+    if unknown := sorted(e.name for n, e in entries.items() if n not in want):
+        faults.append(f"unknown {some(unknown)}")
+    faults += [f"shape {list(e.shape)} of {printable(e.name)[:200]}, expected {list(shape)}"
+               for e, shape in both if e.shape != shape][:4]
+    faults += [f"{printable(e.name)[:200]} holds {e.dtype}, expected floating point"
+               for e, _ in both if e.dtype not in FLOATS][:4]
+    if faults:
+        where = next(iter(entries.values())).path.parent if entries else "checkpoint"
+        raise UserError(f"{where}: {'; '.join(faults)}; the weights do not belong to config.json")
+
+
+def some(names: list[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} tensor(s) ({', '.join(printable(n)[:100] for n in names[:most])}{more})"

@@ -1,0 +1,42 @@
+"""Which of train.py's settings go together: what contradicts itself or would be ignored is refused before anything is read.
+
+A setting that only a recipe makes may lie idle: who overrides the rest of the recipe cannot take it out.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from llava_min.cli import UserError, printable
+
+
+def check_settings(k: Any, argv: Sequence[str]) -> None:
+    """`k`: train.py's knobs; `argv`: what of them was typed. Raises UserError."""
+    toy, saved = (k.data or "").startswith("toy:"), k.save_every != "0"
+    faults = {
+        "--data: not given; give a LLaVA JSON file, or --recipe toy": k.data is None and not k.dry_run,
+        f"--betas: {k.betas} is not two numbers below 1; give for example 0.9,0.999": len(k.betas) != 2 or max(k.betas) >= 1,
+        f"--save-every: {printable(k.save_every)} is not a number of steps, minutes like 30m, or epoch; give one":
+            not re.fullmatch(r"\d{1,9}|[1-9]\d{0,6}m|epoch", k.save_every),
+        "--lora-dropout: 1 leaves LoRA nothing to learn from; give less": k.lora_dropout == 1,
+        "--group-by-length: with --packing there is no padding to save; choose one of them": k.group_by_length and k.packing,
+        "--best-metric: keeps a checkpoint, and --save-every 0 allows none; give another": k.best_metric and not saved}
+    in_tower = k.train == "lora" and any(re.search(r"[.*|]", t) for t in k.lora_targets)  # a regex may name its layers
+    needs = {  # what gives the settings of a line a meaning, and whether it is there
+        "--train lora": (k.train == "lora", "lora_r lora_alpha lora_dropout lora_targets dora rslora"),
+        "--data toy:TASK": (toy, "toy_train toy_val"),
+        "--data FILE (a toy draws its own)": (not toy, "image_folder eval_data"),
+        "--eval-data": (toy or k.eval_data, "best_metric early_stopping eval_every eval_batch_size eval_metrics num_beams "
+                        "max_new_tokens samples"),
+        "--eval-every": (k.eval_every, "best_metric"), "--best-metric": (k.best_metric, "early_stopping"),
+        "--train-projector": (k.train_projector or k.train_projector is None and not k.train.startswith("last"), "projector_lr"),
+        "--train-vision": (k.train_vision or k.train_vision is None and k.train == "full" or in_tower, "vision_lr"),
+        "--save-every other than 0": (saved, "keep save_only_model")}
+    typed = {a.partition("=")[0].lstrip("-").replace("-", "_") for a in argv if a.startswith("--")} | {"best_metric", "early_stopping"}
+    for need, (there, names) in needs.items():
+        for name in names.split() if not there else ():
+            line = f"--{name.replace('_', '-')}: has no effect without {need}; give that, or leave it out"
+            faults[line] = name in typed and getattr(k, name)
+    for line, true in faults.items():
+        if true:
+            raise UserError(line)
