@@ -134,6 +134,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     import torch
 
     from llava_min import checkpoint
+    from llava_min.adapter import adapter_names, save_adapter
     from llava_min.data import toy
     from llava_min.data.dataset import Dataset, loader
     from llava_min.data.picture import short
@@ -144,7 +145,6 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     from llava_min.files import new_folder, write_json
     from llava_min.load import on_meta, prepare, write_model
     from llava_min.log import Log, check_packages, peak_memory, show_samples
-    from llava_min.adapter import adapter_names, save_adapter
     from llava_min.lora import LoRAConfig, add_lora, init_lora
     from llava_min.metrics import find as find_metrics
     from llava_min.optim import LossScale, check_optimizer, clip, make_optimizer, parameter_groups, rate_factor

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from llava_min.adapter import apply_adapter, read_adapter
 from llava_min.cli import UserError, printable, warn
 from llava_min.config import Fields, LlavaConfig, VisionConfig, read_eos
 from llava_min.data.processor import Processor
@@ -20,7 +21,6 @@ from llava_min.dist import pick_device
 from llava_min.files import new_folder, read_json, write_json
 from llava_min.layouts import CLIP_REST, Entry, check_entries, find_files, find_folder, read_entries
 from llava_min.llava import Llava
-from llava_min.adapter import apply_adapter, read_adapter
 from llava_min.packed import pack
 from llava_min.weights import DTYPES, NAMES, load_weights, save_weights
 

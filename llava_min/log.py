@@ -118,7 +118,7 @@ def show_samples(folder: Path, last: int) -> None:
         print(f"\n{printable(name)}: {printable(row['prompt'])}")
         texts = {"before": before.get(name, row)["prediction"], "after": row["prediction"], "expected": row["reference"]}
         for label, text in texts.items():
-            print(f"  {label:<9} {printable(text)}")
+            print(f"  {label:<9} {printable(text) or '(empty)'}")
 
 
 def check_packages(copies: Sequence[str]) -> None:
