@@ -231,7 +231,11 @@ def test_command_line(tmp_path, capsys):
     main([str(tmp_path / "a"), "--task", "captions-text", "--train", "3", "--val", "2", "--seed", "5"])
     assert "3 training and 2 validation" in capsys.readouterr().err
     assert len(list((tmp_path / "a/images").iterdir())) == 5
-    for wrong in (["--train", "-1"], ["--task", "poems"], ["--seed", "x"], ["--sede", "1"], []):
+    main([str(tmp_path / "c"), "--text", "0.8", "--train", "200", "--val", "6"])
+    records = [[t["value"] for t in r["conversations"]] for r in json.loads((tmp_path / "c/train.json").read_text())]
+    share = sum(any(v.endswith(toy.READ) for v in values) and "nothing" not in values for values in records) / len(records)
+    assert 0.7 < share < 0.9
+    for wrong in (["--text", "0.8", "--task", "captions"], ["--text", "1.5"], ["--train", "-1"], ["--task", "poems"], ["--seed", "x"], ["--sede", "1"], []):
         argv = wrong + [str(tmp_path / "b")] if wrong else []
         with pytest.raises(UserError) as e:
             main(argv)
