@@ -84,10 +84,10 @@ def main(argv: list[str]) -> int | None:
             raise UserError(f"--by {printable(knobs.by)}: no record has such a field; give one that stands beside the "
                             "conversation")
         out = Path(knobs.out) if knobs.out else None
+        folders = (out, out / "compare") if out else (None, None)
         compared = [None, knobs.compare] if knobs.compare else [None]
         ways = [check_side(knobs, records, compare) for compare in compared]
-        sides = [answers(knobs, records, world, out and out / "compare" if compare else out, way, compare)
-                 for compare, way in zip(compared, ways)]
+        sides = [answers(knobs, records, world, folder, way, compare) for folder, way, compare in zip(folders, ways, compared)]
         if world.rank:
             return None
 
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int | None:
         # ---- the folder
         if out:
             with writing(out):
-                for folder, side in zip((out, out / "compare"), sides):
+                for folder, side in zip(folders, sides):
                     finish(folder, side.rows, side.settings)
                 put(out / "metrics.json", [sides[0].scores], indent=2)
                 if change is not None:
@@ -164,9 +164,9 @@ def which(knobs: Knobs, compare: str | None) -> tuple[str, str | None]:
 def check_side(knobs: Knobs, records: list, compare: str | None) -> dict[str, str]:
     """What is wrong with a model, an adapter or the room for answers is found before the first side, which may take hours,
     has answered. -> how the model is to be asked, as its files or the flags say."""
+    from llava_min.adapter import read_adapter
     from llava_min.evaluate import check_room
     from llava_min.load import prepare
-    from llava_min.adapter import read_adapter
 
     source, adapter = which(knobs, compare)
     ready = prepare(source, image_aspect_ratio=knobs.image_aspect_ratio, template=knobs.template)
@@ -198,14 +198,15 @@ def answers(knobs: Knobs, records: list, world: Any, folder: Path | None, way: d
                  "image_size": processor.image_config.size, "dtype": str(model.dtype).removeprefix("torch."),
                  "device": str(model.device), "batch_size": knobs.batch_size, "ranks": world.size,
                  "metrics": list(knobs.metrics), "seed": knobs.seed, "versions": versions()}
-    done, save, file = {}, lambda rows: None, None
+    done, file = {}, None
     if folder:
         file = open_answers(folder, settings, world)
         if world.rank == 0 and (done := read_answers(folder, records)):
             note(f"{folder}: goes on after {len(done)} of {len(records)} answers")
         done = gather(world, done)[0]
 
-        def save(rows: list[dict]) -> None:
+    def save(rows: list[dict]) -> None:
+        if file:
             with writing(folder):
                 file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if "error" not in row))
                 file.flush()

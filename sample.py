@@ -188,7 +188,7 @@ def answer_all(model: Any, processor: Any, images: list, prompt: str, knobs: Kno
     note(f"{tokens} tokens in {time.perf_counter() - start:.1f} s{ended}")
 
 
-# The conversation
+# ---- the conversation
 
 
 def questions(first: str | None) -> Iterator[str]:

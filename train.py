@@ -20,6 +20,7 @@ from llava_min.cli import Count, Fraction, NonNegative, Place, Positive, Seed, U
 from llava_min.settings import check_settings
 from llava_min.signals import CODE, Interrupted, Signals
 
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a decoder block
 RECIPES = Path(__file__).parent / "llava_min" / "recipes"
 # What a resumed run may change: where things lie, what it shows, how the rows of a step are dealt. The rest must stay.
 FREE = set("""recipe model data toy_train toy_val image_folder eval_data out resume batch_size auto_batch_size grad_accum
@@ -46,7 +47,7 @@ class Knobs:
     lora_r: Count = 16  # rank
     lora_alpha: Positive = 32.0  # the update is scaled by alpha / r
     lora_dropout: Fraction = 0.0  # on the input of A
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # leaf names in the language model, all-linear, or a regex on whole paths
+    lora_targets: tuple[str, ...] = LINEARS  # leaf names in the language model, all-linear, or a regex on whole paths
     dora: bool = False  # weight-decomposed LoRA
     rslora: bool = False  # scale by alpha / sqrt(r)
     # the step

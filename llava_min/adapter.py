@@ -6,14 +6,15 @@ implemented is refused by name; a tensor without a home is an error.
 
 import re
 import reprlib
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from llava_min.cli import UserError, printable, warn
 from llava_min.files import read_json, write_json
-from llava_min.lora import LINEARS, LoRAConfig, add_lora, is_named, lora_layers, to_transformers
 from llava_min.layouts import FLOATS, READ, open_file, translate
+from llava_min.lora import LINEARS, LoRAConfig, add_lora, is_named, lora_layers, to_transformers
 from llava_min.weights import is_finite, save_tensors
 
 PEFT = "base_model.model."
@@ -28,6 +29,29 @@ PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "fan_in_fan_out": (False,),
 def adapter_names(model: nn.Module) -> list[str]:
     """Our names of the tensors that an adapter of `model` holds: LoRA, and what else is trained."""
     return [name for name, p in model.named_parameters() if ".lora_" in name or p.requires_grad]
+
+
+def target_pattern(model: nn.Module) -> str:
+    """A regex that fits exactly the adapted layers among transformers' paths: by leaf names, or else a list."""
+    adapted = [to_transformers(path) for path in lora_layers(model)]
+    linear = [to_transformers(name.removesuffix(".base")) for name, m in model.named_modules()
+              if hasattr(m, "in_features")]
+    leaves = dict.fromkeys(path.rpartition(".")[2] for path in adapted)
+    pattern = rf".*language_model\..*\.({'|'.join(leaves)})"
+    exact = [path for path in linear if re.fullmatch(pattern, path)] == adapted
+    return pattern if exact else "|".join(map(re.escape, adapted))
+
+
+def whole_modules(model: nn.Module, names: set[str]) -> list[str]:
+    """The largest modules all of whose parameters are among `names` and none LoRA: the ends of PEFT's paths."""
+    whole: list[str] = []
+    for path, m in model.named_modules():  # the outer before the inner
+        if path.startswith(tuple(whole)):
+            continue
+        inside = {f"{path}.{name}" for name, _ in m.named_parameters()}
+        if inside and inside <= names and not any(".lora_" in name for name in inside):
+            whole.append(path + ".")
+    return [to_transformers(path).removeprefix("model.").rstrip(".") for path in whole]
 
 
 def save_adapter(model: nn.Module, config: LoRAConfig, folder: Path, base: str,
@@ -49,30 +73,29 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder: Path, base: str,
         "inference_mode": True})
 
 
-def target_pattern(model: nn.Module) -> str:
-    """A regex that fits exactly the adapted layers among transformers' paths: by leaf names, or else a list."""
-    adapted = [to_transformers(path) for path in lora_layers(model)]
-    linear = [to_transformers(name.removesuffix(".base")) for name, m in model.named_modules()
-              if hasattr(m, "in_features")]
-    leaves = dict.fromkeys(path.rpartition(".")[2] for path in adapted)
-    pattern = rf".*language_model\..*\.({'|'.join(leaves)})"
-    exact = [path for path in linear if re.fullmatch(pattern, path)] == adapted
-    return pattern if exact else "|".join(map(re.escape, adapted))
+def is_rank(x: object) -> bool:
+    return type(x) is int and x >= 1
 
 
-def whole_modules(model: nn.Module, names: set[str]) -> list[str]:
-    """The largest modules all of whose parameters are among `names` and none LoRA: the ends of PEFT's paths."""
-    whole: list[str] = []
-    for path, m in model.named_modules():  # the outer before the inner
-        inside = {f"{path}.{name}" for name, _ in m.named_parameters() if not path.startswith(tuple(whole))}
-        if inside and inside <= names and not any(".lora_" in name for name in inside):
-            whole.append(path + ".")
-    return [to_transformers(path).removeprefix("model.").rstrip(".") for path in whole]
+def is_alpha(x: object) -> bool:
+    return type(x) in (int, float) and 0 < abs(x) < 1e6
 
 
-def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Apply the PEFT adapter of `folder` to `model`, unmerged; UserError for a tensor without a home."""
-    apply_adapter(model, *read_adapter(model, folder))
+def read_pattern(path: Path, key: str, data: object, good: Callable[[object], bool]) -> dict:
+    """PEFT's rank_pattern or alpha_pattern. A stranger's regex could run for ever: only simple ones are taken."""
+    if not isinstance(data, dict) or not all(map(good, data.values())):
+        raise UserError(f"{path}: {key} is {reprlib.repr(data)}, expected names of layers, each with its number; "
+                        "the file is damaged")
+    for name in data:
+        try:
+            re.compile(name)
+            simple = len(name) <= 200 and len(re.findall(r"[*+?{]", name)) <= 2 and not re.search(r"\)[*+?{]", name)
+        except (re.error, RecursionError, OverflowError):
+            simple = False
+        if not simple:
+            raise UserError(f"{path}: {key} has {printable(name)[:200]!r}, expected the path of a layer or a regex "
+                            "with at most two repetitions; write the layers out")
+    return data
 
 
 def read_config(path: Path) -> LoRAConfig:
@@ -95,37 +118,13 @@ def read_config(path: Path) -> LoRAConfig:
     return LoRAConfig(r, alpha, 0.0, LINEARS, bool(data.get("use_dora")), bool(data.get("use_rslora")), *patterns)
 
 
-def is_rank(x: object) -> bool:
-    return type(x) is int and x >= 1
-
-
-def is_alpha(x: object) -> bool:
-    return type(x) in (int, float) and 0 < abs(x) < 1e6
-
-
-def read_pattern(path: Path, key: str, data: object, good) -> dict:
-    """PEFT's rank_pattern or alpha_pattern. A stranger's regex could run for ever: only simple ones are taken."""
-    if not isinstance(data, dict) or not all(map(good, data.values())):
-        raise UserError(f"{path}: {key} is {reprlib.repr(data)}, expected names of layers, each with its number; "
-                        "the file is damaged")
-    for name in data:
-        try:
-            re.compile(name)
-            simple = len(name) <= 200 and len(re.findall(r"[*+?{]", name)) <= 2 and not re.search(r"\)[*+?{]", name)
-        except (re.error, RecursionError, OverflowError):
-            simple = False
-        if not simple:
-            raise UserError(f"{path}: {key} has {printable(name)[:200]!r}, expected the path of a layer or a regex "
-                            "with at most two repetitions; write the layers out")
-    return data
-
-
 def read_adapter(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """The adapter of `folder`, our name -> tensor, checked against `model`, which may still be on meta."""
     if lora_layers(model):
         raise UserError(f"{folder}: the model has an adapter already; load the base anew")
     config = read_config(folder / "adapter_config.json")
-    files = [p for end in ("safetensors", "bin") if (p := folder / f"adapter_model.{end}").exists()][:1]
+    files = [folder / f"adapter_model.{end}" for end in ("safetensors", "bin")]
+    files = [p for p in files if p.exists()][:1]
     if not files:
         raise UserError(f"{folder}: no adapter_model.safetensors; give the folder of a PEFT adapter")
     if (projector := folder / "non_lora_trainables.bin").exists():  # the original LLaVA's
@@ -190,3 +189,8 @@ def apply_adapter(model: nn.Module, config: LoRAConfig, tensors: dict[str, Tenso
     for name, x in pairs.items():
         model.get_parameter(name).data.copy_(x)
     model.requires_grad_(False)
+
+
+def load_adapter(model: nn.Module, folder: Path) -> None:
+    """Apply the PEFT adapter of `folder` to `model`, unmerged; UserError for a tensor without a home."""
+    apply_adapter(model, *read_adapter(model, folder))

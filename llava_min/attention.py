@@ -1,4 +1,7 @@
-"""Softmax attention over a whole sequence, for the vision tower and for the language model without a cache."""
+"""Softmax attention over a whole sequence, for the vision tower and for the language model while no cache is read.
+
+Shapes: B batch, T tokens, H heads, K key/value heads, D head dim.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,23 +13,6 @@ from llava_min.packed import fp32, slow
 SHORT = 256  # tokens up to which plain products train faster on CPU than PyTorch's fused kernel
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """q (B, H, T, D), k and v (B, K, T, D) with K a divisor of H -> (B, H, T, D).
-
-    mask (B, 1, T, T) bool says who sees whom. PyTorch's fused kernel, but on CPU its backward in bf16 takes two to ten
-    times as long as in fp32, and on short sequences longer than plain products (torch 2.13).
-    """
-    training = torch.is_grad_enabled() and q.requires_grad
-    if not len(q) or training and q.device.type == "cpu" and q.shape[-2] <= SHORT:
-        return plain_attention(q, *repeat(q, k, v), mask, causal)
-    if q.device.type == "cpu" and training and q.dtype == torch.bfloat16:
-        return WideAttention.apply(q, *repeat(q, k, v), mask, causal)
-    if slow(q):
-        with fp32:
-            return attention(q.float(), k.float(), v.float(), mask, causal).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-
-
 def repeat(q: Tensor, *groups: Tensor) -> list[Tensor]:
     """Keys or values (B, K, T, D), once for each of their heads (B, H, T, D)."""
     n = q.shape[1] // groups[0].shape[1]
@@ -34,7 +20,7 @@ def repeat(q: Tensor, *groups: Tensor) -> list[Tensor]:
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, T, T)
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
@@ -63,3 +49,20 @@ class WideAttention(torch.autograd.Function):
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad.float(), q, k, v, out, ctx.lse, 0.0, ctx.causal, attn_mask=ctx.mask)
         return *(g.to(grad.dtype) for g in grads), None, None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """q (B, H, T, D), k and v (B, K, T, D) with K a divisor of H -> (B, H, T, D).
+
+    mask (B, 1, T, T) bool says who sees whom. PyTorch's fused kernel, but on CPU its backward in bf16 takes two to ten
+    times as long as in fp32, and on short sequences longer than plain products (torch 2.13).
+    """
+    training = torch.is_grad_enabled() and q.requires_grad
+    if not len(q) or training and q.device.type == "cpu" and q.shape[-2] <= SHORT:
+        return plain_attention(q, *repeat(q, k, v), mask, causal)
+    if q.device.type == "cpu" and training and q.dtype == torch.bfloat16:
+        return WideAttention.apply(q, *repeat(q, k, v), mask, causal)
+    if slow(q):
+        with fp32:
+            return attention(q.float(), k.float(), v.float(), mask, causal).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])

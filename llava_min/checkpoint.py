@@ -33,7 +33,7 @@ from llava_min.snapshot import Damaged, restore, save, verify
 
 LOCK = ".lock"  # in a run folder
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EFBIG)  # what a folder may suffer from
-BIG, BLOCK, BLOCKS = 1 << 30, 1 << 16, 64
+BIG, BLOCK, BLOCKS = 1 << 30, 1 << 16, 64  # bytes of a file, bytes of a block, blocks that stand for the file
 NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -167,7 +167,8 @@ def fingerprint(paths: Iterable[Path]) -> str:
         with open(path, "rb") as file:
             if size <= BIG:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
-            for k in range(BLOCKS) if size > BIG else ():
+                continue
+            for k in range(BLOCKS):
                 file.seek(k * (size - BLOCK) // (BLOCKS - 1))
                 digest.update(file.read(BLOCK))
     return digest.hexdigest()
@@ -185,7 +186,8 @@ def place(out: str | None, resume: str, runs: Path, name: str) -> tuple[str, str
     """
     if resume in ("never", "auto"):
         taken = [int(n) for p in runs.glob(f"{name}-*") if (n := p.name.rpartition("-")[2]).isdigit()]
-        folder = Path(out) if out else runs / f"{name}-{max(taken, default=0) + (resume == 'never' or not taken)}"
+        number = max(taken) if taken and resume == "auto" else max(taken, default=0) + 1
+        folder = Path(out) if out else runs / f"{name}-{number}"
         if resume == "never" or not (folder / LOCK).exists():
             check_free(folder)
         found = find(folder / "checkpoints") if resume == "auto" else None

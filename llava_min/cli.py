@@ -138,16 +138,19 @@ def convert(flag: str, kind: Any, value: Any) -> Any:
         return value
     if kind == Place:
         return ",".join(map(os.path.expanduser, convert(flag, str, value).split(",")))
-    low, high = (kind.__metadata__ if typing.get_origin(kind) is Annotated else (-math.inf, math.inf))
-    kind = typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
+    low, high = -math.inf, math.inf
+    if typing.get_origin(kind) is Annotated:
+        kind, low, high = typing.get_args(kind)
     if kind in (int, float):
         try:
             number = kind(value) if not isinstance(value, bool) and not (kind is int and isinstance(value, float)) else None
-        except ValueError:
+        except (ValueError, TypeError, OverflowError):
             number = None
         name = {int: "a whole number", float: "a number"}[kind]
         if number is None or not low <= number <= high or not math.isfinite(number):
-            bounds = f" from {low:g} up" if low > -math.inf and high in (1 << 31, 1e30) else f" from {low:g} to {high:g}" if low > -math.inf else ""
+            bounds = ""
+            if low > -math.inf:
+                bounds = f" from {low:g} up" if high in (1 << 31, 1e30) else f" from {low:g} to {high:g}"
             raise UserError(f"{flag}: {value!r} is not {name}{bounds}; give one")
         return number
     if not isinstance(value, kind):
@@ -169,7 +172,9 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors in our form, a guess for a mistyped flag, and no flag given twice."""
 
     def __init__(self, **other):
-        super().__init__(allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=min(shutil.get_terminal_size().columns, 100)), **other)
+        width = min(shutil.get_terminal_size().columns, 100)
+        layout = lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=width)
+        super().__init__(allow_abbrev=False, formatter_class=layout, **other)
         self.seen: set[str] = set()
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)  # argparse's own lacks the exponent
 
@@ -203,7 +208,8 @@ def parse(knobs: type, argv: list[str], description: str, positional: str | None
         if f.name == positional:
             continue
         flag, text = "--" + f.name.replace("_", "-"), help_of.get(f.name, "").replace("%", "%%")
-        default = "" if f.default in (None, "", dataclasses.MISSING) else f" ({f.default if not isinstance(f.default, tuple) else ','.join(map(str, f.default))})"
+        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        default = "" if f.default in (None, "", dataclasses.MISSING) else f" ({default})"
         if kinds[f.name] is bool or kinds[f.name] == bool | None:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
@@ -225,7 +231,8 @@ def read_recipe(name: str, folder: Path, kinds: dict[str, Any]) -> dict[str, Any
     if not path.is_file():
         names = sorted(p.stem for p in folder.glob("*.toml"))
         near = difflib.get_close_matches(name, names, n=1)
-        raise UserError(f"--recipe {printable(name)}: no such recipe or .toml file; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"))
+        mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+        raise UserError(f"--recipe {printable(name)}: no such recipe or .toml file; {mend}")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as e:

@@ -4,7 +4,7 @@ Follows Radford et al. 2021 (https://arxiv.org/abs/2103.00020) and the names of 
 included. LLaVA reads the features before the last block, so that block and `post_layernorm` are never run; they are
 kept because the checkpoint has them and what is loaded must be saved again.
 
-Shapes: B pictures, S pixels a side, P patches + 1 class token, C width, H heads, D head dim.
+Shapes: B pictures, S pixels a side, P patches, C width, H heads, D head dim.
 """
 
 import torch
@@ -21,10 +21,10 @@ class Embeddings(nn.Module):
         c, p = config.hidden_size, config.patch_size
         self.class_embedding = nn.Parameter(torch.zeros(c))
         self.patch_embedding = nn.Conv2d(3, c, kernel_size=p, stride=p, bias=False)
-        self.position_embedding = nn.Embedding.from_pretrained(torch.empty(config.num_patches + 1, c), freeze=False)
+        self.position_embedding = nn.Embedding(config.num_patches + 1, c)
 
-    def forward(self, pixels: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, P, C)
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, P-1, C), row by row
+    def forward(self, pixels: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, 1 + P, C)
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, P, C), row by row
         cls = self.class_embedding.to(patches.dtype).expand(len(pixels), 1, -1)
         return torch.cat([cls, patches], dim=1) + self.position_embedding.weight
 
@@ -37,9 +37,10 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj = nn.Linear(c, c), nn.Linear(c, c)
         self.v_proj, self.out_proj = nn.Linear(c, c), nn.Linear(c, c)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, P, C) -> (B, P, C)
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
-        x = attention(q, k, v)  # (B, H, P, D); every patch sees every patch
+    def forward(self, x: Tensor) -> Tensor:  # (B, 1 + P, C) -> (B, 1 + P, C)
+        heads = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        x = attention(q, k, v)  # (B, H, 1 + P, D); every patch sees every patch
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
@@ -80,7 +81,7 @@ class VisionTower(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, S, S) -> features (B, P, C), the class token first."""
+        """pixels (B, 3, S, S) -> features (B, 1 + P, C), the class token first."""
         x = self.pre_layrnorm(self.embeddings(pixels))
         for block in self.layers[: self.layers_used]:
             x = block(x)

@@ -30,9 +30,9 @@ class Fields:
     def take(self, key: str, kind: type, default: Any, low: float = 1, high: float = BIG,
              null: bool = False) -> Any:
         """The field's value, `default` where it is left out, and None for a null that is allowed."""
-        if key not in self.data or null and self.data[key] is None:
-            return self.data.get(key, default)
-        value = self.data[key]
+        value = self.data.get(key, default)
+        if key not in self.data or (null and value is None):
+            return value
         if type(value) is not kind and not (kind is float and type(value) is int):
             names = {int: "an integer", float: "a number", bool: "true or false"}
             self.fail(self.prefix + key, value, names[kind])
@@ -41,8 +41,7 @@ class Fields:
         return kind(value)
 
     def sizes(self, defaults: dict[str, int]) -> dict[str, int]:
-        most = {"num_hidden_layers": DEEP}
-        return {k: self.take(k, int, n, high=most.get(k, BIG)) for k, n in defaults.items()}
+        return {k: self.take(k, int, n, high=DEEP if k == "num_hidden_layers" else BIG) for k, n in defaults.items()}
 
     def only(self, key: str, *allowed: Any) -> None:
         """Refuse by name a setting that would change the result and is not implemented."""
@@ -269,7 +268,7 @@ class LlavaConfig:
         # Every reader of the llava-hf layout wants a row for <image>: the vocabulary grows as its converter
         # grows it, <image> and <pad> added, then up to a multiple of 64.
         image_id = text.vocab_size
-        strategy = {"cls_patch": "full"}.get(f.data.get("mm_vision_select_feature"), "default")
+        strategy = "full" if f.data.get("mm_vision_select_feature") == "cls_patch" else "default"
         return cls(text=replace(text, vocab_size=(image_id + 2 + 63) // 64 * 64, pad_token_id=image_id + 1),
                    image_token_id=image_id, vision_source=tower, dtype=_dtype_name(f),
                    vision_feature_layer=f.take("mm_vision_select_layer", int, -2, -BIG),
@@ -314,7 +313,7 @@ def _llama(width: int, depth: int, heads: int, mlp: int, image_token_id: int = 3
     return LlavaConfig(text=TextConfig(**{**text, **other}), image_token_id=image_token_id)
 
 
-# The named sizes of `bench` and `plan`; 7b and 13b are LLaVA-1.5's.
+# The named sizes of `bench` and `train.py --dry-run`; 7b and 13b are LLaVA-1.5's.
 SIZES = {
     "300m": _llama(1024, 16, 16, 2816),
     "1b": _llama(2048, 22, 32, 5632),

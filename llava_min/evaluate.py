@@ -22,8 +22,8 @@ from torch import Tensor
 from llava_min.cli import UserError, printable, warn
 from llava_min.data.chat import render
 from llava_min.data.dataset import Dataset, evaluation_batch
-from llava_min.data.processor import Processor
 from llava_min.data.picture import short
+from llava_min.data.processor import Processor
 from llava_min.data.record import Bad, Record, check_text, text_of
 from llava_min.dist import World, gather, uneven
 from llava_min.generate import generate
@@ -148,13 +148,13 @@ def mean_logprobs(model: Llava, batch: dict[str, Tensor], answers: list[list[int
     length, longest = batch["input_ids"].shape[1], max(map(len, answers))
     if not longest:
         return [None] * len(answers)
-    ids = torch.tensor([[*a, *[0] * (longest - len(a))] for a in answers])
-    real = torch.tensor([[i < len(a) for i in range(longest)] for a in answers])
+    ids = torch.tensor([[*a, *[0] * (longest - len(a))] for a in answers])  # (B, A)
+    real = torch.tensor([[i < len(a) for i in range(longest)] for a in answers])  # (B, A)
     x = model.hidden(torch.cat([batch["input_ids"], ids], 1).to(model.device), batch.get("pixel_values"),
-                     torch.cat([batch["attention_mask"], real], 1).to(model.device))
-    logs = model.lm_head(x[:, length - 1 : -1]).float().log_softmax(-1).cpu()
-    found = logs.gather(2, ids[:, :, None])[:, :, 0]
-    return [float(x[: len(a)].mean()) if a else None for x, a in zip(found, answers)]
+                     torch.cat([batch["attention_mask"], real], 1).to(model.device))  # (B, T + A, C)
+    logs = model.lm_head(x[:, length - 1 : -1]).float().log_softmax(-1).cpu()  # (B, A, V)
+    found = logs.gather(2, ids[:, :, None])[:, :, 0]  # (B, A)
+    return [float(row[: len(a)].mean()) if a else None for row, a in zip(found, answers)]
 
 
 # ---- answers on disk
@@ -166,9 +166,9 @@ def read_answers(folder: Path, records: Sequence[Record]) -> dict[int, dict]:
     A last line that was cut short is taken out of its file; an answer that stands twice counts once. Raises
     UserError for any other line that is no answer, and for answers to other questions.
     """
-    open_: dict[tuple, list[int]] = {}
+    unanswered: dict[tuple, list[int]] = {}
     for i, r in enumerate(records):
-        open_.setdefault((r.id, text_of(r.messages[-2]), *references(r)), []).append(i)
+        unanswered.setdefault((r.id, text_of(r.messages[-2]), *references(r)), []).append(i)
     found, strange, twice, n = {}, [], 0, 0
     for path in sorted(folder.glob("predictions*.jsonl")):
         data = path.read_bytes()
@@ -180,17 +180,17 @@ def read_answers(folder: Path, records: Sequence[Record]) -> dict[int, dict]:
             try:
                 row = json.loads(line)
                 key = (row["id"], row["prompt"], *row["references"])
-                row["prediction"] + ""
+                row["prediction"] + ""  # TypeError unless it is text
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path}:{number}: is no answer of this program; remove the line, "
                                 "or give another --out") from None
             n += 1
-            if key not in open_:
+            if key not in unanswered:
                 strange.append(row["id"])
-            elif not open_[key]:
+            elif not unanswered[key]:
                 twice += 1
             elif "error" not in row:
-                found[open_[key].pop(0)] = row
+                found[unanswered[key].pop(0)] = row
     if strange:
         raise UserError(f"{folder}: {len(strange)} of its {n} answers are to questions that --data does not hold "
                         f"({named(strange)}); give another --out")

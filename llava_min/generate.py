@@ -14,6 +14,7 @@ M max_new_tokens.
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -129,7 +130,7 @@ def captured_step(model: Llava, cache: KVCache, rows: int) -> Callable[[Llava, T
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = compiled_step()(model, into, cache)
-    cache.length -= 1
+    cache.length -= 1  # what `grow` counted
 
     def replay(model: Llava, ids: Tensor, cache: KVCache) -> Tensor:
         into.copy_(ids)
@@ -142,7 +143,8 @@ def captured_step(model: Llava, cache: KVCache, rows: int) -> Callable[[Llava, T
 # Choosing
 
 
-def setup(model: Llava, ids: Tensor, real: Tensor, o: Options) -> tuple:
+def setup(model: Llava, ids: Tensor, real: Tensor,
+          o: Options) -> tuple[Tensor, Tensor | None, Tensor | None, torch.Generator | None]:
     """(Ids that end an answer, ids never chosen, `seen` (R, V) bool, source of randomness), None where not asked.
 
     `seen` is what the repetition penalty acts on: the prompt's tokens, its pictures' included, then the answer's.
@@ -268,6 +270,7 @@ def beam_search(model: Llava, batch: dict, o: Options, cache: Conversation | Non
     finished, finished_scores = running.clone(), torch.full((b, n), NEVER, device=device)
     is_finished = torch.zeros(b, n, dtype=torch.bool, device=device)
     improvable = torch.ones(b, 1, dtype=torch.bool, device=device)
+    # of x (B, X) or (B, X, M) the rows (B, Y)
     take = lambda x, rows: x.gather(1, rows if x.ndim == 2 else rows[..., None].expand(-1, -1, m))
     watch = Watch(model)
     try:
@@ -330,7 +333,21 @@ def generate(model: Llava, batch: dict, *, cache: Conversation | None = None, co
         ids = beam_search(model, batch, o, cache, compile)
     else:
         ids = torch.stack(list(columns(model, batch, o, cache, compile)), dim=1)
-    return [row[: next((i for i, id in enumerate(row) if id in stops), None)] for row in ids.tolist()]
+    return [list(itertools.takewhile(lambda id: id not in stops, row)) for row in ids.tolist()]
+
+
+def pieces(steps: Iterator[Tensor], tokenizer: Any, stops: set[int], ids: list[int]) -> Iterator[str]:
+    text = tokenizer.stream()
+    with contextlib.closing(steps):
+        for column in steps:
+            id = int(column)
+            if id in stops:
+                break
+            ids.append(id)
+            if piece := text.push(id):
+                yield piece
+    if piece := text.flush():
+        yield piece
 
 
 def stream(model: Llava, batch: dict, processor: Any, *, ids: list[int] | None = None,
@@ -347,17 +364,3 @@ def stream(model: Llava, batch: dict, processor: Any, *, ids: list[int] | None =
                         "use generate for batches, beams and several answers")
     tokenizer, stops = getattr(processor, "tokenizer", processor), set(o.stops(model).tolist())
     return pieces(columns(model, batch, o, cache, compile), tokenizer, stops, [] if ids is None else ids)
-
-
-def pieces(steps: Iterator[Tensor], tokenizer: Any, stops: set[int], ids: list[int]) -> Iterator[str]:
-    text = tokenizer.stream()
-    with contextlib.closing(steps):
-        for column in steps:
-            id = int(column)
-            if id in stops:
-                break
-            ids.append(id)
-            if piece := text.push(id):
-                yield piece
-    if piece := text.flush():
-        yield piece

@@ -53,7 +53,8 @@ FLOATS |= {str(dtype): dtype for dtype in FLOATS.values()}  # as safetensors and
 
 
 def translate(name: str, table: list[tuple[str, str]]) -> str | None:
-    return next((ours + name[len(theirs):] for theirs, ours in table if name.startswith(theirs)), None)
+    """The name with its prefix changed by the first match in `table`, None where there is none."""
+    return next((new + name[len(old):] for old, new in table if name.startswith(old)), None)
 
 
 # ---- files

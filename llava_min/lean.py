@@ -10,16 +10,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (..., C), weight (C,) -> x / rms(x) * weight (Zhang and Sennrich 2019), the norm itself in fp32."""
-    return RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else F.rms_norm(x, weight.shape, weight, eps)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gate, up -> silu(gate) * up (Shazeer 2020)."""
-    return SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate) * up
-
-
 class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -40,6 +30,11 @@ class RMSNorm(torch.autograd.Function):
         return ((g - n * (g * n).mean(-1, keepdim=True)) * scale).to(x.dtype), d_weight, None
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (..., C), weight (C,) -> x / rms(x) * weight (Zhang and Sennrich 2019), the norm itself in fp32."""
+    return RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else F.rms_norm(x, weight.shape, weight, eps)
+
+
 class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
@@ -51,3 +46,8 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gate, up -> silu(gate) * up (Shazeer 2020)."""
+    return SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate) * up

@@ -13,7 +13,6 @@ from llava_min import lean
 from llava_min.attention import attention
 from llava_min.config import TextConfig
 
-
 ALL, LAST = slice(None), slice(-1, None)  # of a row's tokens, those whose hidden states are asked for
 
 
@@ -39,7 +38,8 @@ def rotary(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[T
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) by its angle: the half-split form of the Hugging Face checkpoints."""
+    """Turn each pair (x[i], x[i + D/2]) by its angle: the half-split form of the Hugging Face checkpoints. Their rotate_half
+    is a roll by D/2 here, its minus being in `sin`."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
@@ -51,6 +51,14 @@ def causal_mask(real: Tensor) -> Tensor:
     t = real.shape[1]
     past = torch.ones(t, t, dtype=torch.bool, device=real.device).tril()
     return (past & real[:, None, :] | torch.eye(t, dtype=torch.bool, device=real.device))[:, None]
+
+
+def dot(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    """q (R, M, D) with k (R, S, D) -> scaled scores (R, M, S), masked by what `KVCache.hide` made."""
+    scale = q.shape[-1] ** -0.5
+    if mask is None:
+        return torch.baddbmm(q.new_zeros(1), q, k.mT, beta=0, alpha=scale)
+    return torch.baddbmm(mask.flatten(1, 2), q, k.mT, alpha=scale)
 
 
 class KVCache:
@@ -74,7 +82,8 @@ class KVCache:
         self.positions = torch.zeros(batch, dtype=torch.long, device=device)  # of each row's next token
         self.next_slot = torch.zeros(1, dtype=torch.long, device=device)  # `length`, on the device
         self.length = 0  # slots in use, the same for every row: prompts are padded on the left
-        self.fresh, self.padded = True, False
+        self.fresh = True  # nothing stood in it before the tokens just counted
+        self.padded = False
         self.tail, self.tail_length, self.branches = None, 0, 1
 
     def _allocate(self, rows: int, slots: int) -> list[tuple[Tensor, Tensor]]:
@@ -128,7 +137,7 @@ class KVCache:
         self.positions += real.sum(-1)
         if self.tail is not None:
             return positions, self.hide(~self.filled[:, None, : self.length]) if self.padded else None
-        self.new = self.next_slot + torch.arange(tokens, device=self.device)
+        self.new = self.next_slot + torch.arange(tokens, device=self.device)  # their slots, for `write`
         self.filled.index_copy_(1, self.new, real)
         self.next_slot += tokens
         if self.fresh:
@@ -151,9 +160,9 @@ class KVCache:
 
     def hide(self, hidden: Tensor) -> Tensor:
         """hidden (B, T, S) bool -> additive mask (B*K, N*G, T, S), once a step what `attend` adds in every block."""
-        kv = self.config.num_key_value_heads
+        kv, heads = self.config.num_key_value_heads, self.config.num_attention_heads
         mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
-        return mask.repeat_interleave(kv, dim=0)[:, None].repeat(1, self.branches * self.config.num_attention_heads // kv, 1, 1)
+        return mask.repeat_interleave(kv, dim=0)[:, None].repeat(1, self.branches * heads // kv, 1, 1)
 
     def attend(self, layer: int, q: Tensor, mask: Tensor | None) -> Tensor:
         """q (B*N, H, T, D) against the trunk and, after `branch`, each row's own tail -> (B*N, H, T, D).
@@ -171,16 +180,11 @@ class KVCache:
         if self.tail is None:
             return (scores.softmax(-1) @ v).view(b, h, t, d)
         own_k, own_v = (x[:, :, : self.tail_length].flatten(0, 1) for x in self.tail[layer])  # (B*N*K, tail, D)
+        # (B*N*K, G*T, …) -> (B*K, N*G*T, …), and back
         trunk = lambda x: x.view(b, n, kv, -1, x.shape[-1]).transpose(1, 2).reshape(b * kv, -1, x.shape[-1])
         rows = lambda x: x.view(b, kv, n, -1, x.shape[-1]).transpose(1, 2).reshape(b * n * kv, -1, x.shape[-1])
         weights = torch.cat([scores, trunk(dot(q.reshape(b * n * kv, -1, d), own_k))], dim=-1).softmax(-1)
         return (rows(weights[..., :seen] @ v) + rows(weights[..., seen:]) @ own_v).view(b * n, h, t, d)
-
-
-def dot(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
-    """q (R, M, D) with k (R, S, D) -> scaled scores (R, M, S), masked by what `KVCache.hide` made."""
-    free = mask is None
-    return torch.baddbmm(q.new_zeros(1) if free else mask.flatten(1, 2), q, k.mT, beta=0 if free else 1, alpha=q.shape[-1] ** -0.5)
 
 
 class Attention(nn.Module):
@@ -206,7 +210,7 @@ class Attention(nn.Module):
         if cache is not None and not cache.fresh:
             y = cache.attend(self.layer, q, mask).to(x.dtype)
         else:
-            y = attention(q, k, v, mask, causal=mask is None and asking == ALL)
+            y = attention(q, k, v, mask, causal=mask is None and asking == ALL)  # the last token alone sees all
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -244,7 +248,7 @@ class Llama(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

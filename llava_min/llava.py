@@ -79,7 +79,8 @@ class Llava(nn.Module):
         """
         x = self.language_model.embed_tokens(input_ids)
         if pixel_values is None and self.training:  # no picture is a batch of none: all that is trained has a gradient
-            pixel_values = torch.zeros(0, 3, *[self.config.vision.image_size] * 2, device=x.device)
+            side = self.config.vision.image_size
+            pixel_values = torch.zeros(0, 3, side, side, device=x.device)
         if pixel_values is None:
             return x
         places = input_ids == self.config.image_token_id

@@ -45,10 +45,9 @@ def on_meta(config: LlavaConfig) -> Llava:
         return Llava(config).requires_grad_(False)
 
 
-def fresh(config: LlavaConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Llava:
-    """A model of random weights: matrices normal with deviation fan_in ** -0.5, zero biases, unit norms."""
-    model = on_meta(config)
-    model.to_empty(device="cpu").to(dtype)
+def fresh(config: LlavaConfig, seed: int = 0) -> Llava:
+    """A model of random weights in fp32: matrices normal with deviation fan_in ** -0.5, zero biases, unit norms."""
+    model = on_meta(config).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
@@ -70,12 +69,16 @@ def read_config(folder: Path) -> tuple[LlavaConfig, Path | None]:
     path = folder / "config.json"
     if not path.exists() or (folder / ".lock").exists():  # which a run of train.py has
         adapter = next((p for p in (folder, folder / "adapter") if (p / "adapter_config.json").exists()), None)
-        mend = f"give the base model, and {adapter} as adapter" if adapter else \
-            f"give {folder / 'model'}" if (folder / "model").is_dir() else "give one, a hub id, or tiny"
+        if adapter:
+            mend = f"give the base model, and {adapter} as adapter"
+        elif (folder / "model").is_dir():
+            mend = f"give {folder / 'model'}"
+        else:
+            mend = "give one, a hub id, or tiny"
         raise UserError(f"{folder}: holds no config.json of a model, expected the folder of a checkpoint; {mend}")
     config = LlavaConfig.from_hf(read_json(path), str(path))
-    path_to_stops = folder / "generation_config.json"  # chat models name their end-of-turn token only there
-    if stops := read_eos(Fields(read_optional(path_to_stops), str(path_to_stops)), config.text.vocab_size):
+    generation = folder / "generation_config.json"  # chat models name their end-of-turn token only there
+    if stops := read_eos(Fields(read_optional(generation), str(generation)), config.text.vocab_size):
         config = replace(config, text=replace(config.text, eos_token_ids=stops))
     if config.vision_source is None:
         return config, None

@@ -16,13 +16,27 @@ from torch import Tensor, nn
 
 from llava_min.cli import UserError, printable
 from llava_min.dist import local, own_rows, split
-from llava_min.packed import dense
 from llava_min.layouts import WRITE, translate
+from llava_min.packed import dense
 from llava_min.weights import PIECE
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a decoder block
 # Our prefix -> the module path in transformers of today, which PEFT's keys repeat.
 PATHS = [("vision_tower.layers.", "model.vision_tower.encoder.layers."), ("lm_head", "lm_head"), ("", "model.")]
+
+
+def to_transformers(name: str) -> str:
+    return translate(name, PATHS)
+
+
+def is_named(path: str, key: str) -> bool:
+    """Whether `key` of a pattern names the layer at our `path`, called as in today's transformers or before.
+
+    As in PEFT the regex fits the whole name, or all of it after some dot.
+    """
+    names = (to_transformers(path), translate(path + ".", WRITE).rstrip("."))
+    starts = lambda name: [0, *(i + 1 for i, c in enumerate(name) if c == ".")]
+    return any(re.compile(key).fullmatch(name, i) for name in names for i in starts(name))
 
 
 @dataclass(frozen=True)
@@ -42,22 +56,6 @@ class LoRAConfig:
         r = next((r for key, r in self.rank_pattern.items() if is_named(path, key)), self.r)
         alpha = next((a for key, a in self.alpha_pattern.items() if is_named(path, key)), self.alpha)
         return r, alpha / (r**0.5 if self.rslora else r)
-
-
-def is_named(path: str, key: str) -> bool:
-    """Whether `key` of a pattern names the layer at our `path`, called as in today's transformers or before."""
-    names = (to_transformers(path), translate(path + ".", WRITE).rstrip("."))
-    starts = lambda name: [0, *(i + 1 for i, c in enumerate(name) if c == ".")]
-    return any(re.compile(key).fullmatch(name, i) for name in names for i in starts(name))
-
-
-def to_transformers(name: str) -> str:
-    return next(theirs + name[len(ours):] for ours, theirs in PATHS if name.startswith(ours))
-
-
-def weight_of(layer: nn.Module) -> Tensor:
-    """The matrix (out, in) of a linear-like layer; nothing else here reads it."""
-    return dense(layer.weight)
 
 
 def row_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,7 +96,7 @@ class LoRALinear(nn.Module):
         local(a).copy_(cut(torch.empty(a.shape).uniform_(-bound, bound, generator=generator), a))
         local(self.lora_B.weight).zero_()
         if m is not None:
-            w = weight_of(self.base)
+            w = dense(self.base.weight)
             norms = row_norms(local(w), m.dtype)
             local(m).copy_(norms if split(w) else cut(norms, m))
 
@@ -123,7 +121,7 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def norms(self) -> Tensor:
         """Lengths (out,) of the rows of W + s B A as ||W||^2 + 2 s <W, BA> + s^2 ||BA||^2: nothing has W's size."""
-        w, a, b = weight_of(self.base), self.lora_A.weight, self.lora_B.weight * self.scaling
+        w, a, b = dense(self.base.weight), self.lora_A.weight, self.lora_B.weight * self.scaling
         with torch.autocast(w.device.type, enabled=False):
             cross = F.linear(w, a.to(w.dtype)).to(a.dtype)  # W A^T (out, r)
             squares = row_norms(w, a.dtype).square() + ((2 * cross + b @ (a @ a.T)) * b).sum(1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_min.cli import UserError, printable
-
+from llava_min.dist import split
 
 ADAM = (0.9, 0.999)  # the betas where none are asked for
 
@@ -99,4 +99,4 @@ def clip(params: Sequence[Tensor], scale: float, most: float) -> Tensor:
     norm = torch.nn.utils.get_total_norm(grads)
     if most:
         torch.nn.utils.clip_grads_with_norm_(params, most, norm)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return norm.full_tensor() if split(norm) else norm

@@ -22,6 +22,14 @@ def tell(line: str) -> None:
     warn(line)
 
 
+def id_tensor(model: Llava, name: str, ids: Sequence[int]) -> Tensor:
+    vocabulary = model.config.text.vocab_size
+    for i in ids:
+        if type(i) is not int or not 0 <= i < vocabulary:
+            raise UserError(f"{name}: {i!r:.40} was given, expected a token id from 0 to {vocabulary - 1}")
+    return torch.tensor(list(ids), dtype=torch.long, device=model.device)
+
+
 @dataclass(frozen=True)
 class Options:
     """How to choose the new tokens. `temperature` 0 is greedy; above it, sampling (of beams, if there are any)."""
@@ -86,11 +94,3 @@ class Options:
         """The ids that end an answer, on the model's device."""
         ids = model.config.text.eos_token_ids if self.eos_token_id is None else self.eos_token_id
         return id_tensor(model, "eos_token_id", [ids] if isinstance(ids, int) else ids)
-
-
-def id_tensor(model: Llava, name: str, ids: Sequence[int]) -> Tensor:
-    vocabulary = model.config.text.vocab_size
-    for i in ids:
-        if type(i) is not int or not 0 <= i < vocabulary:
-            raise UserError(f"{name}: {i!r:.40} was given, expected a token id from 0 to {vocabulary - 1}")
-    return torch.tensor(list(ids), dtype=torch.long, device=model.device)

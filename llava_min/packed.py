@@ -27,48 +27,20 @@ def slow(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
 
 
-def pack(model: nn.Module) -> None:
-    """Frozen bf16 linear layers on an x86 CPU become FrozenLinear, one after the other, their weights in oneDNN's order."""
-    if platform.machine() in ("x86_64", "AMD64") and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        swap(model, lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight, 1))
-
-
-def widen(model: nn.Module) -> None:
-    """For training: where large bf16 products are slow, the same layers with their weights as they are."""
-    if any(slow(p) for p in model.parameters()):
-        swap(model, lambda weight: weight)
-
-
-def swap(model: nn.Module, order: Callable[[Tensor], Tensor]) -> None:
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for path in [path for path, layer in model.named_modules() if type(layer) is nn.Linear]:
-        layer = model.get_submodule(path)
-        if frozen_bf16(layer.weight) and uses[id(layer.weight)] == 1:  # a tied head stays the embedding's
-            keep_freed_memory()
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, FrozenLinear(layer, order))
-
-
-def frozen_bf16(weight: Tensor) -> bool:
-    """A whole bf16 weight on the CPU that is not trained."""
-    whole = not hasattr(weight, "device_mesh")
-    return whole and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and not weight.requires_grad
-
-
-def keep_freed_memory(most: int = 1 << 28) -> None:
-    """Have glibc keep what is freed for the next block of that size: fresh pages cost as much as widening a weight."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, most)
-        libc.mallopt(M_TRIM_THRESHOLD, most)
-
-
 def dense(weight: Tensor) -> Tensor:
     """The weight in the usual order, whoever holds it."""
     return weight.to_dense() if weight.is_mkldnn else weight
 
 
 fp32 = torch.autocast("cpu", enabled=False)  # what is widened stays so
+
+
+def pieces(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first row, some rows in fp32) of a weight."""
+    weight = dense(weight)
+    step = max(1, PIECE // weight.shape[1])
+    for i in range(0, len(weight), step):
+        yield i, weight[i : i + step].float()
 
 
 class Product(torch.autograd.Function):
@@ -93,14 +65,6 @@ class Product(torch.autograd.Function):
         return total.to(grad.dtype), None, None
 
 
-def pieces(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first row, some rows in fp32) of a weight."""
-    weight = dense(weight)
-    step = max(1, PIECE // weight.shape[1])
-    for i in range(0, len(weight), step):
-        yield i, weight[i : i + step].float()
-
-
 class FrozenLinear(nn.Module):
     """x (..., in_features) -> (..., out_features), in bf16."""
 
@@ -116,3 +80,39 @@ class FrozenLinear(nn.Module):
         if not self.weight.is_mkldnn or torch.is_grad_enabled() and x.requires_grad:
             return F.linear(x, dense(self.weight), self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def frozen_bf16(weight: Tensor) -> bool:
+    """A whole bf16 weight on the CPU that is not trained."""
+    whole = not hasattr(weight, "device_mesh")
+    return whole and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and not weight.requires_grad
+
+
+def keep_freed_memory(most: int = 1 << 28) -> None:
+    """Have glibc keep what is freed for the next block of that size: fresh pages cost as much as widening a weight."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, most)
+        libc.mallopt(M_TRIM_THRESHOLD, most)
+
+
+def swap(model: nn.Module, order: Callable[[Tensor], Tensor]) -> None:
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for path in [path for path, layer in model.named_modules() if type(layer) is nn.Linear]:
+        layer = model.get_submodule(path)
+        if frozen_bf16(layer.weight) and uses[id(layer.weight)] == 1:  # a tied head stays the embedding's
+            keep_freed_memory()
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, FrozenLinear(layer, order))
+
+
+def pack(model: nn.Module) -> None:
+    """Frozen bf16 linear layers on an x86 CPU become FrozenLinear, one after the other, their weights in oneDNN's order."""
+    if platform.machine() in ("x86_64", "AMD64") and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        swap(model, lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight, 1))
+
+
+def widen(model: nn.Module) -> None:
+    """For training: where large bf16 products are slow, the same layers with their weights as they are."""
+    if any(slow(p) for p in model.parameters()):
+        swap(model, lambda weight: weight)

@@ -32,7 +32,8 @@ def check_settings(k: Any, argv: Sequence[str]) -> None:
         "--train-projector": (k.train_projector or k.train_projector is None and not k.train.startswith("last"), "projector_lr"),
         "--train-vision": (k.train_vision or k.train_vision is None and k.train == "full" or in_tower, "vision_lr"),
         "--save-every other than 0": (saved, "keep save_only_model")}
-    typed = {a.partition("=")[0].lstrip("-").replace("-", "_") for a in argv if a.startswith("--")} | {"best_metric", "early_stopping"}
+    typed = {a.partition("=")[0].lstrip("-").replace("-", "_") for a in argv if a.startswith("--")}
+    typed |= {"best_metric", "early_stopping"}  # a recipe's, too: they decide with which weights a run ends
     for need, (there, names) in needs.items():
         for name in names.split() if not there else ():
             line = f"--{name.replace('_', '-')}: has no effect without {need}; give that, or leave it out"

@@ -255,7 +255,8 @@ def restore(folder: Path, state: dict[str, Any], model: nn.Module, optimizer: to
             key, name = full.split(" of ", 1)
             p, kind = params[name], next(file.get_slice(full).get_dtype() for file in files if full in file.keys())
             like = p if saved[full] == want[name] else torch.empty(saved[full])  # as p is split, the values beside it are
-            read(full, x := torch.zeros_like(like, dtype=dtypes[kind]))
+            x = torch.zeros_like(like, dtype=dtypes[kind])
+            read(full, x)
             optimizer.state[p][key] = x
         for full, value in state["scalars"].items():
             key, name = full.split(" of ", 1)

@@ -1,4 +1,7 @@
-"""What is put on the model from outside while it trains, and how large a step may be. No model file hears of it."""
+"""What is put on the model from outside while it trains, how large a step may be, and what `--dry-run` says of it.
+
+No model file hears of any of it.
+"""
 
 import gc
 import sys

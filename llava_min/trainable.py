@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from llava_min.cli import UserError, printable
+from llava_min.dist import local
 
 VISION, PROJECTOR, LANGUAGE, HEAD = "vision_tower", "multi_modal_projector", "language_model", "lm_head"
 
@@ -34,7 +35,8 @@ def select(model: nn.Module, train: str, *, train_projector: bool | None = None,
         raise UserError(f"--train {printable(train)[:200]}: not one of lora, full, freeze_vision, projector and "
                         f"last:1 to last:{len(layers)}; choose one")
     for part, switch in ((PROJECTOR, train_projector), (VISION, train_vision)):
-        chosen = chosen | {part} if switch else chosen - {part} if switch is False else chosen
+        if switch is not None:
+            chosen = chosen | {part} if switch else chosen - {part}
 
     never = idle(model)
     for name, p in model.named_parameters(remove_duplicate=False):  # a tied head has its last say by its own name
@@ -96,7 +98,7 @@ def check_gradients(model: nn.Module) -> None:
                 fault = "no gradient though it is trained"
         elif not p.requires_grad:
             fault = "a gradient though it is frozen"
-        elif not torch.isfinite(p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad).all():
+        elif not torch.isfinite(local(p.grad)).all():
             fault = "NaN or infinity in its gradient"
         if fault:
             faults.setdefault(fault, []).append(name)

@@ -29,6 +29,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
+def row_ranges(entry: Entry, first: int, end: int) -> Iterator[tuple[int, int]]:
+    """(first, end) of runs of rows that hold about PIECE elements, or one row."""
+    step = max(1, PIECE // math.prod(entry.shape[1:]))
+    return ((row, min(row + step, end)) for row in range(first, end, step))
+
+
 class Reader:
     """Rows of tensors out of their files, about PIECE elements at a time; one file is open at a time."""
 
@@ -49,16 +55,12 @@ class Reader:
             self.file = open_file(path) if path.suffix == ".bin" else open(path, "rb", buffering=0)
         return self.file
 
-    def pieces(self, entry: Entry, first: int, end: int) -> Iterator[tuple[int, int]]:
-        step = max(1, PIECE // math.prod(entry.shape[1:]))
-        return ((row, min(row + step, end)) for row in range(first, end, step))
-
     def fill(self, out: Tensor, entry: Entry, first: int = 0) -> None:
         """Read into `out`, in its dtype and on its device, as many rows of `entry` from `first` on as it has.
 
         Raises UserError for a value that is not finite in that dtype.
         """
-        for row, end in self.pieces(entry, first, first + len(out)):
+        for row, end in row_ranges(entry, first, first + len(out)):
             part = out[row - first : end - first]
             if entry.start is None:
                 stored = self.open(entry.path)[entry.name][row:end]
@@ -111,9 +113,10 @@ def load_weights(model: nn.Module, entries: dict[str, Entry], dtype: torch.dtype
     for name in entries.keys() - places.keys():
         p = model.get_parameter(name).detach()
         first, end = own_rows(p)
-        for row, stop in reader.pieces(entries[name], first, end):
+        for row, stop in row_ranges(entries[name], first, end):
             mine = local(p)[row - first : stop - first]
-            reader.fill(again := torch.empty_like(mine), entries[name], row)
+            again = torch.empty_like(mine)
+            reader.fill(again, entries[name], row)
             if not torch.equal(again, mine):
                 raise UserError(f"{entries[name]} differs from the embedding, but config.json says "
                                 "tie_word_embeddings; correct one of them")
@@ -122,8 +125,9 @@ def load_weights(model: nn.Module, entries: dict[str, Entry], dtype: torch.dtype
 def mean_row(reader: Reader, entry: Entry) -> Tensor:
     """The mean of all rows, in fp64: the same, whatever part of them this process keeps."""
     total = torch.zeros(entry.shape[1:], dtype=torch.float64)
-    for row, end in reader.pieces(entry, 0, entry.shape[0]):
-        reader.fill(rows := torch.empty(end - row, *entry.shape[1:]), entry, row)
+    for row, end in row_ranges(entry, 0, entry.shape[0]):
+        rows = torch.empty(end - row, *entry.shape[1:])
+        reader.fill(rows, entry, row)
         total += rows.sum(0, dtype=torch.float64)
     return total / entry.shape[0]
 

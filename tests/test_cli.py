@@ -62,7 +62,7 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
 
 
 @pytest.mark.parametrize("text, named", [("lr = 'fast'", "lr"), ("batchsize = 3", "did you mean batch_size"), ("lr = ", "mine.toml"),
-                                         ("batch_size = 1.5", "batch"), ("shuffle = 'no'", "shuffle"), ("recipe = 'x'", "recipe")])
+                                         ("batch_size = 1.5", "batch"), ("lr = [1]", "lr"), (f"lr = {10**400}", "lr"), ("shuffle = 'no'", "shuffle"), ("recipe = 'x'", "recipe")])
 def test_a_recipe_that_does_not_fit_names_the_key(tmp_path, text, named):
     (tmp_path / "mine.toml").write_text(text)
     with pytest.raises(UserError, match=named):

@@ -217,7 +217,7 @@ def exchanges(messages: list[dict], *, answer: bool) -> tuple[str | None, list[T
     """
     check(messages)
     system, rest = None, list(enumerate(messages))
-    if messages and messages[0].get("role") == "system":
+    if messages[0].get("role") == "system":
         pictures, texts = parts(messages[0], "message 0 (system)")
         if pictures:
             raise UserError("message 0 (system): holds a picture; put it into a user message")

@@ -63,10 +63,14 @@ class Dataset(torch.utils.data.Dataset):
             raise UserError(f"record {short(r.id)}: {e}") from None
 
     def tokens(self, r: Record, enough: int = 0) -> int:
-        """Exact if it is more than `enough`. A token is at least a byte, so most records need no count."""
-        p, pieces = self.processor, self.pieces(r)
-        most = 1 + sum(2 + len(x.text.encode()) if x.text is not None else p.tokens_per_image if x.token == "image" else 1
-                       for x in pieces)
+        """Exact if it is more than `enough`. A token is at least a byte, and NFC (Unicode TR15) makes at most three of one,
+        so most records need no count."""
+        p, pieces, most = self.processor, self.pieces(r), 1
+        for x in pieces:
+            if x.text is not None:
+                most += 2 + len(x.text.encode()) * (1 if x.text.isascii() else 3)
+            else:
+                most += p.tokens_per_image if x.token == "image" else 1
         return most if most <= enough else len(p.encode(pieces)[0])
 
     def shortened(self, r: Record, max_length: int) -> Record | None:

@@ -197,7 +197,7 @@ def to_pixels(image: Image.Image, config: ImageConfig) -> torch.Tensor:
         im = pad(im, config.size, tuple(int(x * 255) for x in config.mean))
     else:
         im = crop(im, config.size)
-    a, values = np.asarray(im), table(config)
+    a, values = np.asarray(im), table(config)  # (S, S, 3), (3, 256)
     out = np.empty((3, config.size, config.size), np.float32)
     for c in range(3):
         np.take(values[c], a[..., c], out=out[c], mode="clip")  # "raise" would go through a buffer

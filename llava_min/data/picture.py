@@ -1,6 +1,6 @@
 """A picture file → a decoded PIL image, or one line that says why it is none.
 
-Bottom of the data column: the scripts open pictures here, records.py those of its records; image.py makes pixels of them.
+Bottom of the data column: the scripts open pictures here, record.py those of its record; image.py makes pixels of them.
 A picture file is untrusted input: what may be opened is a short list of formats; bytes, pixels and side ratio are capped
 before anything is decoded; and a file is good only when all of it has been decoded.
 """

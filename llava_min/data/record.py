@@ -71,15 +71,20 @@ def from_raw(raw: object, number: str, root: Path) -> Record:
     for one, other in (("messages", "conversations"), ("messages", "image"), ("conversations", "images")):
         if raw.get(one) is not None and raw.get(other) is not None:
             raise Bad(f"has {one} and {other}, expected conversations with image, or messages with images")
-    read, turns, images = (from_messages, "messages", "images") if "messages" in raw else (from_llava, "conversations", "image")
-    return Record(str(id), *read(rest.pop(turns, None), rest.pop(images, None), root), root, rest)
+    if "messages" in raw:
+        messages, images = from_messages(rest.pop("messages"), rest.pop("images", None), root)
+    else:
+        messages, images = from_llava(rest.pop("conversations", None), rest.pop("image", None), root)
+    return Record(str(id), messages, images, root, rest)
 
 
 # ---- LLaVA's format
 
 
 def from_llava(turns: object, image: object, root: Path) -> tuple[list[dict], list[Path]]:
-    images = [in_folder(p, root, "image") for p in (image if isinstance(image, list) else [] if image is None else [image])]
+    if not isinstance(image, list):
+        image = [] if image is None else [image]
+    images = [in_folder(p, root, "image") for p in image]
     if not isinstance(turns, list) or not turns:
         raise Bad(f"conversations is {'missing' if turns is None else kind(turns)}, expected a list of turns")
     messages, marks = [], 0

@@ -82,7 +82,7 @@ class Tokenizer:
         else:
             self.added[token.content] = token
             self.tokens[token.id] = token.content
-        self.__dict__.pop("matchers", None)
+        self.__dict__.pop("matchers", None)  # they are made again, with this token
 
     def add_special(self, content: str, id: int | None = None) -> int:
         """Makes `content` a special token, with the next free id unless it has one or one is given."""

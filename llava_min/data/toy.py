@@ -13,9 +13,9 @@ whatever the task, the seed or the number of pictures.
 import hashlib
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
 
 from PIL import Image, ImageDraw
 
@@ -90,6 +90,19 @@ def scene(rng: random.Random, most: int = 4, text: float = 0.4) -> Scene:
     return Scene(tuple(Shape(*p, c) for p, c in zip(pairs, cells)), string, row, rng.getrandbits(32))
 
 
+def star(points: int, inner: float) -> list[tuple[float, float]]:
+    turns = [math.pi * i / points for i in range(2 * points)]
+    return [((1, inner)[i % 2] * math.sin(t), -(1, inner)[i % 2] * math.cos(t)) for i, t in enumerate(turns)]
+
+
+OUTLINES = {                                # corners about (0, 0), y downwards, reach about 1
+    "square": [(-.88, -.88), (.88, -.88), (.88, .88), (-.88, .88)],
+    "triangle": [(0, -1), (1, .85), (-1, .85)],
+    "star": [(1.08 * u, 1.08 * v + .06) for u, v in star(5, 0.42)],
+    "cross": [(.34, -1), (.34, -.34), (1, -.34), (1, .34), (.34, .34), (.34, 1),
+              (-.34, 1), (-.34, .34), (-1, .34), (-1, -.34), (-.34, -.34), (-.34, -1)]}
+
+
 def draw(scene: Scene, size: int = SIZE) -> Image.Image:
     """The scene as an RGB picture of `size` x `size`, drawn four times as large and averaged down."""
     rng = random.Random(scene.look)
@@ -126,19 +139,6 @@ def draw(scene: Scene, size: int = SIZE) -> Image.Image:
     return image.reduce(4)
 
 
-def star(points: int, inner: float) -> list[tuple[float, float]]:
-    turns = [math.pi * i / points for i in range(2 * points)]
-    return [((1, inner)[i % 2] * math.sin(t), -(1, inner)[i % 2] * math.cos(t)) for i, t in enumerate(turns)]
-
-
-OUTLINES = {                                # corners about (0, 0), y downwards, reach about 1
-    "square": [(-.88, -.88), (.88, -.88), (.88, .88), (-.88, .88)],
-    "triangle": [(0, -1), (1, .85), (-1, .85)],
-    "star": [(1.08 * u, 1.08 * v + .06) for u, v in star(5, 0.42)],
-    "cross": [(u * x, v * y) for u, v, corners in ((1, -1, (0, 1, 2)), (1, 1, (2, 1, 0)), (-1, 1, (0, 1, 2)),
-              (-1, -1, (2, 1, 0))) for x, y in [((.34, 1), (.34, .34), (1, .34))[c] for c in corners]]}
-
-
 def phrase(scene: Scene) -> str:
     """"a red circle, a blue square and a pink ring": the answer to the open question."""
     *head, last = map(str, scene.shapes)
@@ -161,10 +161,10 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
     colors, names = [s.color for s in scene.shapes], [s.name for s in scene.shapes]
     for s in scene.shapes:
         place = PLACES[s.cell]
-        add("colour", f"What {color} is the shape at the {PLACES[s.cell]}?", s.color)
-        add("shape", f"What shape is at the {PLACES[s.cell]}?", s.name)
+        add("colour", f"What {color} is the shape at the {place}?", s.color)
+        add("shape", f"What shape is at the {place}?", s.name)
         add("position", f"Where is the {s.color} {s.name}?", place)
-        add("position", f"What is at the {PLACES[s.cell]}?", s)
+        add("position", f"What is at the {place}?", s)
         if names.count(s.name) == 1:
             add("colour", f"What {color} is the {s.name}?", s.color)
             add("position", f"Where is the {s.name}?", place)
@@ -186,13 +186,28 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str, str]]:
     return asked
 
 
+def conversation(scene: Scene, rng: random.Random, turns: int) -> list[tuple[str, str]]:
+    """The open and the reading question always, the other kinds in turn, in any order."""
+    asked = questions(scene, rng)
+    pool = {kind: [q for q in asked if q[0] == kind] for kind in KINDS}
+    chosen = pool.pop("reading") + pool.pop("open")
+    if not scene.text and rng.random() < 0.15:
+        chosen.append(("reading", "What is written?", "nothing"))
+    while len(chosen) < turns and any(pool.values()):
+        for kind in rng.sample(list(pool), len(pool)):
+            if pool[kind] and len(chosen) < turns:
+                chosen.append(pool[kind].pop())
+    rng.shuffle(chosen)
+    return [(question, answer) for _, question, answer in chosen[:turns]]
+
+
 def generate(task: str, n: int, seed: int = 0, split: str = "train", turns: int = 8, text: float = 0.4,
              ) -> Iterator[tuple[dict, Image.Image]]:
     """`n` pictures with their LLaVA records, made as they are asked for.
 
     `questions`: up to `turns` questions a picture in `train`, a share `text` of them with a printed string;
-    in `val` one, of a `kind` that goes round KINDS. Within `val` no scene comes twice (`train` is drawn with replacement: there are few one-shape
-    scenes).
+    in `val` one, of a `kind` that goes round KINDS. Within `val` no scene comes twice (`train` is drawn with
+    replacement: there are few one-shape scenes).
     """
     if task not in TASKS or split not in ("train", "val"):
         raise ValueError(f"task {task!r}, split {split!r}; there are {TASKS} and train, val")
@@ -222,21 +237,6 @@ def generate(task: str, n: int, seed: int = 0, split: str = "train", turns: int 
         turns_of[0]["value"] = "<image>\n" + turns_of[0]["value"]
         record["conversations"] = turns_of
         yield record, draw(s)
-
-
-def conversation(scene: Scene, rng: random.Random, turns: int) -> list[tuple[str, str]]:
-    """The open and the reading question always, the other kinds in turn, in any order."""
-    asked = questions(scene, rng)
-    pool = {kind: [q for q in asked if q[0] == kind] for kind in KINDS}
-    chosen = pool.pop("reading") + pool.pop("open")
-    if not scene.text and rng.random() < 0.15:
-        chosen.append(("reading", "What is written?", "nothing"))
-    while len(chosen) < turns and any(pool.values()):
-        for kind in rng.sample(list(pool), len(pool)):
-            if pool[kind] and len(chosen) < turns:
-                chosen.append(pool[kind].pop())
-    rng.shuffle(chosen)
-    return [(question, answer) for _, question, answer in chosen[:turns]]
 
 
 def write(out: str | Path, task: str = "questions", train: int = 2000, val: int = 200, seed: int = 0,
