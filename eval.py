@@ -12,9 +12,10 @@ it is started again. docs/evaluation.md has the metrics and the benchmarks.
 import fcntl
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -22,8 +23,12 @@ from typing import Any, Literal, TextIO
 from llava_min.cli import Count, Place, Seed, UserError, flags, note, parse, printable, run
 
 # What the answers depend on. A folder holds answers of one such set of settings.
-SAME = ("weights", "data_sha256", "template", "image_aspect_ratio", "exif", "dtype", "num_beams", "max_new_tokens",
+SAME = ("weights", "model_files", "data_sha256", "template", "image_aspect_ratio", "exif", "dtype", "num_beams", "max_new_tokens",
         "logprob")
+# The small files of a checkpoint that its answers depend on, as far as it has them; an adapter has the last.
+FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template.json",
+         "chat_template.jinja", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+         "added_tokens.json", "adapter_config.json")
 CHECKED = 8  # answers that are asked again one at a time where arithmetic depends on the batch
 
 
@@ -73,7 +78,7 @@ def main(argv: list[str]) -> int | None:
     knobs.metrics = tuple(knobs.metrics or ("exact_match",))
     knobs.max_new_tokens = knobs.max_new_tokens or 128
     find(knobs.metrics)
-    with flags(knobs), start(knobs.device) as world:
+    with flags(knobs), start(knobs.device) as world, ExitStack() as held:
         if knobs.benchmark:
             records = benchmark_records(benchmark, knobs.data, knobs.image_folder)
         else:
@@ -84,10 +89,15 @@ def main(argv: list[str]) -> int | None:
             raise UserError(f"--by {printable(knobs.by)}: no record has such a field; give one that stands beside the "
                             "conversation")
         out = Path(knobs.out) if knobs.out else None
+        there = [name for name in ("compare", "compare.json") if out and os.path.exists(out / name)]
+        if there and not knobs.compare and os.path.exists(out / "settings.json"):
+            raise UserError(f"--out {out}: holds a comparison ({', '.join(there)}), which would stand beside other scores; give "
+                            "--compare as before, or another --out, or remove it")
         folders = (out, out / "compare") if out else (None, None)
         compared = [None, knobs.compare] if knobs.compare else [None]
         ways = [check_side(knobs, records, compare) for compare in compared]
-        sides = [answers(knobs, records, world, folder, way, compare) for folder, way, compare in zip(folders, ways, compared)]
+        sides = [answers(knobs, records, world, folder, way, compare, held)
+                 for folder, way, compare in zip(folders, ways, compared)]
         if world.rank:
             return None
 
@@ -176,8 +186,10 @@ def check_side(knobs: Knobs, records: list, compare: str | None) -> dict[str, st
     return {"image_aspect_ratio": ready.processor.image_config.aspect, "template": ready.processor.template_name}
 
 
-def answers(knobs: Knobs, records: list, world: Any, folder: Path | None, way: dict[str, str], compare: str | None) -> Side:
-    """What --model answers, or the model or adapter it is compared with; `folder`, if there is one, is continued."""
+def answers(knobs: Knobs, records: list, world: Any, folder: Path | None, way: dict[str, str], compare: str | None,
+            held: ExitStack) -> Side:
+    """What --model answers, or the model or adapter it is compared with; `folder`, if there is one, is continued, and
+    locked for as long as `held` is open."""
     import torch
 
     from llava_min.dist import gather
@@ -187,10 +199,14 @@ def answers(knobs: Knobs, records: list, world: Any, folder: Path | None, way: d
     model_name, adapter = which(knobs, compare)
     options = dict(num_beams=knobs.num_beams, max_new_tokens=knobs.max_new_tokens, exif=knobs.exif, logprob=knobs.logprob)
     settings = {"model": model_name, "adapter": adapter, "data": knobs.data, "image_folder": knobs.image_folder,
-                "benchmark": knobs.benchmark, **options, "data_sha256": hashes(knobs.data)}
+                "benchmark": knobs.benchmark,
+                "decoding": f"beam search with {knobs.num_beams} beams" if knobs.num_beams > 1 else "greedy", **options,
+                "data_sha256": hashes(knobs.data), "model_files": small_files(model_name, adapter)}
     if folder and world.rank == 0:
-        check_same(folder, settings)
         with writing(folder):
+            check_same(folder, settings)
+            if not folder.exists():
+                held.callback(remove_empty, folder)
             folder.mkdir(parents=True, exist_ok=True)
     model, processor = load(model_name, dtype=knobs.dtype, device=world.device, adapter=adapter, **way)
     settings |= {"weights": fingerprint(model), "template": processor.template_name,
@@ -200,7 +216,7 @@ def answers(knobs: Knobs, records: list, world: Any, folder: Path | None, way: d
                  "metrics": list(knobs.metrics), "seed": knobs.seed, "versions": versions()}
     done, file = {}, None
     if folder:
-        file = open_answers(folder, settings, world)
+        file = open_answers(folder, settings, world, held)
         if world.rank == 0 and (done := read_answers(folder, records)):
             note(f"{folder}: goes on after {len(done)} of {len(records)} answers")
         done = gather(world, done)[0]
@@ -211,9 +227,8 @@ def answers(knobs: Knobs, records: list, world: Any, folder: Path | None, way: d
                 file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if "error" not in row))
                 file.flush()
 
-    with file or nullcontext():
-        rows = predict(model, processor, records, knobs.batch_size, progress=note if world.rank == 0 else lambda line: None,
-                       world=world, done=done, save=save, **options)
+    rows = predict(model, processor, records, knobs.batch_size, progress=note if world.rank == 0 else lambda line: None,
+                   world=world, done=done, save=save, **options)
     if model.dtype == torch.float32:
         settings["checked"] = "fp32: the answers do not depend on the batch size or the number of ranks"
     elif knobs.batch_size * world.size > 1:  # in half precision a sum's order can change a token
@@ -243,6 +258,20 @@ def fingerprint(model: Any) -> str:
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
         digest.update(name.encode() + dense(p.detach()).flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def small_files(source: str, adapter: str | None) -> str:
+    """sha256, shortened, of what makes a model of the weights: FILES of its folder, its tower's and its adapter's."""
+    from llava_min.layouts import find_folder
+    from llava_min.load import TINY, read_config
+
+    folder = TINY if source == "tiny" else find_folder(source)
+    digest = hashlib.sha256()
+    for place in filter(None, (folder, read_config(folder)[1], adapter)):
+        for path in (Path(place) / name for name in FILES):
+            if path.is_file():
+                digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()} ".encode())
     return digest.hexdigest()[:16]
 
 
@@ -286,23 +315,38 @@ def check_same(folder: Path, settings: dict) -> None:
                         "or the same settings")
 
 
-def open_answers(folder: Path, settings: dict, world: Any) -> TextIO:
-    """This rank's file of answers, to append to; rank 0's is locked, against another run in the same folder."""
+def open_answers(folder: Path, settings: dict, world: Any, held: ExitStack) -> TextIO:
+    """This rank's file of answers, to append to. Rank 0 locks its own, against another run in the same folder, before it
+    writes anything there."""
     from llava_min.dist import gather
 
-    if world.rank == 0:
-        check_same(folder, settings)
-        with writing(folder):
-            put(folder / "settings.json", [settings], indent=2)
-    gather(world, None)
+    if world.rank:
+        gather(world, None)  # the folder is ours
     name = "predictions.jsonl" if world.rank == 0 else f"predictions-{world.rank}.jsonl"
     with writing(folder):
-        file = open(folder / name, "a", encoding="utf-8")
+        file = held.enter_context(open(folder / name, "a", encoding="utf-8"))
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UserError(f"--out {folder}: another run writes there; wait for it, or give another --out") from None
+    if world.rank == 0:
+        begun = (folder / "settings.json").exists()
+        if begun:
+            check_same(folder, settings)
+        try:
+            with writing(folder):
+                put(folder / "settings.json", [settings], indent=2)
+        except UserError:
+            if not begun:
+                (folder / name).unlink()
+            raise
+        gather(world, None)
     return file
+
+
+def remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # it holds something
+        folder.rmdir()
 
 
 def finish(folder: Path, rows: list[dict], settings: dict) -> None:

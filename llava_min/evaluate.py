@@ -2,10 +2,12 @@
 
     records -> predict -> rows -> score -> {"exact_match": {"score", "low", "high", "n"}, …}
 
-A row is {id, prompt, prediction, references, scores}. One whose pictures cannot be read has an empty prediction and an
-`error`; it is never scored, and neither is one without references.
+A row is {id, prompt, prediction, references, record, scores}; `record` is a hash of the whole conversation and of its
+pictures' names and sizes. A row whose pictures cannot be read has an empty prediction and an `error`; it is never scored,
+and neither is one without references.
 """
 
+import hashlib
 import json
 import os
 import time
@@ -22,6 +24,7 @@ from torch import Tensor
 from llava_min.cli import UserError, printable, warn
 from llava_min.data.chat import render
 from llava_min.data.dataset import Dataset, evaluation_batch
+from llava_min.data.parquet import Embedded
 from llava_min.data.picture import short
 from llava_min.data.processor import Processor
 from llava_min.data.record import Bad, Record, check_text, text_of
@@ -109,13 +112,31 @@ def prepare(processor: Processor, records: list[Record], exif: bool) -> tuple[li
     """The rows of a batch without answers, and the batch of those whose pictures can be read, None if there are none."""
     rows, ready = [], []
     for record in records:
-        row = {"id": record.id, "prompt": text_of(record.messages[-2]), "prediction": "", "references": references(record)}
-        rows.append(row)
+        rows.append(unanswered(record))
         try:
             ready.append(replace(record, images=record.pictures(exif)))
         except UserError as e:
-            row["error"] = str(e)
+            rows[-1]["error"] = str(e)
     return rows, evaluation_batch(ready, processor)[0] if ready else None
+
+
+def unanswered(record: Record) -> dict:
+    """The row of a record without its answer."""
+    whole = json.dumps([record.messages, [place(p, record) for p in record.images]])
+    return {"id": record.id, "prompt": text_of(record.messages[-2]), "prediction": "", "references": references(record),
+            "record": hashlib.sha256(whole.encode()).hexdigest()[:16]}
+
+
+def place(p: object, record: Record) -> list:
+    """What tells a picture from others, before it is opened: its name in its folder, and the size of its file."""
+    if isinstance(p, Embedded):
+        return [p.path.name, p.group, p.row, p.index]
+    if not isinstance(p, Path):
+        return []  # it is in memory alone
+    try:
+        return [os.path.relpath(p, record.root), os.path.getsize(p)]
+    except OSError:  # as will be said when it is opened
+        return [os.path.relpath(p, record.root)]
 
 
 def answer(model: Llava, processor: Processor, rows: list[dict], batch: dict[str, Tensor], logprob: bool,
@@ -164,11 +185,12 @@ def read_answers(folder: Path, records: Sequence[Record]) -> dict[int, dict]:
     """What the files predictions*.jsonl of a run that was interrupted hold, by the index of the record.
 
     A last line that was cut short is taken out of its file; an answer that stands twice counts once. Raises
-    UserError for any other line that is no answer, and for answers to other questions.
+    UserError for any other line that is no answer, and for answers to other questions or about other pictures.
     """
-    unanswered: dict[tuple, list[int]] = {}
+    key = lambda row: json.dumps([row[name] for name in ("id", "prompt", "references", "record")])
+    waiting: dict[str, list[int]] = {}
     for i, r in enumerate(records):
-        unanswered.setdefault((r.id, text_of(r.messages[-2]), *references(r)), []).append(i)
+        waiting.setdefault(key(unanswered(r)), []).append(i)
     found, strange, twice, n = {}, [], 0, 0
     for path in sorted(folder.glob("predictions*.jsonl")):
         data = path.read_bytes()
@@ -179,21 +201,23 @@ def read_answers(folder: Path, records: Sequence[Record]) -> dict[int, dict]:
         for number, line in enumerate(data[:end].split(b"\n")[:-1], 1):
             try:
                 row = json.loads(line)
-                key = (row["id"], row["prompt"], *row["references"])
-                row["prediction"] + ""  # TypeError unless it is text
-            except (ValueError, KeyError, TypeError):
+                asked = key(row)
+                row["prediction"].encode()  # an error unless it is text
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(f"{path}:{number}: is no answer of this program; remove the line, "
                                 "or give another --out") from None
             n += 1
-            if key not in unanswered:
+            if "error" in row:  # asked again: its pictures may have been mended
+                continue
+            if asked not in waiting:
                 strange.append(row["id"])
-            elif not unanswered[key]:
+            elif not waiting[asked]:
                 twice += 1
-            elif "error" not in row:
-                found[unanswered[key].pop(0)] = row
+            else:
+                found[waiting[asked].pop(0)] = row
     if strange:
-        raise UserError(f"{folder}: {len(strange)} of its {n} answers are to questions that --data does not hold "
-                        f"({named(strange)}); give another --out")
+        raise UserError(f"{folder}: {len(strange)} of its {n} answers are to questions that --data does not hold, or about "
+                        f"other pictures ({named(strange)}); give another --out")
     if twice:
         warn(f"{folder}: {twice} of its {n} answers stand there twice and count once")
     return found

@@ -1,6 +1,7 @@
 """eval.py and the path it shares with train.py: answers in the records' order whatever the batch, the ranks and the
 interruptions; scores; the files; what is wrong with the data, counted and named."""
 
+import errno
 import fcntl
 import json
 import os
@@ -18,7 +19,7 @@ from llava_min.cli import UserError
 from llava_min.data import toy
 from llava_min.data.records import read_records
 from llava_min.evaluate import difference, measure_all, predict, read_answers, score
-from llava_min.load import load
+from llava_min.load import TINY, load
 
 script = load_script("eval")
 ROOT = Path(__file__).parent.parent
@@ -48,6 +49,13 @@ def changed(data, tmp_path):
         return path
 
     return copy
+
+
+@pytest.fixture
+def answered(data, tmp_path) -> Path:
+    """A folder of answers to the data."""
+    run(data, "--out", str(tmp_path / "answered"))
+    return tmp_path / "answered"
 
 
 def run(data: Path, *flags: str) -> None:
@@ -85,7 +93,7 @@ def test_the_script_writes_predictions_and_metrics(data, tmp_path, capsys):
     run(data, "--out", str(out), "--by", "kind")
     rows, table = lines(out / "predictions.jsonl"), json.loads((out / "metrics.json").read_text())
     assert {p.name for p in out.iterdir()} == {"predictions.jsonl", "metrics.json", "settings.json", "report.html"}
-    assert len(rows) == 18 and set(rows[0]) == {"id", "prompt", "prediction", "references", "scores"}
+    assert len(rows) == 18 and set(rows[0]) == {"id", "prompt", "prediction", "references", "record", "scores"}
     assert set(table) == {"exact_match", *(f"exact_match {kind}" for kind in toy.KINDS)}
     assert table["exact_match colour"]["n"] == 3
     found = table["exact_match"]
@@ -97,6 +105,9 @@ def test_the_script_writes_predictions_and_metrics(data, tmp_path, capsys):
     settings = json.loads((out / "settings.json").read_text())
     assert settings["prompt"].endswith("ASSISTANT:") and "<image>" in settings["prompt"] and "fp32" in settings["checked"]
     assert settings["image_aspect_ratio"] in ("pad", "crop") and settings["num_beams"] == 1 and settings["versions"]["torch"]
+    run(data, "--out", str(tmp_path / "beams"), "--num-beams", "2")
+    assert json.loads((tmp_path / "beams" / "settings.json").read_text())["decoding"] == "beam search with 2 beams"
+    assert settings["decoding"] == "greedy" and "greedy" in (out / "report.html").read_text(encoding="utf-8")
 
 
 def interrupt(monkeypatch, after: int) -> None:
@@ -156,9 +167,50 @@ def test_answers_made_otherwise_are_not_mixed(data, tmp_path, changed):
     (tmp_path / "full" / "mine.txt").write_text("x")
     with pytest.raises(UserError, match="exists already"):
         run(data, "--out", str(tmp_path / "full"))
-    (out / "predictions.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match=r"predictions.jsonl:1: is no answer"):
-        run(data, "--out", str(out))
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda row: {}, "predictions.jsonl:2: is no answer"), (lambda row: [row], "predictions.jsonl:2: is no answer"),
+    (lambda row: row | {"prediction": 5}, "predictions.jsonl:2: is no answer"),
+    (lambda row: row | {"prediction": "\ud800"}, "predictions.jsonl:2: is no answer"),
+    (lambda row: {k: v for k, v in row.items() if k != "record"}, "predictions.jsonl:2: is no answer"),
+    (lambda row: row | {"id": []}, "1 of its 18 answers are to questions"),
+    (lambda row: row | {"references": [{}]}, "1 of its 18 answers are to questions"),
+    (None, "predictions.jsonl:2: is no answer")])
+def test_a_damaged_line_is_one_line(answered, data, change, named):
+    folder, records = answered, read_records(data)
+    whole = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    whole[1] = json.dumps(change(json.loads(whole[1]))) if change else "[" * 100_000
+    (folder / "predictions.jsonl").write_text("\n".join(whole) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match=named) as e:
+        read_answers(folder, records)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name, change", [("config.json", lambda c: c["text_config"].update(rms_norm_eps=0.1)),
+                                          ("generation_config.json", lambda c: c.update(max_length=77)),
+                                          ("tokenizer_config.json", lambda c: c.update(note="x"))])
+def test_a_model_whose_small_files_changed_does_not_go_on(data, tmp_path, name, change, monkeypatch):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(TINY, model)
+    run(data, "--model", str(model), "--out", str(out))
+    monkeypatch.setattr(sys.modules["llava_min.load"], "load_weights", lambda *a: pytest.fail("weights were read"))
+    config = json.loads((model / name).read_text())
+    change(config)
+    (model / name).write_text(json.dumps(config))
+    with pytest.raises(UserError, match="other settings: model_files"):
+        run(data, "--model", str(model), "--out", str(out))
+
+
+def test_answers_about_other_pictures_of_the_same_names_are_not_taken(answered, data, tmp_path):
+    records, other = read_records(data), tmp_path / "other"
+    shutil.copytree(data.parent, other)
+    path = other / os.path.relpath(records[4].images[0], data.parent)
+    path.write_bytes(path.read_bytes() + b"\0")
+    before = {p: p.read_bytes() for p in answered.iterdir() if p.name != "settings.json"}
+    with pytest.raises(UserError, match="1 of its 18 answers are to questions .* or about other pictures .questions-val-000004"):
+        run(data, "--image-folder", str(other), "--out", str(answered))
+    assert before == {p: p.read_bytes() for p in answered.iterdir() if p.name != "settings.json"}
 
 
 def test_two_runs_do_not_write_to_one_folder(data, tmp_path, monkeypatch):
@@ -166,10 +218,36 @@ def test_two_runs_do_not_write_to_one_folder(data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, 0)
         run(data, "--out", str(out))
+    before = (out / "settings.json").read_bytes()
     with open(out / "predictions.jsonl", "a") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another run writes there"):
-            run(data, "--out", str(out))
+            run(data, "--out", str(out), "--batch-size", "3")
+    assert before == (out / "settings.json").read_bytes()
+
+
+def test_a_folder_is_locked_until_all_of_it_is_written(data, tmp_path, monkeypatch):
+    out, real = tmp_path / "out", script.finish
+
+    def finish(folder, rows, settings):
+        with open(out / "predictions.jsonl", "a") as f, pytest.raises(BlockingIOError):
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        real(folder, rows, settings)
+
+    monkeypatch.setattr(script, "finish", finish)
+    run(data, "--out", str(out))
+
+
+def test_a_folder_that_nothing_could_be_written_into_does_not_stay(data, tmp_path, monkeypatch):
+    def put(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(script, "put", put)
+    (tmp_path / "mine").mkdir()
+    for name in ("out", "mine"):
+        with pytest.raises(UserError, match="cannot be written .No space left"):
+            run(data, "--out", str(tmp_path / name))
+    assert not (tmp_path / "out").exists() and not any((tmp_path / "mine").iterdir())
 
 
 def test_what_cannot_be_scored_is_counted_and_named(changed, tmp_path, capsys):
@@ -207,6 +285,26 @@ def test_records_of_one_id_keep_their_own_answers(changed, tmp_path, capsys):
     assert lines(tmp_path / "out" / "predictions.jsonl") == first and len(first) == 18
 
 
+def test_records_that_differ_by_picture_or_earlier_turns_alone_keep_their_own_answers(changed, tmp_path):
+    def change(records):
+        for i, record in enumerate(records):
+            record.update(id="same", conversations=[dict(turn) for turn in records[0]["conversations"]])
+            if i % 2:  # another turn before the last
+                record["conversations"] += [{"from": "human", "value": "And what else?"}, {"from": "gpt", "value": "x"}]
+                record["conversations"][1]["value"] = f"answer {i}"
+        for record in records[1::4]:
+            record["image"] = records[1]["image"]
+
+    path, out = changed(change), tmp_path / "out"
+    run(path, "--out", str(out))
+    first = lines(out / "predictions.jsonl")
+    assert len({row["record"] for row in first}) == 18 and len({row["prediction"] for row in first[::2]}) > 1
+    text = (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    (out / "predictions.jsonl").write_text("\n".join(reversed(text[9:])) + "\n", encoding="utf-8")  # interrupted: half, in any order
+    run(path, "--out", str(out))
+    assert lines(out / "predictions.jsonl") == first
+
+
 def test_a_model_and_an_adapter_of_it_are_compared(data, tmp_path, capsys):
     from llava_min.adapter import save_adapter
     from llava_min.lora import LoRAConfig, add_lora
@@ -228,11 +326,19 @@ def test_a_model_and_an_adapter_of_it_are_compared(data, tmp_path, capsys):
     mean = lambda rows: sum(r["scores"]["exact_match"] for r in rows) / 18
     assert (m["base"], m["tuned"], m["score"]) == pytest.approx((mean(base), mean(tuned), mean(tuned) - mean(base)))
     assert m["low"] <= m["score"] <= m["high"] and "change" in said and max(map(len, said.splitlines())) <= 80
+    before = {p: p.read_bytes() for p in out.rglob("*.*")}
+    with pytest.raises(UserError, match="holds a comparison"):
+        run(data, "--out", str(out))
+    assert before == {p: p.read_bytes() for p in out.rglob("*.*")}
     run(data, "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "alone"))
     assert lines(tmp_path / "alone" / "predictions.jsonl") == tuned
     run(data, "--adapter", str(tmp_path / "adapter"), "--compare", "tiny", "--out", str(tmp_path / "other"))
     assert json.loads((tmp_path / "other" / "compare.json").read_text())["exact_match"] == m
     assert "Comparison" in (tmp_path / "other" / "report.html").read_text(encoding="utf-8")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 8.0', '"lora_alpha": 80.0'))
+    with pytest.raises(UserError, match="other settings: model_files"):
+        run(data, "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "alone"))
 
 
 def test_the_interval_of_a_difference_is_paired():

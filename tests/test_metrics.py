@@ -169,12 +169,16 @@ def test_a_users_own_metric(tmp_path, monkeypatch):
         "def length(predictions, references):\n    return [len(p) for p in predictions]\n"
         "ratio = Corpus(lambda p, r: [(len(a), len(a), len(b[0])) for a, b in zip(p, r)],\n"
         "               lambda s: {'': s[:, 0] / s[:, 1]})\n"
-        "number = 3\n")
+        "number = 3\n"
+        "def greedy(predictions, references):\n"
+        "    for r in references:\n        r[:] = ['b']\n    predictions[:] = ['b'] * len(predictions)\n    return [0] * len(predictions)\n")
     monkeypatch.chdir(tmp_path)
     rows = [{"prediction": "abc", "references": ["a"]}, {"prediction": "a", "references": ["abcde"]}]
     found = score(rows, ["mine:length", "mine:ratio"])
     assert found["mine:length"]["score"] == 2 and found["mine:ratio"]["score"] == 4 / 6
     assert rows[0]["scores"] == {"mine:length": 3, "mine:ratio": 3}
+    found = score(rows, ["mine:greedy", "mine:length", "exact_match"])  # what one does to its texts, the next does not see
+    assert (found["mine:length"]["score"], found["exact_match"]["score"], rows[0]["references"]) == (2, 0, ["a"])
     for name in ("mine:absent", "nothing_here:x", "mine:number"):
         with pytest.raises(UserError, match=name) as e:
             find([name])

@@ -91,7 +91,8 @@ def measure(metric: Metric, predictions: list[str], references: list[list[str]])
 
     Raises ValueError for scores that are too few or too many, no numbers, or not finite.
     """
-    found = metric.rows(predictions, references) if isinstance(metric, Corpus) else metric(predictions, references)
+    rows = metric.rows if isinstance(metric, Corpus) else metric
+    found = rows(list(predictions), [list(r) for r in references])  # its own: what it does to them, no other metric sees
     values = np.asarray(found, dtype=np.float64)
     if len(values) != len(predictions) or values.ndim != 1 + isinstance(metric, Corpus):
         raise ValueError(f"gave scores of shape {values.shape} for {len(predictions)} predictions")
