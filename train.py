@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from llava_min.cli import Count, Fraction, NonNegative, Place, Positive, Seed, UserError, Whole, flags, note, parse, printable, run
-from llava_min.settings import check_settings
-from llava_min.signals import CODE, Interrupted, Signals
+from llava_min.settings import check_finished, check_settings
+from llava_min.signals import Interrupted, Signals
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a decoder block
 RECIPES = Path(__file__).parent / "llava_min" / "recipes"
@@ -45,7 +45,7 @@ class Knobs:
     train_projector: bool | None = None  # the projector learns, whatever --train says
     train_vision: bool | None = None  # the tower learns, whatever --train says
     lora_r: Count = 16  # rank
-    lora_alpha: Positive = 32.0  # the update is scaled by alpha / r
+    lora_alpha: Annotated[float, 1e-30, 999999.0] = 32.0  # the update is scaled by alpha / r
     lora_dropout: Fraction = 0.0  # on the input of A
     lora_targets: tuple[str, ...] = LINEARS  # leaf names in the language model, all-linear, or a regex on whole paths
     dora: bool = False  # weight-decomposed LoRA
@@ -122,12 +122,13 @@ def main(argv: list[str]) -> int | None:
                 found = checkpoint.place(knobs.out, knobs.resume, Path("runs"), name) if world.rank == 0 else None
                 out, resumed = gather(world, found)[0]
                 if knobs.resume != "never" and (Path(out, "adapter").exists() or Path(out, "model").exists()):
-                    return note(f"{out}: already finished")
+                    check_finished(Path(out), knobs, argv)
+                    return note(f"{out}: already finished") if world.rank == 0 else None
                 with checkpoint.run_folder(Path(out), world):
                     return train(knobs, world, signals, Path(out), Path(resumed) if resumed else None)
             except Interrupted:
                 note("stopped before the first step; there is nothing to save")
-                sys.exit(CODE)
+                sys.exit(signals.code)
 
 
 def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None) -> None:
@@ -139,7 +140,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     from llava_min.data import toy
     from llava_min.data.dataset import Dataset, loader
     from llava_min.data.picture import short
-    from llava_min.data.records import Skips, read_records, sources
+    from llava_min.data.records import Skips, fingerprint, read_records, sources
     from llava_min.data.sampler import plan as make_plan, records_of
     from llava_min.dist import agree, any_of, full_state, gather, shard, total, uneven
     from llava_min.evaluate import check_room, predict, score
@@ -192,6 +193,8 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
         model = ready.model
     lora = LoRAConfig(knobs.lora_r, knobs.lora_alpha, knobs.lora_dropout, knobs.lora_targets, knobs.dora, knobs.rslora)
     if knobs.train == "lora":
+        if knobs.lora_r > (width := model.config.text.hidden_size):
+            raise UserError(f"--lora-r: {knobs.lora_r} is above the model's width of {width}, where an update is no longer of low rank; lower it")
         add_lora(model, lora)
     select(model, knobs.train, train_projector=knobs.train_projector, train_vision=knobs.train_vision)
     knobs.max_length = row_length(knobs.max_length, model.config.text.context)
@@ -200,7 +203,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     if world.rank == 0:
         print(table(model), file=sys.stderr)
     if knobs.dry_run:
-        return show_plan(model, records, knobs, world.size)
+        return show_plan(model, records, knobs, world.size) if world.rank == 0 else None
 
     # ---- the order of the data, and the rate at each step
     options = {"max_length": knobs.max_length, "exif": knobs.exif, "too_long": knobs.too_long}
@@ -216,10 +219,17 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
 
     # what every rank has alike, and a run that goes on has as it was
     files = {entry.path for entry in ready.entries.values()}
-    tokenizer = ready.entries["language_model.norm.weight"].path.parent.glob("token*")
-    identity = {"training data": checkpoint.fingerprint(path for path, _ in sources(data)),
-                "base model": checkpoint.fingerprint(files), "tokenizer": checkpoint.fingerprint(tokenizer),
-                "rows of a step": rows * world.size, "steps": len(plan),
+    folder = ready.entries["language_model.norm.weight"].path.parent
+    tokenizer = {*folder.glob("token*"), *folder.glob("added_tokens.json"), *folder.glob("special_tokens_map.json")}
+    config = {"config": model.config, "text_config": model.config.text, "vision_config": model.config.vision,
+              "image_processor": ready.processor.image_config}
+    mixture = sources(data)
+    identity = {"training data": checkpoint.fingerprint(path for path, _ in mixture), "weights of the data": [str(w) for _, w in mixture],
+                "records": len(records), "ids and pictures": fingerprint(records),
+                "base model": checkpoint.fingerprint(sorted(files)), "tokenizer": checkpoint.fingerprint(sorted(tokenizer)),
+                **{f"{part}.{name}": value for part, values in config.items() for name, value in vars(values).items()
+                   if name not in ("text", "vision", "vision_source")},  # two are told by themselves, one is a place
+                "chat template": ready.processor.template_name, "rows of a step": rows * world.size, "steps": len(plan),
                 **{name: value for name, value in asdict(knobs).items() if name not in FREE}}
     agree(world, "code, data or model", identity)
 
@@ -250,7 +260,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     optimizer, scale = make_optimizer(knobs.optimizer, groups(), knobs.betas), LossScale(knobs.precision == "fp16")
 
     # ---- where the run stands: at its beginning, or where the checkpoint left it
-    at = {"step": 0, "evaluated": -1, "best": None, "best_step": -1, "waited": 0, "skipped": 0}
+    at = {"step": 0, "evaluated": -1, "best": None, "best_step": -1, "waited": 0, "skipped": 0, "lost": 0}
     checkpoint.reseed(knobs.seed, 0, world.rank)
     if resumed:
         before = checkpoint.resume(resumed, identity, model, optimizer, world, knobs.seed)
@@ -321,9 +331,13 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
             else:
                 at["waited"] += 1
 
+    def failed() -> bool:
+        """The run ends with steps that changed no weight, and has no best checkpoint to end with."""
+        return at["lost"] > 0 and at["step"] == len(plan) and not knobs.best_metric
+
     def evaluation_due() -> bool:
         step, every = at["step"], knobs.eval_every
-        return bool(held_out) and at["evaluated"] < step and (step in (0, len(plan)) or every > 0 and step % every == 0)
+        return bool(held_out) and not failed() and at["evaluated"] < step and (step in (0, len(plan)) or every > 0 and step % every == 0)
 
     # ---- the loop
     todo = loader(dataset, [micro for step in plan[at["step"] :] for micro in step[world.rank]], knobs.workers, packing=knobs.packing,
@@ -364,8 +378,10 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
                     check_gradients(model)
                     first = False
                 optimizer.step()
+                at["lost"] = 0
             elif not scale.searching or not math.isfinite(loss):
                 at["skipped"] += 1
+                at["lost"] += 1  # since the last good one
             scale.update(finite)
             optimizer.zero_grad(set_to_none=True)
             at["step"] += 1
@@ -397,7 +413,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
                                                f"resume with --resume auto --out {out}"))
         for worker in multiprocessing.active_children():
             worker.kill()
-        sys.exit(CODE)
+        sys.exit(signals.code)
     except torch.OutOfMemoryError:
         half = batch_size // 2
         same = f"--auto-batch-size, or --batch-size {half} --grad-accum {rows // half} (the same steps), " if half else ""
@@ -405,6 +421,10 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
                         "a smaller --max-length, or --cpu-offload") from None
 
     # ---- what came of it
+    if failed():
+        raise UserError(f"step {at['step']}: the last {at['lost']} steps had a loss or gradient that is not finite, so no {result} is written; "
+                        "begin anew with a lower --lr, or mend the records that metrics.jsonl names"
+                        + (f"; the last checkpoint is {out / 'last'}" if saver.saved >= 0 else ""))
     if knobs.best_metric and at["best_step"] != at["step"]:
         log.say(f"{knobs.best_metric} was best at step {at['best_step']}: ending with that")
         checkpoint.restore(out / "best", checkpoint.verify(out / "best"), model, None, world)

@@ -159,9 +159,9 @@ def reseed(seed: int, step: int, rank: int) -> None:
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
-    """sha256 over files in the order of their names; of one larger than BIG its size and some blocks: all would take minutes."""
+    """sha256 over files in their order; of one larger than BIG its size and some blocks: all would take minutes."""
     digest = hashlib.sha256()
-    for path in sorted(paths):
+    for path in paths:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:

@@ -221,7 +221,10 @@ def parse(knobs: type, argv: list[str], description: str, positional: str | None
     if cut < len(argv):
         given[positional] = given.get(positional, []) + argv[cut + 1 :]
     if recipes is not None and (name := given.get("recipe", getattr(knobs, "recipe", None))):
-        given = {**read_recipe(name, recipes, kinds), **given}
+        recipe = read_recipe(name, recipes, kinds)
+        if "data" in given:  # what goes with the recipe's own data does not go with another
+            recipe = {k: v for k, v in recipe.items() if k not in ("image_folder", "eval_data")}
+        given = {**recipe, **given}
     return knobs(**{k: v if k == positional else convert("--" + k.replace("_", "-"), kinds[k], v) for k, v in given.items()})
 
 
@@ -235,7 +238,7 @@ def read_recipe(name: str, folder: Path, kinds: dict[str, Any]) -> dict[str, Any
         raise UserError(f"--recipe {printable(name)}: no such recipe or .toml file; {mend}")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as e:
+    except (ValueError, RecursionError, OSError) as e:  # not TOML, not UTF-8, a number of 5000 digits
         raise UserError(f"{path}: {printable(e)}; correct the file") from None
     for key in data:
         if key not in kinds or key == "recipe":

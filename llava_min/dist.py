@@ -97,6 +97,8 @@ def pick_device(device: str | torch.device) -> torch.device:
         device = torch.device(device)
     except (RuntimeError, TypeError):
         raise UserError(f"device: {device!r} is not a device; give auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device: {device} is not a device that this code runs on; give auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda was asked for and torch finds no CUDA GPU on this machine; give cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

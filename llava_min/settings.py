@@ -3,11 +3,37 @@
 A setting that only a recipe makes may lie idle: who overrides the rest of the recipe cannot take it out.
 """
 
+import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from llava_min.cli import UserError, printable
+from llava_min.files import read_json
+
+
+def simple(pattern: str) -> bool:
+    """Whether it is a regex that cannot run for ever, by the rule that adapter.py has for a stranger's."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return len(re.findall(r"[*+?{]", pattern)) <= 2 and not re.search(r"\)[*+?{]", pattern)
+
+
+def names_of(argv: Sequence[str]) -> set[str]:
+    return {a.partition("=")[0].lstrip("-").replace("-", "_") for a in argv if a.startswith("--")}
+
+
+def check_finished(folder: Path, k: Any, argv: Sequence[str]) -> None:
+    """A run that has come to its end in `folder` is what was typed, or UserError: nothing of it would be done."""
+    was = read_json(folder / "config.json")
+    for name in sorted(names_of(argv) & was.keys() - {"out", "resume"}):
+        now = json.loads(json.dumps(getattr(k, name)))  # a tuple is a list in the file
+        if now != was[name]:
+            raise UserError(f"--resume {printable(k.resume)}: {folder} is finished, with --{name.replace('_', '-')} "
+                            f"{printable(was[name])[:200]} and not {printable(now)[:200]}; give another --out")
 
 
 def check_settings(k: Any, argv: Sequence[str]) -> None:
@@ -18,6 +44,8 @@ def check_settings(k: Any, argv: Sequence[str]) -> None:
         f"--betas: {k.betas} is not two numbers below 1; give for example 0.9,0.999": len(k.betas) != 2 or max(k.betas) >= 1,
         f"--save-every: {printable(k.save_every)} is not a number of steps, minutes like 30m, or epoch; give one":
             not re.fullmatch(r"\d{1,9}|[1-9]\d{0,6}m|epoch", k.save_every),
+        f"--lora-targets: {printable(','.join(k.lora_targets))[:200]} is not names or a regex with at most two repetitions, none of a group; "
+        "write the layers out, with | between them": k.train == "lora" and not all(map(simple, k.lora_targets)),
         "--lora-dropout: 1 leaves LoRA nothing to learn from; give less": k.lora_dropout == 1,
         "--group-by-length: with --packing there is no padding to save; choose one of them": k.group_by_length and k.packing,
         "--best-metric: keeps a checkpoint, and --save-every 0 allows none; give another": k.best_metric and not saved}
@@ -32,8 +60,7 @@ def check_settings(k: Any, argv: Sequence[str]) -> None:
         "--train-projector": (k.train_projector or k.train_projector is None and not k.train.startswith("last"), "projector_lr"),
         "--train-vision": (k.train_vision or k.train_vision is None and k.train == "full" or in_tower, "vision_lr"),
         "--save-every other than 0": (saved, "keep save_only_model")}
-    typed = {a.partition("=")[0].lstrip("-").replace("-", "_") for a in argv if a.startswith("--")}
-    typed |= {"best_metric", "early_stopping"}  # a recipe's, too: they decide with which weights a run ends
+    typed = names_of(argv) | {"best_metric", "early_stopping"}  # a recipe's, too: they decide with which weights a run ends
     for need, (there, names) in needs.items():
         for name in names.split() if not there else ():
             line = f"--{name.replace('_', '-')}: has no effect without {need}; give that, or leave it out"

@@ -62,11 +62,15 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
 
 
 @pytest.mark.parametrize("text, named", [("lr = 'fast'", "lr"), ("batchsize = 3", "did you mean batch_size"), ("lr = ", "mine.toml"),
-                                         ("batch_size = 1.5", "batch"), ("lr = [1]", "lr"), (f"lr = {10**400}", "lr"), ("shuffle = 'no'", "shuffle"), ("recipe = 'x'", "recipe")])
+                                         ("batch_size = 1.5", "batch"), ("lr = [1]", "lr"), (f"lr = {10**400}", "lr"), ("shuffle = 'no'", "shuffle"), ("recipe = 'x'", "recipe"),
+                                         ("betas = [[0.9], 0.99]", r"--betas: \[0.9\] is not a number"), ("batch_size = 2024-01-01", "--batch-size: datetime.date.* is not a whole number"),
+                                         ("seed = {}", "--seed: {} is not a whole number"), ("betas = {}", "--betas"), (f"seed = {'9' * 5000}", "mine.toml: .*; correct the file"),
+                                         ("place = [1]", "--place"), ("mode = ['a']", "--mode"), ("betas = " + "[" * 5000, "mine.toml: .*; correct the file")])
 def test_a_recipe_that_does_not_fit_names_the_key(tmp_path, text, named):
     (tmp_path / "mine.toml").write_text(text)
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, match=named) as e:
         read("--recipe", "mine", recipes=tmp_path)
+    assert "\n" not in str(e.value)
 
 
 def test_an_unknown_recipe_is_guessed(tmp_path):

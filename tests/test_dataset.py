@@ -1,5 +1,6 @@
 """The views of a record: labels are LLaVA's, rows may be joined, batches are the same with any number of workers."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -394,6 +395,16 @@ def test_a_killed_worker_is_one_line(images, processor):
     os.kill(worker, signal.SIGKILL)
     message = refused(lambda: list(batches), "--workers 1", "was killed", "lower --workers")
     assert "Traceback" not in message and pids() == before  # nobody is left behind
+
+
+def test_where_the_system_starts_no_more_processes(images, processor, monkeypatch, capsys):
+    fork, made = os.fork, []
+    refuse = lambda: made.append(0) or (fork() if len(made) == 1 else os.strerror(os.dup(1 << 20)))  # a BlockingIOError in life
+    monkeypatch.setattr(os, "fork", refuse)
+    before = pids()
+    refused(lambda: list(loader(Dataset(records_of(images), processor), [[(0,)]], 2)), "--workers 2: the system starts no more processes (")
+    gc.collect()
+    assert len(made) == 2 and pids() == before and "Traceback" not in capsys.readouterr().err  # the first is taken down
 
 
 def test_a_process_that_ends_with_workers_at_work_ends_at_once(tmp_path):

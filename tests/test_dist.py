@@ -375,6 +375,9 @@ def test_devices_of_ranks(environment, monkeypatch):
         start("auto")
     with pytest.raises(UserError, match="cuda:0 was asked for by each of 2 ranks; give cuda"):
         start("cuda:0")
+    for other in ("xpu", "meta", "mps", "mps:0"):
+        with pytest.raises(UserError, match=f"device: {other} is not a device that this code runs on; give auto, cpu, cuda"):
+            start(other)
 
 
 def test_ranks_that_do_not_meet(environment):

@@ -53,7 +53,7 @@ def never(home, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_signal_saves_and_stops(home, never, tmp_path, monkeypatch, place, group, number):
@@ -73,7 +73,7 @@ def test_a_signal_saves_and_stops(home, never, tmp_path, monkeypatch, place, gro
         return train.main(command)
 
     begun = time.perf_counter()
-    assert child(work, tmp_path / "log") == 143, (tmp_path / "log").read_text()
+    assert child(work, tmp_path / "log") == (130 if number == signal.SIGINT else 143), (tmp_path / "log").read_text()
     assert time.perf_counter() - begun < 20
     said = (tmp_path / "log").read_text().splitlines()
     if place == "start-up":
@@ -105,8 +105,9 @@ def test_ctrl_c_in_a_save(home, tmp_path, monkeypatch):
         at_call(monkeypatch, snapshot, "write_tensors", 2, lambda: os.kill(os.getpid(), signal.SIGINT))
         return train.main(argv(home, tmp_path / "run", *SHAPE))
 
-    assert child(work) == 130
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000003"]
+    assert child(work) == 130  # the save comes to its end, then the step
+    assert checkpoint.find(tmp_path / "run" / "checkpoints").name == "step-000007"
+    assert train.main([*argv(home, tmp_path / "run", *SHAPE), "--resume", "auto"]) is None
 
 
 # ---- numbers that are not finite
@@ -150,6 +151,19 @@ def test_too_many_of_them_stop_the_run(home, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="step 2: 2 steps had a loss or gradient that is not finite.*lower --lr") as e:
         run(home, tmp_path / "run", *SHAPE, "--max-skips", "2", "--save-every", "1")
     assert "\n" not in str(e.value) and str(tmp_path / "run" / "last") in str(e.value)
+
+
+def test_a_run_that_ends_with_them_has_no_result(home, tmp_path, monkeypatch):
+    """By its learning rate, or by one poisoned step at the end: the checkpoint stays, and the same end is reached from it."""
+    with pytest.raises(UserError, match=r"step 6: the last \d steps had a loss or gradient that is not finite, so no adapter is written; .*lower --lr") as e:
+        run(home, tmp_path / "a", *SHAPE, "--lr", "1e30", "--max-steps", "6", "--eval-data", home / "data" / "val.json", "--max-new-tokens", "2")
+    assert "\n" not in str(e.value) and str(tmp_path / "a" / "last") in str(e.value) and not (tmp_path / "a" / "adapter").exists()
+    loss, calls = Llava.loss, [0]
+    monkeypatch.setattr(Llava, "loss", lambda self, **batch: loss(self, **batch) * (calls.append(0) or float("nan") if len(calls) > 6 else calls.append(0) or 1))
+    for again in ((), ("--resume", "auto")):
+        with pytest.raises(UserError, match="step 4: the last 1 steps had"):
+            run(home, tmp_path / "b", *SHAPE, "--max-steps", "4", "--save-every", "2", *again)
+    assert not (tmp_path / "b" / "adapter").exists() and (tmp_path / "b" / "last" / "adapter").is_dir()
 
 
 def test_fp16_looks_for_its_scale_and_counts_no_skip_for_that(home, tmp_path, monkeypatch):

@@ -79,8 +79,9 @@ def test_parquet_with_paths_instead_of_bytes(tmp_path, parquet, images):
     rows = parquet_rows()
     rows[3]["images"] = [{"bytes": None, "path": "b.png"}]
     rows[4]["images"] = [{"bytes": None, "path": "sub/c.png"}, picture(9)]
-    got = read_records(parquet(tmp_path / "x.parquet", rows), images)
-    assert got[3].images == [images / "b.png"] and red(got[4]) == [9, 80] and red(got[5]) == [5]
+    for statistics in (True, False):
+        got = read_records(parquet(tmp_path / "x.parquet", rows, write_statistics=statistics), images)
+        assert got[3].images == [images / "b.png"] and red(got[4]) == [9, 80] and red(got[5]) == [5] and red(got[7]) == [7] and not got[1].images
 
 
 BAD_ROWS = {
@@ -127,6 +128,7 @@ def test_other_columns(tmp_path, parquet):
     path, text = tmp_path / "x.parquet", pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
     for fields in ({"text": pa.string()}, {"conversations": text}, {"images": pa.list_(pa.binary())},
                    *({"messages": text, "images": kind} for kind in (  # paths, or bytes, where both are expected
+                       pa.list_(pa.struct({"bytes": pa.string(), "path": pa.string()})), pa.list_(pa.struct({"bytes": pa.int64(), "path": pa.string()})),
                        pa.string(), pa.binary(), pa.list_(pa.string()), pa.list_(pa.binary()), pa.struct({"bytes": pa.binary(), "path": pa.string()}),
                        pa.list_(pa.struct({"path": pa.string()})), pa.list_(pa.struct({"bytes": pa.binary()}))))):
         message = refused(lambda: read_records(parquet(path, [], schema=pa.schema(fields))), "expected messages, and images as a list of")
@@ -135,6 +137,14 @@ def test_other_columns(tmp_path, parquet):
     (r,) = read_records(parquet(path, [{"id": "z", "messages": messages("Hi", "Ho"), "kind": "k"}],
                                 schema=pa.schema({"id": pa.string(), "messages": text, "kind": pa.string()})))
     assert r.id == "z" and r.extra == {"kind": "k"} and r.messages == messages("Hi", "Ho")
+
+
+def test_a_date_that_python_does_not_know(tmp_path, parquet):
+    import pyarrow as pa
+
+    schema = pa.schema([*parquet.schema, pa.field("made", pa.timestamp("s"))])
+    path = parquet(tmp_path / "x.parquet", [row | {"made": 10**12} for row in parquet_rows()], schema=schema)
+    refused(lambda: read_records(path), str(path), "a date or number is out of range", "leave its column out")
 
 
 def test_row_groups_that_unpack_to_too_much(tmp_path, parquet, monkeypatch):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from llava_min.cli import UserError
 from llava_min.data.chat import parts
 from llava_min.data.record import text_of
-from llava_min.data.records import Skips, read_records
+from llava_min.data.records import Skips, fingerprint, read_records
 
 IMAGE = {"type": "image"}
 
@@ -126,6 +127,35 @@ def test_warnings(tmp_path, images, capsys):
     assert records[2].messages == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 2 and "1 records begin with an answer" in err[0] and "r1" in err[1]
+
+
+def test_fields_that_are_not_used_are_counted_in_one_line(tmp_path, capsys):
+    weighed = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho", "weight": 0, "loss": None}]
+    called = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho", "tool_calls": [{}], "weight": 1}]
+    data = [record("Hi", "Ho", system="Be kind.", source="web"), {"id": "r2", "system": "Be kind.", "conversations": weighed}, {"id": "r3", "messages": called}]
+    read_records(written(tmp_path / "x.json", data))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "x.json: fields that are not used: system (2 times), weight (2 times), tool_calls (1 times); " in line and line.endswith("a message of role system")
+
+
+def test_what_a_mixture_is_told_by(tmp_path, images):
+    """Not by where it lies; by its records in their order, the names of the pictures, and what these are."""
+    def found(folder=images, n=4, skips=None):
+        names = ["a.png", "b.png", "sub/c.png", "ü x.png"]
+        data = [record("<image>", "x", image=name, id=i) for i, name in enumerate(names[:n])]
+        return read_records(written(tmp_path / "x.json", data), folder, skips)
+
+    want, moved = fingerprint(found()), tmp_path / "moved"
+    shutil.copytree(images, moved)
+    assert fingerprint(found(moved)) == want == fingerprint(found())
+    assert len({want, fingerprint(found(n=3)), fingerprint(found()[::-1]), fingerprint(found() * 2), fingerprint([])}) == 5
+    (moved / "a.png").rename(moved / "t"), (moved / "b.png").rename(moved / "a.png"), (moved / "t").rename(moved / "b.png")
+    assert fingerprint(found(moved)) != want
+    shutil.rmtree(moved), shutil.copytree(images, moved)
+    (moved / "ü x.png").unlink()
+    assert fingerprint(found(moved, skips=Skips(cap=0.5))) != want
+    (moved / "ü x.png").symlink_to(moved / "gone.png")
+    assert fingerprint(found(moved)) != want
 
 
 # ---- what is refused: (file content, words the message must hold)
@@ -414,6 +444,8 @@ def test_mixtures(tmp_path, images, monkeypatch, capsys):
 @pytest.mark.parametrize("data, words", [
     ("a.json,", "a name is empty"), ("a.json@0", "a weight of 0"), ("a.json@0.1", "no record is left"), ("no*.json", "no such files"),
     ("a.json,gone.json", "gone.json: no such file"), ("a.json@x", "a.json@x: no such file"), ("a.json@-1", "no such file"),
+    ("a.json@100000000", "a.json 1e+08 times is more than 100000000 records; lower the weight"), ("a.json@9" + "9" * 400, "a weight of 401 digits"),
+    ("a.json,a.json@0." + "3" * 5000, "a weight of 5002 digits; write at most 20"),
     (",".join(["a.json"] * 100 + ["b" * 300]), "File name too long"),
 ])
 def test_bad_mixtures(tmp_path, monkeypatch, data, words):

@@ -177,6 +177,39 @@ def test_other_settings_are_named(home, tmp_path):
     run(home, out, *base, "--batch-size", "3", "--grad-accum", "2", "--resume", "auto")  # the same rows, dealt otherwise
 
 
+def test_other_mixtures_and_pictures_are_named(home, tmp_path):
+    base, folder = ("--batch-size", "6", "--max-steps", "2", "--save-every", "1"), tmp_path / "data"
+    shutil.copytree(home / "data", folder)
+    first, second = home / "data" / "train.json", home / "data" / "text.json"
+    run(home, tmp_path / "run", *base, "--data", f"{first}@2,{second}")
+    go_on = lambda data, name: run(home, tmp_path / name, *base, "--data", data, "--resume", str(tmp_path / "run" / "last"))
+    for name, data in {"training data": f"{second},{first}@2", "weights of the data": f"{first},{second}@2", "records": f"{first}@3,{second}"}.items():
+        with pytest.raises(UserError, match=f"{name} \\(was "):
+            go_on(data, "other")
+    go_on(f"{folder / 'train.json'}@2,{folder / 'text.json'}", "moved")
+    a, b = sorted((folder / "images").glob("*train*"), key=lambda p: p.stat().st_size)[:: 23]
+    a.rename(folder / "t"), b.rename(a), (folder / "t").rename(b)
+    with pytest.raises(UserError, match=r"other settings: ids and pictures \(was \S*, is \S*\); give"):
+        go_on(f"{folder / 'train.json'}@2,{folder / 'text.json'}", "other")
+
+
+def test_other_configs_of_the_model_are_named(home, tmp_path):
+    base, out = ("--batch-size", "6", "--max-steps", "2", "--save-every", "1"), tmp_path / "run"
+    run(home, out, *base)
+    changes = {"text_config.rope_theta": ("config.json", '"rope_theta": 10000.0', '"rope_theta": 500000.0'),
+               "text_config.rms_norm_eps": ("config.json", '"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06'),
+               "text_config.eos_token_ids": ("generation_config.json", '"eos_token_id": [', '"eos_token_id": [5,'),
+               "image_processor.mean": ("preprocessor_config.json", '"image_mean": [', '"image_mean": [0.5, 0.5, 0.5], "was": [')}
+    for name, (file, old, new) in changes.items():
+        model = tmp_path / name / "model"
+        shutil.copytree(home / "model", model)
+        text = (model / file).read_text()
+        assert old in text
+        (model / file).write_text(text.replace(old, new))
+        with pytest.raises(UserError, match=f"other settings: {name} \\(was "):
+            run(home, tmp_path / "other", *base, "--model", str(model), "--resume", str(out / "last"))
+
+
 def test_where_there_is_nothing_to_resume(home, tmp_path, capsys):
     base = ("--batch-size", "6", "--max-steps", "3", "--save-every", "1", "--keep", "9")
     with pytest.raises(UserError, match="no checkpoint there"):
@@ -186,6 +219,9 @@ def test_where_there_is_nothing_to_resume(home, tmp_path, capsys):
     assert "starting fresh" in capsys.readouterr().err
     assert train.main([*argv(home, tmp_path / "a", *base), "--resume", "auto"]) is None
     assert "already finished" in capsys.readouterr().err
+    for other in (("--max-steps", "4"), ("--data", str(home / "data" / "text.json")), ("--train", "full")):
+        with pytest.raises(UserError, match=f"is finished, with {other[0]} "):
+            train.main([*argv(home, tmp_path / "a", *base, *other), "--resume", "auto"])
     with pytest.raises(UserError, match="exists already"):
         run(home, tmp_path / "a", *base)
     shutil.rmtree(tmp_path / "a" / "adapter")

@@ -144,6 +144,10 @@ def test_packing_many_records_is_quick():
     (lambda: plan([], 1), ("0 records", "1 rows")),
     (lambda: plan([10] * 20, 4, packing=100), ("20 records", "2 rows when packed", "4 rows of one step")),
     (lambda: plan(range(9), 2, group_by_length=True, packing=5), ("--group-by-length", "--packing")),
+    (lambda: plan(range(9), 2, epochs=1e9), ("--epochs 1e+09: the run would have 9e+09 rows, more than 100000000",)),
+    (lambda: plan(range(9), 2, 2, max_steps=2_000_000_000), ("--max-steps 2000000000: the run would have 8e+09 rows, more than 100000000",)),
+    (lambda: plan([10] * 20, 1, packing=100, epochs=1e9), ("--epochs 1e+09: the run would have 2e+09 rows",)),
+    (lambda: plan(range(9), 10**9, max_steps=1), ("9 records are fewer than the 1000000000 rows of one step",)),
 ])
 def test_plans_that_cannot_be(call, words):
     with pytest.raises(UserError) as e:

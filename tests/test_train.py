@@ -104,6 +104,10 @@ def test_bf16_keeps_what_is_trained_in_fp32(data, tmp_path):
     (["--optimizer", "torch.optim:LBFGS"], "--optimizer torch.optim:LBFGS"), (["--log", "paper"], "--log"), (["--resume", "no/checkpoint"], "--resume no/checkpoint"),
     (["--lr", "0"], "--lr"), (["--timeout", "1e30"], "--timeout"), (["--image-folder", ""], "--image-folder: is empty"), (["--lora-dropout", "1"], "--lora-dropout: 1"),
     (["--eval-data", "VAL", "--max-new-tokens", "1020"], "--max-new-tokens: 1020 and the .* tokens of record captions-val-000000 .* context of 1024"),
+    (["--device", "meta"], "--device: meta is not"), (["--device", "xpu"], "--device: xpu is not"), (["--lora-alpha", "2e6"], "--lora-alpha: '2e6' is not"),
+    (["--lora-r", "2000000000"], "--lora-r: 2000000000 is above the model's width"), (["--epochs", "1e9"], "--epochs 1e.09"),
+    (["--max-steps", "2000000000"], "--max-steps 2000000000: the run would have 1.6e.10 rows"), *((["--lora-targets", regex], "--lora-targets: .* at most two repetitions")
+        for regex in ("(.*)*x", "(a|a)+x", ".*.*.*x", "(", "a{99999999999}")),
     # what would be ignored
     (["--train", "full", "--lora-r", "8"], "--lora-r: has no effect without --train lora"), (["--train", "projector", "--dora"], "--dora: has no effect"),
     (["--no-train-projector", "--train", "projector"], "nothing is left to"), (["--train", "last:1", "--projector-lr", "1"], "--projector-lr: has no effect without --train-projector"),

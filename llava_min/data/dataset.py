@@ -9,6 +9,7 @@ import atexit
 import multiprocessing
 import signal
 import threading
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -168,10 +169,16 @@ def loader(dataset: Dataset, micro_batches: Sequence[list[Row]], workers: int = 
     """
     more = {"multiprocessing_context": multiprocessing.get_context("fork"), "prefetch_factor": 2, "worker_init_fn": deafen}
     before = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
-    batches = iter(torch.utils.data.DataLoader(
-        Batches(dataset, packing), sampler=micro_batches, batch_size=None, collate_fn=tuple, num_workers=workers,
-        pin_memory=pin_memory, generator=torch.Generator(),  # its own: the global one is the training's
-        **(more if workers else {})))
+    try:
+        batches = iter(torch.utils.data.DataLoader(
+            Batches(dataset, packing), sampler=micro_batches, batch_size=None, collate_fn=tuple, num_workers=workers,
+            pin_memory=pin_memory, generator=torch.Generator(),  # its own: the global one is the training's
+            **(more if workers else {})))
+    except OSError as e:
+        multiple = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+        multiple._workers_status = defaultdict(lambda: True)  # or it cannot end those that it did start
+        raise UserError(f"--workers {workers}: the system starts no more processes ({e.strerror}); lower --workers, or raise the limit "
+                        "(ulimit -u)") from None
     if workers:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, before)  # torch's handler raises wherever the loop is, even while it saves

@@ -4,10 +4,12 @@ Below record.py and records.py. The layout is that of HuggingFaceH4/llava-instru
 `images`, a list of {bytes, path}. pyarrow is imported when there is a file to read.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image
@@ -55,12 +57,15 @@ def _open_parquet(path: Path, *_: int):
 @lru_cache(maxsize=4)
 def row_pictures(f, group: int, row: int) -> list[dict]:
     """[{"bytes"}] of one row. A row group is read from its start: small ones (100 rows, as datasets writes) are quick."""
-    at = 0
-    for batch in f.iter_batches(8, row_groups=[group], columns=[BYTES], use_threads=False):
-        if row < at + len(batch):
-            return batch.column(0)[row - at].as_py()
-        at += len(batch)
+    for found in islice(group_bytes(f, group), row, None):
+        return found.as_py()
     raise LookupError("the row is gone")
+
+
+def group_bytes(f, group: int) -> Iterator:
+    """The same of all rows of a group, in pyarrow's form, a few rows in memory at a time."""
+    for batch in f.iter_batches(8, row_groups=[group], columns=[BYTES], use_threads=False):
+        yield from batch.column(0)
 
 
 def parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
@@ -69,9 +74,11 @@ def parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
         f = open_parquet(path)
         leaves = [f.schema.column(i).path for i in range(len(f.schema))]
         names = f.schema_arrow.names
-        if "messages" not in names or "images" in names and not {BYTES, PATH} <= set(leaves):
+        binary = lambda column: (column.physical_type, column.logical_type.type) == ("BYTE_ARRAY", "NONE")
+        if "messages" not in names or "images" in names and not (
+                {BYTES, PATH} <= set(leaves) and binary(f.schema.column(leaves.index(BYTES)))):
             raise UserError(f"{path}: has the columns {short(', '.join(leaves), 300)}; expected messages, and images as a "
-                            "list of {bytes, path}, as HuggingFaceH4/llava-instruct-mix-vsft has them")
+                            "list of {bytes (binary), path (text)}, as HuggingFaceH4/llava-instruct-mix-vsft has them")
         n, others = 0, [name for name in names if name != "images"]
         for g in range(f.num_row_groups):
             check_group(path, f.metadata.row_group(g), g)
@@ -82,6 +89,8 @@ def parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
                 n += 1
     except UserError:
         raise
+    except OverflowError as e:
+        raise UserError(f"{path}: a date or number is out of range ({short(e, 200)}); leave its column out, or correct it") from None
     except DAMAGED as e:
         raise UserError(f"{path}: is not whole or not parquet ({short(e, 200)}); fetch it again") from None
 
@@ -102,14 +111,14 @@ def check_group(path: Path, group, g: int) -> None:
 
 def group_pictures(f, path: Path, g: int, leaves: list[str]) -> list[list]:
     """Per row of a group what its pictures are. Their bytes are not read, unless the file's own statistics say that some
-    picture has none."""
+    picture has none, or there are no statistics."""
     paths = f.read_row_group(g, columns=[PATH], use_threads=False).column(0).to_pylist()
     out = [[Embedded(path, g, row, i) for i in range(len(found or []))] for row, found in enumerate(paths)]
     counts = f.metadata.row_group(g).column(leaves.index(BYTES)).statistics
-    nulls = counts.null_count if counts is not None and counts.has_null_count else 0
+    nulls = counts.null_count if counts is not None and counts.has_null_count else math.inf
     if nulls > sum(not found for found in out):  # a row without pictures counts as a null
-        for row, found in enumerate(out):
-            for i, picture in enumerate(found and row_pictures(f, g, row)):
+        for row, pictures in enumerate(group_bytes(f, g)):
+            for i, picture in enumerate(pictures.as_py() or []):
                 if picture is None or picture["bytes"] is None:
-                    found[i] = paths[row][i] and paths[row][i]["path"]
+                    out[row][i] = paths[row][i] and paths[row][i]["path"]
     return out

@@ -78,6 +78,14 @@ def from_raw(raw: object, number: str, root: Path) -> Record:
     return Record(str(id), messages, images, root, rest)
 
 
+def unused(raw: dict) -> list[str]:
+    """What a good record says that would be expected to change what is learnt, and does not."""
+    names = [name for name in ("system", "tools", "weight", "loss") if raw.get(name) is not None]
+    for turn in raw.get("conversations") or raw["messages"]:
+        names += [name for name, value in turn.items() if name not in ("from", "value", "role", "content") and value is not None]
+    return names
+
+
 # ---- LLaVA's format
 
 

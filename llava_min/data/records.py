@@ -4,20 +4,23 @@ First station of training and evaluation: record.py says what a record may be, d
 known by what it holds, not by its name: JSON (a list, or one object), an object a line, or parquet (parquet.py).
 """
 
+import hashlib
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 from llava_min.cli import UserError, warn
 from llava_min.data.parquet import parquet_records
 from llava_min.data.picture import short
-from llava_min.data.record import Bad, Record, from_raw
+from llava_min.data.record import Bad, Record, from_raw, unused
+from llava_min.data.sampler import MOST
 from llava_min.files import check_file
 
+SAMPLE = 256  # pictures that stand for all
 NAMED = 5  # how many bad records a message tells of
 ARCHIVES = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -148,7 +151,7 @@ def read_file(path: Path, image_folder: str | os.PathLike | None, skips: Skips |
     root = Path(os.path.abspath(path.parent if image_folder is None else image_folder))
     if image_folder is not None and not root.is_dir():
         raise UserError(f"{short(root, 400)}: no such folder; give the folder of the pictures")
-    files, records, bad, headless = Files(root), [], [], 0
+    files, records, bad, headless, fields = Files(root), [], [], 0, Counter()
     for where, raw in raw_records(path):
         if isinstance(raw, dict) and isinstance(raw.get("id"), (str, int)):
             where += f" (id {short(raw['id'])})"
@@ -159,6 +162,7 @@ def read_file(path: Path, image_folder: str | os.PathLike | None, skips: Skips |
                 raise Bad(f"no picture {short(missing[0], 200)}")
             records.append(record)
             headless += len(raw.get("conversations") or ()) > len(record.messages)
+            fields.update(unused(raw))
         except Bad as e:
             bad.append(f"{where}: {e}")
     n = len(records) + len(bad)
@@ -177,6 +181,9 @@ def read_file(path: Path, image_folder: str | os.PathLike | None, skips: Skips |
             warn(f"{path}: {len(bad)} of {n} records are bad and left out: {told(bad)}")
     if headless:
         warn(f"{path}: {headless} records begin with an answer, which is left out, as LLaVA does")
+    if fields:
+        warn(f"{path}: fields that are not used: {told((f'{short(name)} ({n} times)' for name, n in fields.most_common()), ', ')}; every answer "
+             "is learnt from alike: take out those that should not be, and write a system text as a message of role system")
     return records
 
 
@@ -197,6 +204,8 @@ def read_records(data: str | os.PathLike, image_folder: str | os.PathLike | None
     for path, weight in files:
         read = read_file(path, image_folder, skips, f"{path.name}:" if len(files) > 1 else "")
         seen.update(r.id for r in read)
+        if len(records) + len(read) * weight > MOST:
+            raise UserError(f"{short(data, 200)}: {path.name} {float(weight):g} times is more than {MOST} records; lower the weight")
         records += [r for i, r in enumerate(read) for _ in range(int((i + 1) * weight) - int(i * weight))]
     if skips is not None:
         skips.add([])
@@ -207,6 +216,21 @@ def read_records(data: str | os.PathLike, image_folder: str | os.PathLike | None
     return records
 
 
+def fingerprint(records: Sequence[Record]) -> str:
+    """sha256 over what the data files alone do not tell: which records are there, in which order, the names of their pictures
+    and, as a look into each would take minutes, the sizes and beginnings of some. The folder of the pictures may be another."""
+    digest, files = hashlib.sha256(), []
+    for r in records:
+        paths = [p for p in r.images if isinstance(p, Path)]
+        digest.update(repr((r.id, [str(p).removeprefix(str(r.root)) for p in paths])).encode())
+        files += paths
+    for p in files[:: -(-len(files) // SAMPLE) or 1]:
+        if p.is_file() and os.access(p, os.R_OK):
+            with open(p, "rb") as f:
+                digest.update(f" {p.stat().st_size} ".encode() + f.read(1 << 16))
+    return digest.hexdigest()
+
+
 def sources(data: str) -> list[tuple[Path, Fraction]]:
     """The files that are named, each with its weight."""
     if os.path.exists(data):  # whatever is in its name
@@ -215,6 +239,8 @@ def sources(data: str) -> list[tuple[Path, Fraction]]:
     for name in data.split(","):
         name, weight = name.strip(), Fraction(1)
         if not os.path.exists(name) and (m := re.fullmatch(r"(.+)@(\d+(?:\.\d+)?)", name)):
+            if len(m[2]) > 20:
+                raise UserError(f"{short(data, 200)}: a weight of {len(m[2])} digits; write at most 20")
             name, weight = m[1], Fraction(m[2])
         if not name or not weight:
             raise UserError(f"{short(data, 200)}: {'a weight of 0' if name else 'a name is empty'}; expected "

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from llava_min.cli import UserError
 
+MOST = 100_000_000  # rows of a run: more is a slip, and its plan has no room in memory
 Row = tuple[int, ...]  # the records of one row of a batch: one, or with packing several
 Step = list[list[list[Row]]]  # [rank][micro-batch][row]
 
@@ -82,7 +83,7 @@ def plan(lengths: Sequence[int], batch_size: int, grad_accum: int = 1, world: in
     packing: tokens that fit into a row; 0 = a record a row.
     epochs: passes over the records; each holds every record once, and one of its steps may have fewer rows. `max_steps`
         wins over it.
-    Raises UserError when there are fewer rows than a step takes.
+    Raises UserError when there are fewer rows than a step takes, or more than MOST in the run.
     """
     if group_by_length and packing:
         raise UserError("--group-by-length: with --packing there is no padding to save; choose one of them")
@@ -97,6 +98,9 @@ def plan(lengths: Sequence[int], batch_size: int, grad_accum: int = 1, world: in
             what = f"{len(lengths)} records" + (f", {n} rows when packed," if packing else "")
             raise UserError(f"--batch-size {batch_size}: {what} are fewer than the {size} rows of one step (batch size × "
                             f"accumulation {grad_accum} × ranks {world}); lower --batch-size or --grad-accum, or give more data")
+        if (dealt := max_steps * size if max_steps else epochs * n) > MOST:
+            flag = f"--max-steps {max_steps}" if max_steps else f"--epochs {epochs:g}"
+            raise UserError(f"{flag}: the run would have {dealt:.3g} rows, more than {MOST}; lower it")
         share = min(epochs - epoch, 1) if not max_steps else 1
         steps += [deal(rows, world, batch_size) for rows in new[: math.ceil(round(share * len(new), 6))]]
         epoch += 1
