@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from llava_min.cli import UserError, printable, warn
 from llava_min.files import read_json, write_json
-from llava_min.layouts import FLOATS, READ, open_file, translate
-from llava_min.lora import LINEARS, LoRAConfig, add_lora, is_named, lora_layers, to_transformers
+from llava_min.layouts import FLOATS, READ, WRITE, open_file, translate
+from llava_min.lora import LINEARS, PATHS, LoRAConfig, add_lora, is_named, lora_layers, to_transformers
 from llava_min.weights import is_finite, save_tensors
 
 PEFT = "base_model.model."
@@ -24,6 +24,16 @@ PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "fan_in_fan_out": (False,),
          **dict.fromkeys(("layer_replication", "lora_bias", "target_parameters", "trainable_token_indices",
                           "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
                           "monteclora_config", "velora_config"), (False,))}
+# Our prefix -> the module path that an adapter's keys repeat, by what it was made with. The original puts its tower in
+# after LoRA, so the names of its layers do not reach into that.
+NAMINGS = [
+    PATHS,  # transformers 5
+    [("vision_tower.layers.", "model.vision_tower.vision_model.encoder.layers."),  # from 4.52 on
+     ("vision_tower.", "model.vision_tower.vision_model."), *PATHS],
+    WRITE,  # before
+    [("language_model.", "model."), ("lm_head.", "lm_head."), ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
+     ("multi_modal_projector.linear_2.", "model.mm_projector.2.")],  # the original
+]
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -81,18 +91,26 @@ def is_alpha(x: object) -> bool:
     return type(x) in (int, float) and 0 < abs(x) < 1e6
 
 
+def is_regex(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def is_quick(text: str, length: int, repetitions: int) -> bool:
+    """Whether a regex is soon through with a name: a stranger's could run for ever."""
+    return len(text) <= length and len(re.findall(r"[*+{]|(?<![*+}(])\?", text)) <= repetitions and not re.search(r"\)[*+?{]", text)
+
+
 def read_pattern(path: Path, key: str, data: object, good: Callable[[object], bool]) -> dict:
-    """PEFT's rank_pattern or alpha_pattern. A stranger's regex could run for ever: only simple ones are taken."""
+    """PEFT's rank_pattern or alpha_pattern; only simple regexes are taken."""
     if not isinstance(data, dict) or not all(map(good, data.values())):
         raise UserError(f"{path}: {key} is {reprlib.repr(data)}, expected names of layers, each with its number; "
                         "the file is damaged")
     for name in data:
-        try:
-            re.compile(name)
-            simple = len(name) <= 200 and len(re.findall(r"[*+?{]", name)) <= 2 and not re.search(r"\)[*+?{]", name)
-        except (re.error, RecursionError, OverflowError):
-            simple = False
-        if not simple:
+        if not is_regex(name) or not is_quick(name, 200, 2):
             raise UserError(f"{path}: {key} has {printable(name)[:200]!r}, expected the path of a layer or a regex "
                             "with at most two repetitions; write the layers out")
     return data
@@ -118,6 +136,69 @@ def read_config(path: Path) -> LoRAConfig:
     return LoRAConfig(r, alpha, 0.0, LINEARS, bool(data.get("use_dora")), bool(data.get("use_rslora")), *patterns)
 
 
+def is_target(name: str, data: dict) -> bool:
+    """Whether peft, by an `adapter_config.json`, adapts the layer of that name (`check_target_module_exists` there)."""
+    targets, layers = data["target_modules"], data.get("layers_to_transform")
+    if targets == "all-linear":
+        return not name.endswith("lm_head")
+
+    def fits(keys: str | list[str]) -> bool:
+        return bool(re.fullmatch(keys, name)) if isinstance(keys, str) else any(f".{name}".endswith(f".{key}") for key in keys)
+
+    if fits(data.get("exclude_modules") or []) or not fits(targets):
+        return False
+    if any(f".{module}." in f".{name}." for module in listed(data.get("modules_to_save"))):
+        return False
+    if isinstance(targets, str) or layers in (None, []):
+        return True
+    found = (re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", name) for pattern in listed(data.get("layers_pattern")) or [r"[^.]*"])
+    return next((int(m[1]) in listed(layers) for m in found if m), False)
+
+
+def listed(value: object) -> list:
+    return [] if value in (None, "") else value if isinstance(value, list) else [value]
+
+
+def check_layers(path: Path, data: dict, layers: list[str], adapted: list[str], namings: list) -> None:
+    """`adapted` are those, and all those, of `layers` that target_modules names, called as in one of `namings`."""
+    quick = True
+    for key in ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"):
+        value, kind = data.get(key), int if key == "layers_to_transform" else str
+        good = all(type(x) is kind for x in listed(value)) and (value or key != "target_modules")
+        regexes = listed(value) if good and (key == "layers_pattern" or type(value) is str) else []
+        if not good or not all(map(is_regex, regexes)):
+            raise UserError(f"{path}: {key} is {reprlib.repr(value)}, expected "
+                            f"{'numbers of layers' if kind is int else 'names or a regex'}; the file is damaged")
+        quick = quick and all(is_quick(x, 1 << 17, 5) for x in regexes)
+    if not quick:
+        warn(f"{path}: has a regex of too many repetitions; whether all layers that it names are there is not checked")
+        return
+
+    def aims(layer: str, naming: list) -> bool:
+        name = translate(f"{layer}.", naming)
+        return name is not None and is_target(name.rstrip("."), data)
+
+    if missing := [x for x in layers if x not in adapted and all(aims(x, naming) for naming in namings)]:
+        raise UserError(f"{path.parent}: {len(missing)} layers that target_modules names have no LoRA tensors, the first is "
+                        f"{to_transformers(missing[0])}; the adapter is damaged")
+    if extra := [x for x in adapted if not any(aims(x, naming) for naming in NAMINGS)]:
+        raise UserError(f"{path.parent}: there are LoRA tensors of {to_transformers(extra[0])}, which target_modules "
+                        f"{reprlib.repr(data['target_modules'])} does not name; the adapter is damaged")
+
+
+def check_whole(file: Path, data: dict, names: list[str], tensors: dict[str, Tensor], namings: list) -> None:
+    """Of each module that modules_to_save names, by the end of its path as for peft, every parameter is there."""
+    for module in listed(data.get("modules_to_save")):
+        inside = [name for name in names if isinstance(module, str) and module
+                  and any(f"{module}." in (translate(name, naming) or "") for naming in namings)]
+        if not any(name in tensors for name in inside):
+            raise UserError(f"{file}: no tensor of {printable(module)[:200]}, which modules_to_save names; "
+                            "the file is damaged")
+        if missing := [name for name in inside if name not in tensors]:
+            raise UserError(f"{file}: {to_transformers(missing[0])} is missing, of {printable(module)[:200]}, which "
+                            "modules_to_save names; the file is damaged")
+
+
 def read_adapter(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """The adapter of `folder`, our name -> tensor, checked against `model`, which may still be on meta."""
     if lora_layers(model):
@@ -133,20 +214,23 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict[str, 
         raise UserError(f"{folder}: an adapter of the original LLaVA without non_lora_trainables.bin, which holds "
                         "the projector it was trained with; put the file beside it")
     want = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    plain, layers = list(want), []
     for name, m in model.named_modules():
         if hasattr(m, "in_features"):
+            layers.append(name)
             r, _ = config.of(name)
             want[f"{name}.lora_A.weight"] = (r, m.in_features)
             want[f"{name}.lora_B.weight"] = (m.out_features, r)
             if config.dora:
                 want[f"{name}.lora_magnitude_vector"] = (m.out_features,)
     tensors: dict[str, Tensor] = {}
-    whole: list[str] = []
+    stored: dict[str, str] = {}  # our name -> the file's
     for file in files:
         handle = open_file(file)
         for key in handle.keys():
             tensor = handle[key] if file.suffix == ".bin" else handle.get_tensor(key)
-            name = translate(key.removeprefix(PEFT).replace(".base_layer.", "."), READ)
+            theirs = key.removeprefix(PEFT).replace(".base_layer.", ".")
+            name = translate(theirs, READ)
             where = f"{file}: {printable(key)[:200]}"
             if name not in want:
                 raise UserError(f"{where} has no home in this model; the adapter belongs to another base")
@@ -157,9 +241,7 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict[str, 
                                 "the adapter has another rank or base")
             if str(tensor.dtype) not in FLOATS or not is_finite(tensor):
                 raise UserError(f"{where} holds {tensor.dtype}, NaN or infinity; the file is damaged")
-            tensors[name] = tensor
-            if ".lora_" not in name:
-                whole.append(f".{key}.{to_transformers(name)}")  # as the file calls it, and as today's transformers
+            tensors[name], stored[name] = tensor, theirs
     paths = lora_paths(tensors)
     ends = ("lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] if config.dora else []))
     if missing := sorted({f"{path}.{end}" for path in paths for end in ends} - tensors.keys()):
@@ -169,11 +251,13 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict[str, 
     for key in [*config.rank_pattern, *config.alpha_pattern]:
         if not any(is_named(path, key) for path in paths):
             warn(f"{folder}: the pattern {printable(key)} names no layer of the adapter")
-    saved = read_json(folder / "adapter_config.json").get("modules_to_save") or []
-    for module in saved if isinstance(saved, list) else [saved]:
-        if not any(f".{module}." in name for name in whole):
-            raise UserError(f"{files[0]}: no tensor of {printable(module)[:200]}, which modules_to_save names; "
-                            "the file is damaged")
+    data = read_json(path := folder / "adapter_config.json")
+    namings = [x for x in NAMINGS if all(translate(name, x) in (None, theirs) for name, theirs in stored.items())] or NAMINGS
+    check_whole(files[0], data, plain, tensors, namings)
+    if projector.exists() and (missing := [n for n in plain if n.startswith("multi_modal_projector.") and n not in tensors]):
+        raise UserError(f"{projector}: {missing[0]} is missing, and the original LLaVA trains the whole projector; "
+                        "the file is damaged")
+    check_layers(path, data, layers, paths, namings)
     return config, tensors
 
 

@@ -16,7 +16,7 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from llava_min.cli import UserError
 from llava_min.conversation import Conversation, roomy
 from llava_min.llama import LAST, KVCache
 from llava_min.llava import Llava
-from llava_min.options import Options, id_tensor
+from llava_min.options import Options, read_options
 
 CHECK_EVERY = 16  # steps between two looks at whether all rows have ended, where a look waits for the device
 NEVER = -1e9  # the score of what is not there, as transformers writes it
@@ -37,29 +37,22 @@ new_cache = Conversation  # the name it has in the package
 # The prompt
 
 
-def read_batch(model: Llava, batch: dict) -> tuple[Tensor, Tensor, Tensor | None]:
+def read_batch(model: Llava, batch: Mapping) -> tuple[Tensor, Tensor, Tensor | None]:
     """The processor's dict -> ids (B, T), which of them are real (B, T) bool, pictures (N, 3, S, S) or None.
 
     Padding may stand on either side; it is moved to the left, where it parts no prompt from its answer.
     """
-    ids = batch["input_ids"].to(model.device)
-    mask = batch.get("attention_mask")
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise UserError(f"batch: {type(batch).__name__} without input_ids, expected the dict that the processor makes")
+    ids, mask, pixels = (batch.get(key) for key in ("input_ids", "attention_mask", "pixel_values"))
+    model.check(ids, pixels, mask)
+    ids = ids.to(model.device, torch.long)
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(model.device).bool()
-    if ids.ndim != 2 or real.shape != ids.shape:
-        raise UserError(f"input_ids: shape {tuple(ids.shape)} with attention_mask {tuple(real.shape)}, "
-                        "expected (rows, tokens) for both")
     lengths = real.sum(-1).tolist()
-    if not lengths or min(lengths) == 0:
+    if min(lengths) == 0:
         raise UserError("input_ids: a row without a token; give every row a prompt")
     order = real.int().argsort(dim=-1, stable=True)[:, ids.shape[1] - max(lengths) :]
-    ids, real = ids.gather(1, order), real.gather(1, order)
-    pixels = batch.get("pixel_values")
-    if pixels is not None and not len(pixels):
-        pixels = None
-    if pixels is None and (ids == model.config.image_token_id).any():
-        raise UserError("pixel_values: the prompt has image tokens and no pictures came; "
-                        "give the processor images=")
-    return ids, real, pixels
+    return ids.gather(1, order), real.gather(1, order), pixels if pixels is not None and len(pixels) else None
 
 
 def prefill(model: Llava, ids: Tensor, real: Tensor | None, pixels: Tensor | None, cache: KVCache) -> Tensor:
@@ -149,13 +142,12 @@ def setup(model: Llava, ids: Tensor, real: Tensor,
 
     `seen` is what the repetition penalty acts on: the prompt's tokens, its pictures' included, then the answer's.
     """
-    suppress = None if o.suppress_tokens is None else id_tensor(model, "suppress_tokens", o.suppress_tokens)
     seen = None
     if o.repetition_penalty != 1:
         counts = torch.zeros(len(ids), model.config.text.vocab_size, device=ids.device)
         seen = (counts.scatter_add_(1, ids, real.float()) > 0).repeat_interleave(o.branches, dim=0)
     generator = None if o.seed is None else torch.Generator(model.device).manual_seed(o.seed)
-    return o.stops(model), suppress, seen, generator
+    return o.stops(model), o.suppressed(model), seen, generator
 
 
 def process(scores: Tensor, i: int, o: Options, stops: Tensor, suppress: Tensor | None,
@@ -327,7 +319,7 @@ def generate(model: Llava, batch: dict, *, cache: Conversation | None = None, co
     Raises UserError for an option out of range, a prompt that leaves no room for max_new_tokens in the context,
     pictures and image tokens that do not match, and logits that are not finite.
     """
-    o = Options(**options)
+    o = read_options(options)
     stops = {*o.stops(model).tolist(), -1}
     if o.num_beams > 1:
         ids = beam_search(model, batch, o, cache, compile)
@@ -358,9 +350,11 @@ def stream(model: Llava, batch: dict, processor: Any, *, ids: list[int] | None =
     is given. The new ids are appended to the list `ids`, if one is given. The rest as in `generate`.
     """
     options.setdefault("eos_token_id", getattr(processor, "stop_ids", None))
-    o = Options(**options)
-    if len(batch["input_ids"]) * o.num_beams * o.num_return_sequences != 1:
+    o = read_options(options)
+    tokenizer, stops = getattr(processor, "tokenizer", processor), set(o.stops(model).tolist())
+    if not hasattr(tokenizer, "stream"):
+        raise UserError(f"processor: {type(processor).__name__}, expected the processor that `load` gives")
+    if len(read_batch(model, batch)[0]) * o.num_beams * o.num_return_sequences != 1:
         raise UserError("stream: one answer to one prompt can be streamed; "
                         "use generate for batches, beams and several answers")
-    tokenizer, stops = getattr(processor, "tokenizer", processor), set(o.stops(model).tolist())
     return pieces(columns(model, batch, o, cache, compile), tokenizer, stops, [] if ids is None else ids)

@@ -62,6 +62,8 @@ def translate(name: str, table: list[tuple[str, str]]) -> str | None:
 
 def find_folder(source: str, revision: str | None = None) -> Path:
     """The folder of a checkpoint: a path, or a hub id, which is downloaded (safetensors where they exist)."""
+    if not source:
+        raise UserError("source: is empty; give a checkpoint's folder, a hub id, or tiny")
     try:
         path = Path(source).expanduser()
         if path.is_dir():
@@ -118,9 +120,9 @@ def open_file(path: Path):
         # CLIP and Vicuna are published so; weights_only refuses anything but tensors
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # both readers raise many kinds for damaged files; none of them is our fault
-        why = printable(e)[:200]
+        why = "not a table of tensors as torch saves it" if path.suffix == ".bin" else printable(e)[:200]
         raise UserError(f"{path}: damaged or not a weight file ({why}); download it again") from None
-    plain = lambda x: isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
+    plain = lambda x: isinstance(x, Tensor) and x.layout == torch.strided and not x.is_nested and not x.is_meta
     if not isinstance(tensors, dict) or not all(isinstance(k, str) and plain(x) for k, x in tensors.items()):
         raise UserError(f"{path}: not a table of named tensors; give the weights of a model")
     return tensors

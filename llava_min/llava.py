@@ -78,17 +78,38 @@ class Llava(nn.Module):
         Raises UserError when the placeholders are not P for each picture.
         """
         x = self.language_model.embed_tokens(input_ids)
+        places = input_ids == self.config.image_token_id
         if pixel_values is None and self.training:  # no picture is a batch of none: all that is trained has a gradient
             side = self.config.vision.image_size
             pixel_values = torch.zeros(0, 3, side, side, device=x.device)
         if pixel_values is None:
+            if places.any():
+                raise UserError("pixel_values: the prompt has image tokens and no pictures came; give the processor images=")
             return x
-        places = input_ids == self.config.image_token_id
         want, found = len(pixel_values) * self.config.tokens_per_image, int(places.sum())
         if want != found:
             raise UserError(f"input_ids: {found} image tokens for {len(pixel_values)} pictures of {self.config.tokens_per_image} "
                             "each; let the processor make both")
         return x.masked_scatter(places[..., None], self.encode_images(pixel_values).to(x.dtype))
+
+    def check(self, input_ids: Tensor, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None) -> None:
+        """Kinds, shapes and range of what a caller gives, or UserError."""
+        told = lambda x: f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        if not (isinstance(input_ids, Tensor) and input_ids.dtype in (torch.int64, torch.int32) and input_ids.ndim == 2
+                and input_ids.numel()):
+            raise UserError(f"input_ids: {told(input_ids)}, expected an int64 tensor (rows, tokens), as the processor makes it")
+        if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.shape == input_ids.shape):
+            raise UserError(f"attention_mask: {told(attention_mask)} with input_ids {tuple(input_ids.shape)}, "
+                            "expected (rows, tokens) for both; give what the processor made")
+        size = self.config.vision.image_size
+        if pixel_values is not None and not (isinstance(pixel_values, Tensor) and pixel_values.is_floating_point()
+                                             and pixel_values.ndim == 4 and pixel_values.shape[1:] == (3, size, size)):
+            raise UserError(f"pixel_values: {told(pixel_values)}, expected a float tensor (pictures, 3, {size}, {size}), "
+                            "as the processor makes it")
+        low, high, vocabulary = *input_ids.aminmax(), self.config.text.vocab_size
+        if low < 0 or high >= vocabulary:
+            raise UserError(f"input_ids: {int(low)} to {int(high)}, expected ids from 0 to {vocabulary - 1}; "
+                            "the processor belongs to another model")
 
     def check_length(self, tokens: int) -> None:
         """A sequence of `tokens` fits the context and does not notice a sliding window, or UserError."""
@@ -119,6 +140,7 @@ class Llava(nn.Module):
 
         Positions count from each row's first real token, so padding on either side changes nothing.
         """
+        self.check(input_ids, pixel_values, attention_mask)
         return self.lm_head(self.hidden(input_ids, pixel_values, attention_mask))
 
     def loss(self, input_ids: Tensor, labels: Tensor, pixel_values: Tensor | None = None, segments: Tensor | None = None) -> Tensor:

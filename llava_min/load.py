@@ -4,6 +4,7 @@ Everything that can be wrong with a checkpoint's small files is found before its
 between: `prepare`, change the model on meta (LoRA, what is trained, who holds what), then `fill`.
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -139,6 +140,8 @@ class Prepared:
 def prepare(source: str, *, image_aspect_ratio: str | None = None, template: str | None = None,
             revision: str | None = None) -> Prepared:
     """All of `load` before the weights; arguments and errors are the same."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise UserError(f"source: {type(source).__name__}, expected a checkpoint's folder, a hub id, or tiny")
     folder = TINY if str(source) == "tiny" else find_folder(str(source), revision)
     config, clip_folder = read_config(folder)
     processor = read_processor(folder, config, clip_folder, image_aspect_ratio, template)
@@ -153,13 +156,16 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Llava:
     return model.eval()
 
 
+def read_dtype(dtype: str | torch.dtype, known: str) -> torch.dtype:
+    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(dtype, torch.dtype) or dtype not in NAMES:
+        raise UserError(f"dtype: {printable(dtype)[:100]!r} is not one of {known}; choose one")
+    return dtype
+
+
 def pick_dtype(dtype: str | torch.dtype, model: Llava, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, torch.dtype) and dtype in NAMES:
-        return dtype
-    if dtype != "auto":
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise UserError(f"dtype: {printable(dtype)!r} is not one of auto, fp32, bf16, fp16; choose one")
-        return DTYPES[dtype]
+    if not isinstance(dtype, str) or dtype != "auto":
+        return read_dtype(dtype, "auto, fp32, bf16, fp16")
     if device.type == "cpu":
         return torch.float32 if sum(p.numel() for p in model.parameters()) <= SMALL else torch.bfloat16
     return DTYPES[model.config.dtype or "float16"]
@@ -181,6 +187,8 @@ def load(source: str, *, dtype: str | torch.dtype = "auto", device: str | torch.
     model, device = ready.model, pick_device(device)
     dtype = pick_dtype(dtype, model, device)
     if adapter is not None:
+        if not isinstance(adapter, (str, os.PathLike)) or not str(adapter):
+            raise UserError(f"adapter: {adapter!r:.100}, expected the folder of a PEFT adapter")
         lora = read_adapter(model, Path(adapter))
         base = read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
         if isinstance(base, str) and Path(base).name != Path(str(source)).name:
@@ -214,6 +222,6 @@ def write_model(model: Llava, processor: Processor, folder: Path, dtype: torch.d
 def save(model: Llava, processor: Processor, target: str | Path,
          dtype: str | torch.dtype | None = None) -> None:
     """Write `model` and all that goes with it as a llava-hf folder; `target` must not exist."""
-    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype or model.dtype
+    dtype = model.dtype if dtype is None else read_dtype(dtype, "fp32, bf16, fp16")
     with new_folder(Path(target)) as folder:
         write_model(model, processor, folder, dtype)

@@ -3,16 +3,19 @@
 Each means what it means in `generate` of Hugging Face transformers 5.23.
 """
 
+import dataclasses
+import difflib
 import functools
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llava_min.cli import UserError, warn
+from llava_min.cli import UserError, printable, warn
 from llava_min.llava import Llava
 
 
@@ -22,12 +25,22 @@ def tell(line: str) -> None:
     warn(line)
 
 
-def id_tensor(model: Llava, name: str, ids: Sequence[int]) -> Tensor:
-    vocabulary = model.config.text.vocab_size
-    for i in ids:
-        if type(i) is not int or not 0 <= i < vocabulary:
-            raise UserError(f"{name}: {i!r:.40} was given, expected a token id from 0 to {vocabulary - 1}")
-    return torch.tensor(list(ids), dtype=torch.long, device=model.device)
+MOST_BRANCHES = 1024  # of a prompt: each has keys and values of its own
+THEIRS = {"do_sample": "temperature", "max_length": "max_new_tokens", "min_length": "min_new_tokens"}  # transformers' -> ours
+
+
+def read_ids(name: str, ids: int | Iterable[int], vocabulary: int) -> list[int]:
+    """The ids, each once; any kind of whole number is one."""
+    found = {}
+    for id in ids if isinstance(ids, Iterable) and getattr(ids, "ndim", 1) else [ids]:
+        try:
+            i = -1 if isinstance(id, bool) else operator.index(id)
+        except (TypeError, ValueError, RuntimeError):  # no number; a tensor of several
+            i = -1
+        if not 0 <= i < vocabulary:
+            raise UserError(f"{name}: {id!r:.40} was given, expected a token id from 0 to {vocabulary - 1}")
+        found[i] = True
+    return list(found)
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,7 @@ class Options:
     repetition_penalty: float = 1.0  # above 1: less of what the prompt or the answer already has
     seed: int | None = None
     eos_token_id: int | Sequence[int] | None = None  # what ends an answer; None: what the model's config says
-    suppress_tokens: Sequence[int] | None = None  # ids never chosen
+    suppress_tokens: int | Sequence[int] | None = None  # ids never chosen
 
     def __post_init__(self):
         def need(name: str, kind: type, ok: Callable[[Any], bool], expected: str) -> None:
@@ -58,13 +71,13 @@ class Options:
         need("max_new_tokens", int, lambda n: n >= 1, "an integer of at least 1")
         most = self.max_new_tokens
         need("min_new_tokens", int, lambda n: 0 <= n <= most, f"an integer from 0 to max_new_tokens {most}")
-        need("num_beams", int, lambda n: n >= 1, "an integer of at least 1")
-        need("num_return_sequences", int, lambda n: n >= 1, "an integer of at least 1")
+        for name in ("num_beams", "num_return_sequences"):
+            need(name, int, lambda n: 1 <= n <= MOST_BRANCHES, f"an integer from 1 to {MOST_BRANCHES}")
         need("length_penalty", float, lambda x: abs(x) <= 50, "a number from -50 to 50")
-        need("temperature", float, lambda x: x >= 0, "a number of at least 0 (0 is greedy)")
+        need("temperature", float, lambda x: x == 0 or x >= 1e-5, "0 (greedy) or a number of at least 1e-5")
         need("top_k", int, lambda n: n >= 0, "an integer of at least 0 (0 is all tokens)")
         need("top_p", float, lambda x: 0 < x <= 1, "a number above 0 and at most 1")
-        need("repetition_penalty", float, lambda x: x > 0, "a number above 0 (1 is no penalty)")
+        need("repetition_penalty", float, lambda x: 1e-3 <= x <= 1e3, "a number from 0.001 to 1000 (1 is no penalty)")
         if self.seed is not None:
             need("seed", int, lambda n: 0 <= n < 2**63, "an integer from 0 to 2**63 - 1")
         if type(self.early_stopping) is not bool and self.early_stopping != "never":
@@ -93,4 +106,33 @@ class Options:
     def stops(self, model: Llava) -> Tensor:
         """The ids that end an answer, on the model's device."""
         ids = model.config.text.eos_token_ids if self.eos_token_id is None else self.eos_token_id
-        return id_tensor(model, "eos_token_id", [ids] if isinstance(ids, int) else ids)
+        return self.tensor(model, "eos_token_id", ids)
+
+    def suppressed(self, model: Llava) -> Tensor | None:
+        """The ids that are never chosen, on the model's device; None when there are none."""
+        if self.suppress_tokens is None:
+            return None
+        ids, ends = self.tensor(model, "suppress_tokens", self.suppress_tokens), self.stops(model)
+        if self.min_new_tokens and len({*ids.tolist(), *ends.tolist()}) == model.config.text.vocab_size:
+            raise UserError("suppress_tokens: all ids but those that end an answer were given, and min_new_tokens lets none end; "
+                            "leave some out")
+        return ids
+
+    @staticmethod
+    def tensor(model: Llava, name: str, ids: int | Iterable[int]) -> Tensor:
+        vocabulary = model.config.text.vocab_size
+        ids = read_ids(name, ids, vocabulary)
+        if len(ids) == vocabulary:
+            raise UserError(f"{name}: all {vocabulary} ids were given, which leaves no token for an answer; leave some out")
+        return torch.tensor(ids, dtype=torch.long, device=model.device)
+
+
+def read_options(options: dict[str, Any]) -> Options:
+    """`Options(**options)`, and UserError for a name it does not have, with the nearest that it has."""
+    names = [field.name for field in dataclasses.fields(Options)]
+    for name in options:
+        if name not in names:
+            near = [THEIRS[name]] if name in THEIRS else difflib.get_close_matches(name, names, 1)
+            mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+            raise UserError(f"{printable(name)[:100]}: no option of generate; {mend}")
+    return Options(**options)

@@ -112,7 +112,7 @@ def named_config(name: str) -> LlavaConfig:
 def show_plan(model: nn.Module, records: Sequence, knobs: Any, ranks: int) -> None:
     """What `--dry-run` says besides the table: the steps, and the memory of each rank by part. `model` is on meta."""
     rows = knobs.batch_size * knobs.grad_accum * ranks
-    said = [f"a step is {rows} rows: {knobs.batch_size} at a time, {knobs.grad_accum} times, on {ranks} rank(s)"]
+    said = [f"a step is {rows} rows: batch size {knobs.batch_size} x accumulation {knobs.grad_accum} x ranks {ranks}"]
     if records:
         lengths = [r.length if r.images else -r.length for r in records]
         steps = len(plan(lengths, knobs.batch_size, knobs.grad_accum, ranks, knobs.epochs, knobs.max_steps, knobs.seed,

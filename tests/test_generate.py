@@ -4,6 +4,7 @@ import importlib
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -292,11 +293,49 @@ def test_compile_is_one_graph_without_recompiling(model, monkeypatch):
     ({"num_beams": 2, "num_return_sequences": 3}, "3 answers .* 2 beams"), ({"num_return_sequences": 2}, "greedy"),
     ({"repetition_penalty": 0}, "repetition_penalty: 0"), ({"seed": -1}, "seed: -1"), ({"seed": 2**64}, "seed"),
     ({"early_stopping": "always"}, "early_stopping"), ({"eos_token_id": 100}, "eos_token_id: 100"), ({"suppress_tokens": [-1]}, "suppress_tokens: -1"),
-    ({"length_penalty": math.nan}, "length_penalty")])
+    ({"length_penalty": math.nan}, "length_penalty"), ({"temperature": 1e-40}, "temperature: 1e-40"), ({"temperature": 9e-6}, "temperature"),
+    ({"repetition_penalty": 9e-4}, "repetition_penalty: 0.0009"), ({"suppress_tokens": range(100)}, "suppress_tokens: all 100"),
+    ({"suppress_tokens": list(range(99)), "eos_token_id": 99, "min_new_tokens": 1}, "suppress_tokens: all ids but"),
+    ({"eos_token_id": range(100), "num_beams": 2}, "eos_token_id: all 100"), ({"num_beams": 1025}, "num_beams: 1025"),
+    ({"num_return_sequences": 10**5, "temperature": 1.0}, "num_return_sequences: 100000"), ({"eos_token_id": 2.5}, "eos_token_id: 2.5"),
+    ({"eos_token_id": [True]}, "eos_token_id: True"), ({"eos_token_id": "2"}, "eos_token_id: '2'"), ({"suppress_tokens": 500}, "suppress_tokens: 500"),
+    ({"eos_token_id": torch.ones(2, 2)}, "eos_token_id"), ({"suppress_tokens": [None]}, "suppress_tokens: None"),
+    ({"do_sample": True}, "do_sample: no option of generate; did you mean temperature"), ({"max_length": 5}, "max_length: .* max_new_tokens"),
+    ({"max_new_token": 5}, "max_new_token: .* max_new_tokens"), ({"zzz": 5}, "zzz: .* there are max_new_tokens")])
 def test_bad_options_are_named_before_any_work(model, bad, names):
     with Counter(model) as count, pytest.raises(UserError, match=names) as e:
         generate(model, one([50, 51, 52, 53, 54]), **bad)
     assert count.tokens == [] and "\n" not in str(e.value)
+
+
+def test_ids_of_any_kind(model):
+    batch = one(prompt(torch.Generator().manual_seed(3), 8, 0))
+    want = generate(model, batch, max_new_tokens=9, eos_token_id=EOS, suppress_tokens=[40])
+    for kind in (np.array, torch.tensor, tuple, lambda ids: [*map(np.int64, ids)] * 2):
+        assert generate(model, batch, max_new_tokens=9, eos_token_id=kind(EOS), suppress_tokens=np.int64(40)) == want
+
+
+IDS = torch.tensor([[50, 51, 52]])
+
+
+@pytest.mark.parametrize("batch, says", [
+    (None, "batch: NoneType"), ({}, "batch: dict without input_ids"), ([1], "batch: list"), (IDS, "batch: Tensor"),
+    ({"input_ids": [[50]]}, "input_ids: list"), ({"input_ids": IDS[0]}, r"input_ids: \(3,\)"), ({"input_ids": IDS.float()}, "float32, expected an int64"),
+    ({"input_ids": IDS[:0]}, r"\(0, 3\)"), ({"input_ids": IDS + 48}, "98 to 100, expected ids from 0 to 99"), ({"input_ids": -IDS}, "-52 to -50"),
+    ({"input_ids": IDS, "attention_mask": torch.ones(1, 4)}, r"attention_mask: \(1, 4\)"), ({"input_ids": IDS, "attention_mask": [[1]]}, "attention_mask: list"),
+    *(({"input_ids": IDS, "pixel_values": x}, "pixel_values: ") for x in (
+        np.zeros((1, 3, 28, 28), np.float32), [0.5], torch.zeros(3, 28, 28), torch.zeros(1, 1, 28, 28), torch.zeros(1, 3, 27, 28),
+        torch.zeros(1, 3, 28, 28, dtype=torch.uint8)))], ids=str)
+def test_what_is_no_batch_is_one_line(model, batch, says):
+    for call in (lambda: generate(model, batch), lambda: stream(model, batch, Letters())):
+        with pytest.raises(UserError, match=says) as e:
+            call()
+        assert "\n" not in str(e.value)
+
+
+def test_a_stream_needs_a_tokenizer(model):
+    with pytest.raises(UserError, match="processor: NoneType"):
+        stream(model, one([50, 51]), None)
 
 
 def test_bad_batches(model):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import IMAGE, KINDS, PATCHES, our_model, pixels, rows, their_model
+from conftest import IMAGE, KINDS, PATCHES, VOCAB, our_model, pixels, rows, their_model
 
 from llava_min import llava
 from llava_min.cli import UserError
@@ -169,6 +169,15 @@ def test_half_a_picture_is_refused(pair):
     ids[ids == IMAGE] = torch.tensor([IMAGE, IMAGE, IMAGE, 5])
     with pytest.raises(UserError, match="3 image tokens for 1 pictures"):
         pair[1](ids, pixels(1))
+
+
+def test_what_does_not_fit_together_is_refused(pair):
+    ids = rows(1, length=12)
+    for given, says in (((ids,), "no pictures came"), ((ids, pixels(1), torch.ones(1, 13)), r"attention_mask: \(1, 13\)"),
+                        ((ids[0],), "input_ids"), ((ids + VOCAB, pixels(1)), "expected ids from 0 to 383"),
+                        ((ids, pixels(1)[0]), "pixel_values"), ((ids, pixels(1).numpy()), "pixel_values: ndarray")):
+        with pytest.raises(UserError, match=says):
+            pair[1](*given)
 
 
 def test_a_sliding_window_is_refused_only_beyond_it():

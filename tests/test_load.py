@@ -135,6 +135,17 @@ def test_dtypes(folder):
             llava_min.load(folder, dtype=bad, device="cpu")
 
 
+def test_what_is_no_source_and_no_dtype_to_save_in(folder, tmp_path):
+    for bad, says in (("", "source: is empty"), (None, "source: NoneType"), (5, "source: int")):
+        with pytest.raises(UserError, match=says):
+            llava_min.load(bad, device="cpu")
+    ready = llava_min.load(folder, device="cpu")
+    for bad in ("foo", "auto", torch.int8, 5):
+        with pytest.raises(UserError, match="dtype: .*fp32, bf16, fp16"):
+            save(*ready, tmp_path / "new", dtype=bad)
+    assert not (tmp_path / "new").exists()
+
+
 def test_devices(monkeypatch):
     assert pick_device("cpu") == pick_device(CPU) == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -323,6 +334,14 @@ EARLY = {
     "aspect": (lambda f: None, {"image_aspect_ratio": "anyres"},
                "image_aspect_ratio: 'anyres' is not pad or crop"),
     "aspect of another kind": (lambda f: None, {"image_aspect_ratio": True}, "image_aspect_ratio"),
+    "aspect of a list": (lambda f: None, {"image_aspect_ratio": []}, "image_aspect_ratio"),
+    "no template": (lambda f: None, {"template": ""}, "template:  is not known"),
+    "adapter of another kind": (lambda f: None, {"adapter": 5}, "adapter: 5"),
+    "no adapter": (lambda f: None, {"adapter": ""}, "adapter: ''"),
+    "patches": (lambda f: (f / "processor_config.json").write_text('{"patch_size": 7}'), {},
+                "processor_config.json: patch_size is 7 but 14 in config.json"),
+    "strategy": (lambda f: (f / "processor_config.json").write_text('{"vision_feature_select_strategy": "full"}'), {},
+                 "processor_config.json: vision_feature_select_strategy is full but default in config.json"),
     "dtype": (lambda f: None, {"dtype": "int3"}, "dtype"),
     "device": (lambda f: None, {"device": "tpu9"}, "device"),
     "adapter": (lambda f: None, {"adapter": "/no/such/adapter"},

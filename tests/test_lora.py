@@ -311,7 +311,14 @@ PATTERNS = {"rank_pattern": {"q_proj": 6, r".*layers\.[1]\.mlp.up_proj": 2,
                                     {}, {"modules_to_save": None}, {"target_modules": ["q_proj", "v_proj"]},
                                     {"target_modules": ["lm_head", "linear_1"], "modules_to_save": None},
                                     {"lora_alpha": 3, "r": 7, "lora_dropout": 0.2},
-                                    {"init_lora_weights": "gaussian"}], ids=str)
+                                    {"init_lora_weights": "gaussian"},
+                                    {"target_modules": "all-linear"},
+                                    {"target_modules": ["q_proj"], "layers_to_transform": 1},
+                                    {"target_modules": ["q_proj", "linear_1"], "modules_to_save": ["lm_head"],
+                                     "layers_to_transform": [0], "layers_pattern": "layers"},
+                                    {"target_modules": ["q_proj", "fc1"], "exclude_modules": ["0.self_attn.q_proj"]},
+                                    {"target_modules": "(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)",
+                                     "exclude_modules": r".*\.1\..*", "modules_to_save": ["projector"]}], ids=str)
 def test_what_peft_saves_is_loaded(change, tmp_path):
     theirs = by_peft(tmp_path / "a", **change)
     ours = our_model(their_model("mistral"))
@@ -349,7 +356,8 @@ def test_older_names(names, end, tmp_path):
     folder = saved(tmp_path / "a", model)
     state = renamed(load_file(folder / "adapter_model.safetensors"), names)
     (folder / "adapter_model.safetensors").unlink()
-    if names is LLAVA:  # it keeps the projector apart
+    if names is LLAVA:  # it keeps the projector apart, and has no tower yet when leaf names are looked up
+        config(modules_to_save=None, target_modules=list(LINEARS))(folder)
         torch.save({k: x for k, x in state.items() if "mm_projector" in k},
                    folder / "non_lora_trainables.bin")
         state = {k: x for k, x in state.items() if "mm_projector" not in k}
@@ -367,6 +375,32 @@ def test_load_applies_an_adapter_and_says_when_it_is_of_another_base(spm, tmp_pa
         ours, _ = llava_min.load(tmp_path / name, adapter=str(folder), device="cpu")
         assert torch.equal(logits(ours), logits(model)) and not ours.training
         assert capsys.readouterr().err.count("was made for base") == said
+
+
+@pytest.mark.parametrize("keep, says", [(0, "linear_1.weight is missing"), (1, "projector.* is missing"), (4, None)])
+@pytest.mark.parametrize("layers", ["all", "one"])
+def test_half_an_adapter_of_the_original(keep, layers, says, tmp_path):
+    folder = saved(tmp_path / "a", taught())
+    config(modules_to_save=None, target_modules=list(LINEARS))(folder)
+    state = renamed(load_file(folder / "adapter_model.safetensors"), LLAVA)
+    whole = {k: x for k, x in state.items() if "mm_projector" in k}
+    lora = {k: x for k, x in state.items() if k not in whole and (layers == "all" or "layers.0.self_attn.q_proj" in k)}
+    save_file(lora, folder / "adapter_model.safetensors")
+    torch.save(dict(list(whole.items())[:keep]), folder / "non_lora_trainables.bin")
+    model = our_model(their_model("mistral"))
+    if says is None and layers == "all":
+        load_adapter(model, folder)
+    else:
+        with pytest.raises(UserError, match=says or "13 layers that target_modules names"):
+            load_adapter(model, folder)
+
+
+def test_a_regex_that_could_run_for_ever_is_not_run(tmp_path, capsys):
+    folder = saved(tmp_path / "a", taught())
+    for i, pattern in enumerate(("(a+)+b", ".*.*.*.*.*.*q_proj", "(?:q|k)*", "a?" * 40)):
+        config(target_modules=pattern)(folder)
+        load_adapter(our_model(their_model("mistral")), folder)
+        assert capsys.readouterr().err.count("too many repetitions") == 1, pattern
 
 
 Q = PEFT + "model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -441,6 +475,16 @@ BAD = [
     (replaced(Q, lambda x: x.to(torch.float8_e4m3fn)), "holds torch.float8_e4m3fn"),
     (table(lambda s: {k: x for k, x in s.items() if "projector" not in k}),
      "no tensor of multi_modal_projector"),
+    (table(lambda s: s.pop(P) is None), "linear_1.weight is missing, of multi_modal_projector"),
+    (table(lambda s: {k: x for k, x in s.items() if "projector" in k or "layers.0.self_attn.q_proj" in k}),
+     "13 layers that target_modules names have no LoRA tensors"),
+    (config(target_modules=r".*language_model.*q_proj"), "which target_modules"),
+    (config(target_modules=["nope"]), "target_modules ['nope'] does not name"),
+    (config(target_modules=[*LINEARS]), "9 layers"), (config(exclude_modules=["up_proj"]), "up_proj, which target_modules"),
+    (config(target_modules=list(LINEARS), layers_to_transform=[0], exclude_modules=".*vision.*"), "layers.1."),
+    *((config(target_modules=x), "target_modules is") for x in (None, [], "", 5, [5])),
+    (config(target_modules="(q_proj"), "target_modules is '(q_proj'"), (config(layers_pattern=["("]), "layers_pattern is"),
+    (config(layers_to_transform=["1"]), "layers_to_transform is"),
     (config(modules_to_save=["multi_modal_projector", "lm_head"]), "no tensor of lm_head"),
     (config(modules_to_save=5), "no tensor of 5"), (config(modules_to_save={"a": 1}), "no tensor of {'a': 1}"),
     (config(modules_to_save=["\x1b[2J"]), "no tensor of \\x1b[2J"),

@@ -6,6 +6,7 @@ import json
 import pathlib
 import random
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -436,6 +437,18 @@ def test_saved_is_loaded(folder, tmp_path):
         assert ("pixel_values" in a) == ("pixel_values" in b) == bool(images)
         assert not images or torch.equal(a["pixel_values"], b["pixel_values"])
         assert (where / "chat_template.jinja").exists() == (name == "llava_hf")
+
+
+def test_what_is_no_row_and_no_picture_is_one_line(folder):
+    p = processor(folder, "vicuna_v1")
+    for bad in (None, 5, [[5, 6]], torch.ones(2, 3).long(), [None], ["a"], torch.ones(3), torch.tensor(5)):
+        with pytest.raises(UserError, match="ids: .*one row"):
+            p.decode(bad)
+    talk = [{"role": "user", "content": "What?"}]
+    for bad in (np.zeros((8, 8, 3), np.uint8), torch.zeros(3, 8, 8), {"a": 1}, 0):
+        for call in (p.chat, p.training):
+            with pytest.raises(UserError, match=f"images: {type(bad).__name__}"):
+                call(talk, bad)
 
 
 def test_decode_leaves_special_tokens_out(folder):

@@ -183,6 +183,8 @@ def test_an_adapter_changes_the_answer(ask, model_folder, pictures, tmp_path):
     (["x.png", "--prompt", " "], "--prompt"), (["x.png", "--prompt", "-"], "--prompt -"), (["x.png", "--prompt", "<image> <image> a"], "2 times"),
     (["x.png", "y.png", "--chat"], "--chat"), (["x.png", "--chat", "--json"], "--chat"), (["x.png", "--chat", "--num-beams", "2"], "--chat"),
     (["x.png", "--max-new-tokens", "0"], "--max-new-tokens"), (["x.png", "--temperature", "nan"], "--temperature"),
+    (["x.png", "--temperature", "1e-40"], "--temperature: 1e-40"), (["x.png", "--num-beams", "100000"], "--num-beams: 100000"),
+    (["red.png", "--template", ""], "--template"),
     (["x.png", "--top-p", "0"], "--top-p: 0.0"), (["x.png", "--top-k", "-1"], "--top-k"),
     (["x.png", "--prompt", "a\udcff"], "--prompt: is not UTF-8"), (["x.png", "--num-beams", "2", "--length-penalty", "1e30"], "--length-penalty"), (["x.png", "--num-return-sequences", "2"], "--num-return-sequences"),
     (["x.png", "--compile", "--num-beams", "2"], "--compile"), (["x.png", "--adapter", ""], "--adapter: is empty"),

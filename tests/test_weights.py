@@ -696,9 +696,11 @@ CASES = {
                                                    "not a table of named tensors") for x in (
         [torch.ones(2)], torch.ones(2), 5, None, "x", {5: torch.ones(2)}, {"x": 5},
         {"state_dict": {"x": torch.ones(2)}}, {"x": [torch.ones(2)]})},
-    **{f"bin of {x[:9]!r}": (binary(lambda t, p, x=x: p.write_bytes(x)), "damaged")
+    **{f"bin of {x[:9]!r}": (binary(lambda t, p, x=x: p.write_bytes(x)), "(not a table of tensors as torch saves it)")
        for x in (b"", b"x", b"PK\3\4", b"\x80\2.", b"\0" * 999, b"<html>", b"\x80\4N.")},
     "bin with a sparse tensor": (binary(lambda t, p: torch.save({**t, NORM: t[NORM].to_sparse()}, p)),
+                                 "not a table"),
+    "bin with a nested tensor": (binary(lambda t, p: torch.save({**t, NORM: torch.nested.nested_tensor([t[NORM], t[NORM][:1]])}, p)),
                                  "not a table"),
     "bin with integers": (binary(lambda t, p: torch.save({**t, NORM: t[NORM].int()}, p)),
                           "holds torch.int32, expected floating point"),

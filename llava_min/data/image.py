@@ -136,6 +136,9 @@ def to_8bit(im: Image.Image, name: str) -> Image.Image:
 def to_rgb(im: Image.Image, name: str) -> Image.Image:
     try:
         im.load()  # the caller may have opened a damaged file
+    except (OSError, ValueError, SyntaxError, struct.error) as e:
+        raise UserError(f"{name}: is damaged or cut short ({short(e, 200)}); fetch it again") from e
+    try:
         if im.mode in ("I", "F") or im.mode.startswith("I;16"):
             im = to_8bit(im, name)
         if "A" in im.getbands() or im.info.get("transparency") is not None:

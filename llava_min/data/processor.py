@@ -11,6 +11,7 @@ Two rules of tokenization (ground: transformers' LlavaProcessor, and LLaVA's tok
 
 import json
 import math
+import operator
 import os
 import re
 from pathlib import Path
@@ -68,7 +69,7 @@ class Processor:
                 raise UserError("prompt: is empty; write a question")
             if self.template_name in ("llava_hf", "vicuna_v1"):
                 _check_spacing(p)
-        rows = _by_row(images, [p.count(MARK) for p in prompts])
+        rows = _by_row(_listed(images), [p.count(MARK) for p in prompts])
         ids = [self._encode_prompt(p, parse_special) for p in prompts]
         return self._batch(ids, sum(rows, []), padding_side)
 
@@ -100,7 +101,7 @@ class Processor:
         first user message.
         """
         many = isinstance(messages, list) and messages and isinstance(messages[0], list)
-        talks = messages if many else [messages]
+        talks, images = messages if many else [messages], _listed(images)
         rows = _by_row(images, [_count(talk, images) for talk in talks])
         ids = []
         for talk, row in zip(talks, rows):
@@ -112,6 +113,7 @@ class Processor:
         """One conversation that ends in an answer → input_ids and labels (lists of one length), and
         pixel_values (N, 3, S, S) when there are pictures. Pictures are found as in `chat`. Labels are −100
         but on the answers and their end tokens; they are not shifted."""
+        images = _listed(images)
         (row,) = _by_row(images, [_count(messages, images)])
         ids, labels = self.encode(render(self.template_name, _place(messages, len(row)), answer=True))
         out = {"input_ids": ids, "labels": labels}
@@ -164,7 +166,12 @@ class Processor:
 
     def decode(self, ids) -> str:
         """Text of one row of ids (a list or a 1-D tensor), special tokens left out."""
-        return self.tokenizer.decode([int(i) for i in ids])
+        try:
+            ids = [operator.index(i) for i in ids]
+        except (TypeError, ValueError, RuntimeError):  # not a row; rows of rows; a tensor of more than ids
+            what = f"{tuple(ids.shape)}" if hasattr(ids, "shape") else type(ids).__name__
+            raise UserError(f"ids: {what}, expected one row of token ids; decode row by row") from None
+        return self.tokenizer.decode(ids)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write tokenizer, preprocessor_config.json and processor_config.json, as transformers reads them."""
@@ -228,7 +235,15 @@ def _marks(message: dict) -> int:
     return content.count(MARK) if message.get("role") == "user" and isinstance(content, str) else 0
 
 
-def _count(messages: list[dict], images: Pictures) -> int | None:
+def _listed(images: Pictures) -> list:
+    images = [] if images is None else [images] if isinstance(images, Image.Image) else images
+    if not isinstance(images, (list, tuple)):
+        raise UserError(f"images: {type(images).__name__}, expected a PIL image, a list, or a list of lists; "
+                        "open it first")
+    return images
+
+
+def _count(messages: list[dict], images: list) -> int | None:
     """How many pictures a conversation asks for: its image parts, else the marks in its users' strings,
     else unknown."""
     check(messages)
@@ -253,14 +268,8 @@ def _place(messages: list[dict], pictures: int) -> list[dict]:
     return out
 
 
-def _by_row(images: Pictures, counts: list[int | None]) -> list[list[Image.Image]]:
+def _by_row(images: list, counts: list[int | None]) -> list[list[Image.Image]]:
     """Pictures of each row. `counts`: how many each row marks; None where the row takes what it is given."""
-    if images is None:
-        images = []
-    images = [images] if isinstance(images, Image.Image) else images
-    if not isinstance(images, (list, tuple)):
-        raise UserError(f"images: {type(images).__name__}, expected a PIL image, a list, or a list of lists; "
-                        "open it first")
     if any(isinstance(row, (list, tuple)) for row in images):
         if len(images) != len(counts) or not all(isinstance(row, (list, tuple)) for row in images):
             raise UserError(f"images: {len(images)} lists for {len(counts)} prompts; give one per prompt")

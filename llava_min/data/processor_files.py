@@ -11,6 +11,7 @@ from llava_min.cli import UserError, note, printable
 from llava_min.config import LlavaConfig
 from llava_min.data.chat import choose
 from llava_min.data.image import ASPECTS, ImageConfig
+from llava_min.data.picture import short
 from llava_min.data.processor import Processor
 from llava_min.data.tokenizer import Tokenizer
 from llava_min.data.tokenizer_files import read_optional
@@ -22,7 +23,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 def read_image_config(folder: Path, config: LlavaConfig, clip_folder: Path | None,
                       aspect: str | None) -> ImageConfig:
     """How pictures are prepared. The aspect is the caller's, else what the checkpoint records, else "pad"."""
-    if aspect is not None and aspect not in ASPECTS:
+    if aspect is not None and (not isinstance(aspect, str) or aspect not in ASPECTS):
         raise UserError(f"image_aspect_ratio: {printable(aspect)!r} is not pad or crop; choose one")
     if config.vision_source:
         path = (clip_folder or folder) / "preprocessor_config.json"
@@ -73,6 +74,13 @@ def read_processor(folder: Path, config: LlavaConfig, clip_folder: Path | None, 
     if len(tokenizer) > config.text.vocab_size:
         raise UserError(f"{folder}: the tokenizer knows {len(tokenizer)} tokens but vocab_size is "
                         f"{config.text.vocab_size}; the tokenizer belongs to another model")
+    recorded = read_optional(folder / "processor_config.json")
+    size, patch = config.vision.image_size, config.vision.patch_size
+    for key, *good in (("patch_size", patch, size // (size // patch)),  # the second makes as many patches, and is what we write
+                       ("vision_feature_select_strategy", config.vision_feature_select_strategy)):
+        if recorded.get(key) not in (None, *good):
+            raise UserError(f"{folder / 'processor_config.json'}: {key} is {short(recorded[key])} but {good[0]} in config.json; "
+                            "correct one of them")
     images = read_image_config(folder, config, clip_folder, aspect)
-    template = template or pick_template(folder, tokenizer)
+    template = pick_template(folder, tokenizer) if template is None else template
     return Processor(tokenizer, images, template, config.image_token_id, config.tokens_per_image)
