@@ -21,7 +21,7 @@ from llava_min.cli import Count, NonNegative, Place, Positive, Seed, UserError, 
 
 QUESTION = "Describe this image in detail."
 TINY_QUESTION = "What is in the picture?"  # the open question of the tiny model's own task
-TINY_NOTE = ("note: the bundled tiny model knows drawn shapes only; the 7B answers with: "
+TINY_NOTE = ("note: the bundled tiny model knows drawn shapes and short strings only; the 7B answers with: "
              "python sample.py PICTURE --model llava-hf/llava-1.5-7b-hf")
 BATCH = 8  # pictures answered at a time
 HELP = ("/image PATH: another picture   /reset: forget what was said   /quit or Ctrl-D: end   "
@@ -151,9 +151,13 @@ def say(model: Any, batch: dict, processor: Any, ids: list[int], **options: Any)
     from llava_min.generate import stream
 
     start, first = time.perf_counter(), None
-    for piece in stream(model, batch, processor, ids=ids, **options):
-        first = first or time.perf_counter()
-        show(piece)
+    try:
+        for piece in stream(model, batch, processor, ids=ids, **options):
+            first = first or time.perf_counter()
+            show(piece)
+    except KeyboardInterrupt:
+        show("\n")
+        raise
     end = time.perf_counter()
     show("\n")
     wait = f", the first after {first - start:.1f} s" if first else ""
@@ -248,7 +252,6 @@ def turn(model: Any, processor: Any, image: Any, talk: list[dict], question: str
         note(f"error: {e}")
         return talk
     except KeyboardInterrupt:
-        show("\n")
         note("stopped; what was said so far is kept")
     text = processor.decode(ids).strip()
     return [*asked, {"role": "assistant", "content": text}] if text else talk
