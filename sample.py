@@ -87,6 +87,8 @@ def answer(knobs: Knobs, prompt: str | None) -> None:
                     image_aspect_ratio=processor.image_config.aspect, template=processor.template_name)
     dtype = str(model.dtype).removeprefix("torch.")
     note(f"loaded {source} in {time.perf_counter() - start:.1f} s: {model.device}, {dtype}")
+    if knobs.compile:
+        note("--compile: the first answer waits until its step is compiled")
     options |= {"compile": knobs.compile, "suppress_tokens": processor.silent_ids(model.config.text.vocab_size)}
     if knobs.chat:
         chat(model, processor, images[0], prompt, knobs.exif, options)

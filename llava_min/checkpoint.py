@@ -141,7 +141,7 @@ def resume(folder: Path, identity: dict[str, Any], model: nn.Module, optimizer: 
     state = json.loads((folder / "state.json").read_bytes())
     then, now = state["run"]["identity"], json.loads(json.dumps(identity))
     if differing := sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name)):
-        show = lambda x: printable(json.dumps(x))[:60]
+        show = lambda x: x[:12] if re.fullmatch("[0-9a-f]{64}", str(x)) else printable(json.dumps(x))[:60]
         told = ", ".join(f"{name} (was {show(then.get(name))}, is {show(now.get(name))})" for name in differing[:8])
         raise UserError(f"{folder}: the run was started with other settings: {told}; give the old ones, or begin anew in "
                         "another --out")

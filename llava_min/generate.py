@@ -210,7 +210,7 @@ class Watch:
 # The loops
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def columns(model: Llava, batch: dict, o: Options, cache: Conversation | None = None,
             compile: bool = False) -> Iterator[Tensor]:
     """Greedy decoding and sampling: the new ids, a column (R,) per step. An ended row goes on unheard."""
@@ -241,7 +241,7 @@ def columns(model: Llava, batch: dict, o: Options, cache: Conversation | None = 
             cache.settle(fed)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def beam_search(model: Llava, batch: dict, o: Options, cache: Conversation | None = None,
                 compile: bool = False) -> Tensor:
     """The best answers' ids (B * num_return_sequences, M), -1 after their end.

@@ -174,16 +174,15 @@ class KVCache:
         (k, v), n, (_, h, t, d) = self.trunk[layer], self.branches, q.shape
         b, kv = k.shape[:2]
         seen = self.slots if self.static and self.tail is None else self.length
-        k, v = (x[:, :, :seen].flatten(0, 1) for x in (k, v))  # (B*K, S, D)
-        q = q.to(self.dtype).reshape(b, n, kv, -1, d)  # (B, N, K, G*T, D)
-        scores = dot(q.transpose(1, 2).reshape(b * kv, -1, d), k, mask)  # (B*K, N*G*T, S)
+        k, v, q = k[:, :, :seen].flatten(0, 1), v[:, :, :seen].flatten(0, 1), q.to(self.dtype)  # k, v (B*K, S, D)
         if self.tail is None:
-            return (scores.softmax(-1) @ v).view(b, h, t, d)
-        own_k, own_v = (x[:, :, : self.tail_length].flatten(0, 1) for x in self.tail[layer])  # (B*N*K, tail, D)
+            return dot(q.reshape(b * kv, -1, d), k, mask).softmax(-1).bmm(v).view(b, h, t, d)
         # (B*N*K, G*T, …) -> (B*K, N*G*T, …), and back
         trunk = lambda x: x.view(b, n, kv, -1, x.shape[-1]).transpose(1, 2).reshape(b * kv, -1, x.shape[-1])
         rows = lambda x: x.view(b, kv, n, -1, x.shape[-1]).transpose(1, 2).reshape(b * n * kv, -1, x.shape[-1])
-        weights = torch.cat([scores, trunk(dot(q.reshape(b * n * kv, -1, d), own_k))], dim=-1).softmax(-1)
+        q = q.reshape(b * n * kv, -1, d)
+        own_k, own_v = (x[:, :, : self.tail_length].flatten(0, 1) for x in self.tail[layer])  # (B*N*K, tail, D)
+        weights = torch.cat([dot(trunk(q), k, mask), trunk(dot(q, own_k))], dim=-1).softmax(-1)
         return (rows(weights[..., :seen] @ v) + rows(weights[..., seen:]) @ own_v).view(b * n, h, t, d)
 
 
@@ -200,7 +199,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * d, c, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, asking: slice) -> Tensor:
-        heads = lambda y: y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        heads = lambda y: y.view(*y.shape[:2], -1, self.head_dim).transpose(1, 2)
         q, k, v = heads(self.q_proj(x[:, asking])), heads(self.k_proj(x)), heads(self.v_proj(x))
         q, k = rotate(q, cos[:, :, asking], sin[:, :, asking]), rotate(k, cos, sin)  # (B, H, T, D), (B, K, T, D)
         if mask is not None:

@@ -144,8 +144,8 @@ def open_image(path: str | os.PathLike, *, root: str | os.PathLike | None = None
     except UserError:
         raise
     except FileNotFoundError:
-        tried = "" if root is None else f" (looked for {short(path, 400)})"
-        raise UserError(f"{name}: no such file{tried}; check the path and the image folder") from None
+        tried = "; check the path" if root is None else f" (looked for {short(path, 400)}); check the path and the image folder"
+        raise UserError(f"{name}: no such file{tried}") from None
     except (OSError, ValueError) as e:  # ValueError: a NUL byte or a lone surrogate in the name
         raise UserError(f"{name}: cannot be read ({short(getattr(e, 'strerror', None) or e, 200)}); check the path") from None
     return decode_image(data, path, exif=exif)
