@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from llava_min.cli import Count, Place, Seed, UserError, flags, note, parse, printable, run
+from llava_min.cli import Count, Place, Seed, UserError, flags, note, parse, printable, run, short
 
 # What the answers depend on. A folder holds answers of one such set of settings.
 SAME = ("weights", "model_files", "data_sha256", "template", "image_aspect_ratio", "exif", "dtype", "num_beams", "max_new_tokens",
@@ -209,7 +209,7 @@ def answers(knobs: Knobs, records: list, world: Any, folder: Path | None, way: d
                 held.callback(remove_empty, folder)
             folder.mkdir(parents=True, exist_ok=True)
     model, processor = load(model_name, dtype=knobs.dtype, device=world.device, adapter=adapter, **way)
-    settings |= {"weights": fingerprint(model), "template": processor.template_name,
+    settings |= {"weights": hash_weights(model), "template": processor.template_name,
                  "prompt": exact_prompt(processor, records[0]), "image_aspect_ratio": processor.image_config.aspect,
                  "image_size": processor.image_config.size, "dtype": str(model.dtype).removeprefix("torch."),
                  "device": str(model.device), "batch_size": knobs.batch_size, "ranks": world.size,
@@ -251,8 +251,8 @@ def hashes(data: str) -> list[str]:
     return out
 
 
-def fingerprint(model: Any) -> str:
-    """Of the weights, from the first numbers of every tensor: another training changes them all."""
+def hash_weights(model: Any) -> str:
+    """sha256, shortened, from the first numbers of every tensor: another training changes them all."""
     from llava_min.packed import dense
 
     digest = hashlib.sha256()
@@ -390,14 +390,14 @@ def write_report(path: Path, records: list, tuned: Side, base: Side | None, chan
 
 def remarks(rows: list[dict]) -> list[str]:
     """What scores do not tell: records without pictures, references or an answer, counted and named."""
-    from llava_min.evaluate import named
+    from llava_min.data.records import told
 
     out = []
     for what, ids in (("could not be read and are not scored", [r["id"] for r in rows if "error" in r]),
                       ("have no reference and are not scored", [r["id"] for r in rows if not r["references"]]),
                       ("have an empty prediction", [r["id"] for r in rows if not r["prediction"] and "error" not in r])):
         if ids:
-            out.append(f"{len(ids)} of {len(rows)} records {what}: {named(ids)}")
+            out.append(f"{len(ids)} of {len(rows)} records {what}: {told(map(short, ids), ', ')}")
     out += [r["error"] for r in rows if "error" in r][:5]
     return out
 

@@ -9,23 +9,18 @@ import math
 import multiprocessing
 import os
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Literal
 
-from llava_min.cli import Count, Fraction, NonNegative, Place, Positive, Seed, UserError, Whole, flags, note, parse, printable, run
+from llava_min.cli import Count, Fraction, NonNegative, Place, Positive, Seed, UserError, Whole, flags, note, parse, run, short
+from llava_min.config import LINEARS
 from llava_min.settings import check_finished, check_settings
 from llava_min.signals import Interrupted, Signals
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a decoder block
 RECIPES = Path(__file__).parent / "llava_min" / "recipes"
-# What a resumed run may change: where things lie, what it shows, how the rows of a step are dealt. The rest must stay.
-FREE = set("""recipe model data toy_train toy_val image_folder eval_data out resume batch_size auto_batch_size grad_accum
-    gradient_checkpointing compile cpu_offload max_skips workers deterministic device timeout save_every save_only_model keep
-    log_every log eval_every eval_batch_size early_stopping max_new_tokens num_beams samples dry_run""".split())
 
 
 @dataclass
@@ -101,6 +96,19 @@ class Knobs:
     dry_run: bool = False  # show what would be done, without weights, and stop
 
 
+@dataclass
+class At:
+    """Where a run stands; every checkpoint keeps it."""
+
+    step: int = 0  # optimizer steps done
+    evaluated: int = -1  # the step of the last evaluation
+    best: float | None = None  # of --best-metric, the larger the better
+    best_step: int = -1
+    waited: int = 0  # evaluations since then
+    skipped: int = 0  # steps with a loss or gradient that is not finite
+    lost: int = 0  # of them, those since the last good step
+
+
 def main(argv: list[str]) -> int | None:
     if not any(a.split("=")[0] in ("--recipe", "--data") for a in argv):
         argv = ["--recipe", "toy", *argv]
@@ -109,13 +117,17 @@ def main(argv: list[str]) -> int | None:
     with flags(knobs), Signals() as signals:
         from llava_min import checkpoint
         from llava_min.dist import agree, gather, start
+        from llava_min.evaluate import check_metrics
+        from llava_min.log import check_packages
+        from llava_min.step import dry_run
 
         with start(knobs.device, knobs.timeout) as world:
             try:
                 agree(world, "the settings", asdict(knobs))
+                check_metrics(knobs.eval_metrics, knobs.best_metric)
+                check_packages(knobs.log)
                 if knobs.dry_run:
-                    with tempfile.TemporaryDirectory() as folder:
-                        return train(knobs, world, signals, Path(folder), None)
+                    return dry_run(knobs, world)
                 if knobs.cpu_offload and world.device.type == "cpu":
                     raise UserError("--cpu-offload: the weights are in the CPU's memory anyway; leave it out, or give --device cuda")
                 name = Path(knobs.recipe or "run").stem
@@ -139,22 +151,20 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     from llava_min.adapter import adapter_names, save_adapter
     from llava_min.data import toy
     from llava_min.data.dataset import Dataset, loader
-    from llava_min.data.picture import short
-    from llava_min.data.records import Skips, fingerprint, read_records, sources
+    from llava_min.data.records import Skips, read_records
     from llava_min.data.sampler import plan as make_plan, records_of
-    from llava_min.dist import agree, any_of, full_state, gather, shard, total, uneven
-    from llava_min.evaluate import check_room, predict, score
+    from llava_min.dist import agree, any_of, full_state, gather, shard, total
+    from llava_min.evaluate import check_room, on_held_out
     from llava_min.files import new_folder, write_json
-    from llava_min.load import on_meta, prepare, write_model
-    from llava_min.log import Log, check_packages, peak_memory, show_samples
-    from llava_min.lora import LoRAConfig, add_lora, init_lora
-    from llava_min.metrics import find as find_metrics
-    from llava_min.optim import LossScale, check_optimizer, clip, make_optimizer, parameter_groups, rate_factor
+    from llava_min.load import prepare, write_model
+    from llava_min.log import Log, peak_memory, show_samples
+    from llava_min.lora import init_lora
+    from llava_min.optim import LossScale, clip, make_optimizer, parameter_groups, rate_factor
     from llava_min.packed import widen
     from llava_min.report import write_run_report
-    from llava_min.step import (compile_blocks, largest_batch, named_config, neftune, recompute_blocks, row_length, show_plan,
-                                supervised_in, try_step)
-    from llava_min.trainable import check_gradients, select, table
+    from llava_min.step import (compile_blocks, largest_batch, neftune, no_memory, recompute_blocks, row_length, supervised_in,
+                                try_step)
+    from llava_min.trainable import check_gradients, choose, table
     from llava_min.weights import DTYPES
 
     device, compute, alone = world.device, DTYPES[knobs.precision], world.size == 1
@@ -163,52 +173,28 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
         torch.use_deterministic_algorithms(True)
 
     # ---- the data: whatever is wrong with it is found before weights are read
-    metrics = find_metrics(knobs.eval_metrics)
-    if not (knobs.best_metric or "loss").startswith(("loss", *metrics)):  # pope_f1 is of pope
-        raise UserError(f"--best-metric: {printable(knobs.best_metric)} is not evaluated; give one of {', '.join(['loss', *metrics])}")
-    check_packages(knobs.log)
     data, eval_data, images = knobs.data, knobs.eval_data, knobs.image_folder
-    if data and data.startswith("toy:"):
-        if (task := data.removeprefix("toy:")) not in toy.TASKS:
-            raise UserError(f"--data {printable(data)}: no such toy task; there are {', '.join('toy:' + t for t in toy.TASKS)}")
+    if data.startswith("toy:"):
         if world.rank == 0 and not (out / "data").exists():
-            toy.write(out / "data", task, knobs.toy_train, knobs.toy_val, knobs.seed)
+            toy.write(out / "data", data.removeprefix("toy:"), knobs.toy_train, knobs.toy_val, knobs.seed)
         agree(world, "the toy data", True)
         data, eval_data, images = str(out / "data" / "train.json"), out / "data" / "val.json", None
     skips = Skips(out / "skipped.txt" if world.rank == 0 else None) if knobs.skip_bad else None
-    try:
-        records = read_records(data, images, skips) if data else []
-        held_out = read_records(eval_data, images) if eval_data else []
-    except UserError as e:
-        if not knobs.dry_run:
-            raise
-        note(f"no records to count the steps by: {e}")
-        records = held_out = []
+    records = read_records(data, images, skips)
+    held_out = read_records(eval_data, images) if eval_data else []
 
     # ---- the model: what is frozen in the compute dtype, what is trained in fp32
-    if knobs.dry_run:
-        model = on_meta(named_config(knobs.model))
-    else:
-        ready = prepare(knobs.model, image_aspect_ratio=knobs.image_aspect_ratio, template=knobs.template)
-        model = ready.model
-    lora = LoRAConfig(knobs.lora_r, knobs.lora_alpha, knobs.lora_dropout, knobs.lora_targets, knobs.dora, knobs.rslora)
-    if knobs.train == "lora":
-        if knobs.lora_r > (width := model.config.text.hidden_size):
-            raise UserError(f"--lora-r: {knobs.lora_r} is above the model's width of {width}, where an update is no longer of low rank; lower it")
-        add_lora(model, lora)
-    select(model, knobs.train, train_projector=knobs.train_projector, train_vision=knobs.train_vision)
+    ready = prepare(knobs.model, image_aspect_ratio=knobs.image_aspect_ratio, template=knobs.template)
+    model, processor = ready.model, ready.processor
+    lora = choose(model, knobs, device)
     knobs.max_length = row_length(knobs.max_length, model.config.text.context)
-    groups = lambda: parameter_groups(model, knobs.lr, knobs.weight_decay, knobs.projector_lr, knobs.vision_lr)
-    check_optimizer(knobs.optimizer, groups(), knobs.betas, device)
     if world.rank == 0:
         print(table(model), file=sys.stderr)
-    if knobs.dry_run:
-        return show_plan(model, records, knobs, world.size) if world.rank == 0 else None
 
     # ---- the order of the data, and the rate at each step
     options = {"max_length": knobs.max_length, "exif": knobs.exif, "too_long": knobs.too_long}
-    dataset, validation = Dataset(records, ready.processor, **options), Dataset(held_out, ready.processor, **options)
-    check_room(model, ready.processor, held_out, knobs.max_new_tokens)
+    dataset, validation = Dataset(records, processor, **options), Dataset(held_out, processor, **options)
+    check_room(model, processor, held_out, knobs.max_new_tokens)
     lengths, rows, batch_size = dataset.lengths(exact=knobs.packing), knobs.batch_size * knobs.grad_accum, knobs.batch_size
     deal = lambda batch_size: make_plan(lengths, batch_size, rows // batch_size, world.size, knobs.epochs, knobs.max_steps, knobs.seed,
                                         group_by_length=knobs.group_by_length, packing=knobs.max_length if knobs.packing else 0)
@@ -217,20 +203,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     if warmup > len(plan):
         raise UserError(f"--warmup-steps {warmup}: the run has only {len(plan)} steps; lower it, or raise --epochs")
 
-    # what every rank has alike, and a run that goes on has as it was
-    files = {entry.path for entry in ready.entries.values()}
-    folder = ready.entries["language_model.norm.weight"].path.parent
-    tokenizer = {*folder.glob("token*"), *folder.glob("added_tokens.json"), *folder.glob("special_tokens_map.json")}
-    config = {"config": model.config, "text_config": model.config.text, "vision_config": model.config.vision,
-              "image_processor": ready.processor.image_config}
-    mixture = sources(data)
-    identity = {"training data": checkpoint.fingerprint(path for path, _ in mixture), "weights of the data": [str(w) for _, w in mixture],
-                "records": len(records), "ids and pictures": fingerprint(records),
-                "base model": checkpoint.fingerprint(sorted(files)), "tokenizer": checkpoint.fingerprint(sorted(tokenizer)),
-                **{f"{part}.{name}": value for part, values in config.items() for name, value in vars(values).items()
-                   if name not in ("text", "vision", "vision_source")},  # two are told by themselves, one is a place
-                "chat template": ready.processor.template_name, "rows of a step": rows * world.size, "steps": len(plan),
-                **{name: value for name, value in asdict(knobs).items() if name not in FREE}}
+    identity = checkpoint.identity_of(ready, data, records, knobs, rows * world.size, len(plan))
     agree(world, "code, data or model", identity)
 
     # ---- the weights, and what is put on them
@@ -250,97 +223,84 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     def loss_of(batch: dict) -> torch.Tensor:
         """Summed over the supervised tokens of a batch."""
         with autocast():
-            return model.loss(**{k: v.to(device, non_blocking=True) for k, v in batch.items() if k != "attention_mask"})
+            return model.loss(**{k: v.to(device, non_blocking=True) for k, v in batch.items()})
 
     if knobs.auto_batch_size:
         longest = [(i,) for i in sorted(range(len(lengths)), key=lambda i: -abs(lengths[i]))]
         fits = lambda n: try_step(lambda: loss_of(next(loader(dataset, [longest[:n]]))[0]), model)
         batch_size = largest_batch(rows, lambda n: not any_of(world, not fits(n)))
         plan = deal(batch_size)
-    optimizer, scale = make_optimizer(knobs.optimizer, groups(), knobs.betas), LossScale(knobs.precision == "fp16")
+    groups = parameter_groups(model, knobs.lr, knobs.weight_decay, knobs.projector_lr, knobs.vision_lr)
+    optimizer, scale = make_optimizer(knobs.optimizer, groups, knobs.betas), LossScale(knobs.precision == "fp16")
 
     # ---- where the run stands: at its beginning, or where the checkpoint left it
-    at = {"step": 0, "evaluated": -1, "best": None, "best_step": -1, "waited": 0, "skipped": 0, "lost": 0}
+    at = At()
     checkpoint.reseed(knobs.seed, 0, world.rank)
     if resumed:
         before = checkpoint.resume(resumed, identity, model, optimizer, world, knobs.seed)
-        at = before["at"]
+        at = At(**before["at"])
         vars(scale).update(before["scale"])
         if resumed.parent != (out / "checkpoints").resolve():
-            at.update(best=None, best_step=-1, waited=0)  # the best so far stays in the other run's folder
+            at.best, at.best_step, at.waited = None, -1, 0  # the best so far stays in the other run's folder
     epochs = {k for k, seen in enumerate(accumulate(len(records_of(step)) for step in plan), 1) if seen % len(dataset) == 0}
-    saver = checkpoint.Saver(out, world, knobs.save_every, knobs.keep, epochs, at["step"] if resumed else -1, at["best_step"])
+    saver = checkpoint.Saver(out, world, knobs.save_every, knobs.keep, epochs, at.step if resumed else -1, at.best_step)
     if world.rank == 0 and knobs.save_every != "0":
         checkpoint.check_space(out, model, knobs.save_only_model)
     settings = asdict(knobs) | {"out": str(out), "batch_size": batch_size, "grad_accum": rows // batch_size, "ranks": world.size}
     if world.rank == 0:
         write_json(out / "config.json", settings)
-    log = Log(out if world.rank == 0 else None, len(plan), at["step"], knobs.log, settings)
+    log = Log(out if world.rank == 0 else None, len(plan), at.step, knobs.log, settings)
     log.say(f"data {identity['training data'][:12]}, model {identity['base model'][:12]}: {len(dataset)} records, {len(plan)} steps "
-            f"of {rows * world.size} rows, into {out}" + (f", going on from step {at['step']}" if resumed else ""))
+            f"of {rows * world.size} rows, into {out}" + (f", going on from step {at.step}" if resumed else ""))
 
     def export(folder: Path, weights: dict[str, torch.Tensor]) -> None:
         """What others read: a PEFT adapter, or a whole model."""
         if knobs.train == "lora":
             save_adapter(model, lora, folder, knobs.model, weights)
         else:
-            write_model(model, ready.processor, folder, compute, weights)
+            write_model(model, processor, folder, compute, weights)
 
     result, names = ("adapter", set(adapter_names(model))) if knobs.train == "lora" else ("model", None)
 
     def save() -> None:
         usable = knobs.train == "lora" or knobs.save_only_model  # without the rest of the run
         weights = full_state(model, names) if usable else {}
-        saver.save(at["step"], at["best_step"], model, None if knobs.save_only_model else optimizer,
-                   {"identity": identity, "at": at, "scale": vars(scale)},
+        saver.save(at.step, at.best_step, model, None if knobs.save_only_model else optimizer,
+                   {"identity": identity, "at": asdict(at), "scale": vars(scale)},
                    {result: lambda folder: export(folder, weights)} if usable else {})
 
     def evaluate() -> None:
-        """Loss, answers and metrics on the held-out records, which the ranks share."""
-        nll, tokens, step = 0.0, 0, at["step"]
-        mine, size = [(i,) for i in range(world.rank, len(validation), world.size)], knobs.eval_batch_size
-        model.eval()
-        asked = lambda: signals.asked
+        """Loss, answers and metrics on the held-out records; with --best-metric, a checkpoint if they are the best so far."""
         with signals.at_once(alone and not knobs.cpu_offload), autocast():
-            with torch.no_grad(), uneven(model, world, asked) as check:
-                for batch, _ in loader(validation, [mine[i : i + size] for i in range(0, len(mine), size)]):
-                    nll, tokens = nll + float(loss_of(batch)), tokens + supervised_in(batch)
-                    check()
-            rows = predict(model, ready.processor, held_out, size, knobs.exif, world=world, asked=asked,
-                           num_beams=knobs.num_beams, max_new_tokens=knobs.max_new_tokens)
-        model.train()
-        nll, tokens = total(world, nll, tokens)
-        scores = {"loss": nll / tokens} | {name: m["score"] for name, m in score(rows, knobs.eval_metrics).items()}
-        log.write(step=step, **{f"eval_{name}": value for name, value in scores.items()})
+            scores, rows = on_held_out(model, validation, held_out, loss_of, world, knobs.eval_metrics, knobs.eval_batch_size,
+                                       lambda: signals.asked, num_beams=knobs.num_beams, max_new_tokens=knobs.max_new_tokens)
+        log.write(step=at.step, **{f"eval_{name}": value for name, value in scores.items()})
         told = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-        log.say(f"step {step}: {told} on {len(rows)} held-out records")
-        for row, record in list(zip(rows, held_out))[: knobs.samples]:
-            log.sample(step=step, id=row["id"], prompt=row["prompt"], prediction=row["prediction"],
-                       reference=next(iter(row["references"]), ""),
-                       image=next((str(p) for p in record.images if isinstance(p, Path)), None))
+        log.say(f"step {at.step}: {told} on {len(rows)} held-out records")
+        log.samples(at.step, rows[: knobs.samples], held_out)
         if world.rank == 0:
             write_run_report(out)
-        at["evaluated"] = step
+        at.evaluated = at.step
         if knobs.best_metric:
             if knobs.best_metric not in scores:
                 raise UserError(f"--best-metric: {knobs.best_metric} is not among {', '.join(scores)}, which the evaluation gave; give one")
             value = -scores["loss"] if knobs.best_metric == "loss" else scores[knobs.best_metric]
-            if at["best"] is None or value > at["best"]:
-                at.update(best=value, best_step=step, waited=0)
+            if at.best is None or value > at.best:
+                at.best, at.best_step, at.waited = value, at.step, 0
                 save()
             else:
-                at["waited"] += 1
+                at.waited += 1
 
     def failed() -> bool:
         """The run ends with steps that changed no weight, and has no best checkpoint to end with."""
-        return at["lost"] > 0 and at["step"] == len(plan) and not knobs.best_metric
+        return at.lost > 0 and at.step == len(plan) and not knobs.best_metric
 
     def evaluation_due() -> bool:
-        step, every = at["step"], knobs.eval_every
-        return bool(held_out) and not failed() and at["evaluated"] < step and (step in (0, len(plan)) or every > 0 and step % every == 0)
+        step, every = at.step, knobs.eval_every
+        return bool(held_out) and not failed() and at.evaluated < step and (step in (0, len(plan)) or every > 0 and step % every == 0)
 
     # ---- the loop
-    todo = loader(dataset, [micro for step in plan[at["step"] :] for micro in step[world.rank]], knobs.workers, packing=knobs.packing,
+    todo = loader(dataset, [micro for step in plan[at.step :] for micro in step[world.rank]], knobs.workers, packing=knobs.packing,
                   skip=knobs.skip_bad, pin_memory=device.type == "cuda")
     named = lambda step: ", ".join(short(dataset.records[i].id) for i in records_of(step)[:8])
     tokens, pictures, busy, first = 0, 0, 0.0, True
@@ -348,22 +308,22 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     try:
         if evaluation_due():
             evaluate()
-        while at["step"] < len(plan) and not (knobs.early_stopping and at["waited"] >= knobs.early_stopping):
-            step, begun = plan[at["step"]], time.perf_counter()
+        while at.step < len(plan) and not (knobs.early_stopping and at.waited >= knobs.early_stopping):
+            step, begun = plan[at.step], time.perf_counter()
             with signals.at_once(alone):
                 micros, errors = zip(*(next(todo) for _ in step[world.rank]))
             if skips:
                 skips.add(line for part in gather(world, sum(errors, [])) for line in part)
                 skips.write()
-            due = world.rank == 0 and saver.due(at["step"])
+            due = world.rank == 0 and saver.due(at.step)
             supervised, stop, due = total(world, sum(map(supervised_in, micros)), signals.asked, due)
             if due:
                 save()
             if stop:
                 raise Interrupted
             if not supervised:
-                raise UserError(f"step {at['step'] + 1}: no token to learn from in records {named(step)}; mend or remove them")
-            factor = rate_factor(at["step"], len(plan), warmup, knobs.schedule)
+                raise UserError(f"step {at.step + 1}: no token to learn from in records {named(step)}; mend or remove them")
+            factor = rate_factor(at.step, len(plan), warmup, knobs.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
             loss = torch.zeros((), device=device)
@@ -378,61 +338,58 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
                     check_gradients(model)
                     first = False
                 optimizer.step()
-                at["lost"] = 0
+                at.lost = 0
             elif not scale.searching or not math.isfinite(loss):
-                at["skipped"] += 1
-                at["lost"] += 1  # since the last good one
+                at.skipped += 1
+                at.lost += 1  # since the last good one
             scale.update(finite)
             optimizer.zero_grad(set_to_none=True)
-            at["step"] += 1
+            at.step += 1
             if not finite:
-                log.write(step=at["step"], skipped=[dataset.records[i].id for i in records_of(step)])
-                log.say(f"warning: step {at['step']}: loss {loss:.3g} and gradient norm {norm:.3g}; no weight was changed; records "
+                log.write(step=at.step, skipped=[dataset.records[i].id for i in records_of(step)])
+                log.say(f"warning: step {at.step}: loss {loss:.3g} and gradient norm {norm:.3g}; no weight was changed; records "
                         f"{named(step)}")
-            if at["skipped"] >= knobs.max_skips:
-                raise UserError(f"step {at['step']}: {at['skipped']} steps had a loss or gradient that is not finite, the last with "
+            if at.skipped >= knobs.max_skips:
+                raise UserError(f"step {at.step}: {at.skipped} steps had a loss or gradient that is not finite, the last with "
                                 f"records {named(step)}; lower --lr, mend them, or try --precision {'bf16' if scale.enabled else 'fp32'}"
                                 + (f"; the last checkpoint is {out / 'last'}" if saver.saved >= 0 else ""))
 
             busy += time.perf_counter() - begun
             tokens += sum(batch["input_ids"].numel() for batch in micros)
             pictures += sum(len(batch.get("pixel_values", ())) for batch in micros)
-            if knobs.log_every and (at["step"] % knobs.log_every == 0 or at["step"] == len(plan)):
+            if knobs.log_every and (at.step % knobs.log_every == 0 or at.step == len(plan)):
                 tokens, pictures = total(world, tokens, pictures)
-                log.step(at["step"], loss=loss, lr=knobs.lr * factor, grad_norm=norm, tokens_per_s=tokens / busy,
+                log.step(at.step, loss=loss, lr=knobs.lr * factor, grad_norm=norm, tokens_per_s=tokens / busy,
                          pictures_per_s=pictures / busy, peak_gb=peak_memory(device))
                 tokens, pictures, busy = 0, 0, 0.0
             if evaluation_due():
                 evaluate()
-        if knobs.save_every != "0" and saver.saved != at["step"]:
+        if knobs.save_every != "0" and saver.saved != at.step:
             save()
     except Interrupted:
-        if saver.saved != at["step"]:
+        if saver.saved != at.step:
             save()
-        log.say(f"saved step {at['step']}, " + ("from which no run can go on (--save-only-model)" if knobs.save_only_model else
+        log.say(f"saved step {at.step}, " + ("from which no run can go on (--save-only-model)" if knobs.save_only_model else
                                                f"resume with --resume auto --out {out}"))
         for worker in multiprocessing.active_children():
             worker.kill()
         sys.exit(signals.code)
     except torch.OutOfMemoryError:
-        half = batch_size // 2
-        same = f"--auto-batch-size, or --batch-size {half} --grad-accum {rows // half} (the same steps), " if half else ""
-        raise UserError(f"step {at['step'] + 1}: out of memory with --batch-size {batch_size}; give {same}--gradient-checkpointing, "
-                        "a smaller --max-length, or --cpu-offload") from None
+        raise no_memory(at.step + 1, batch_size, rows) from None
 
     # ---- what came of it
     if failed():
-        raise UserError(f"step {at['step']}: the last {at['lost']} steps had a loss or gradient that is not finite, so no {result} is written; "
+        raise UserError(f"step {at.step}: the last {at.lost} steps had a loss or gradient that is not finite, so no {result} is written; "
                         "begin anew with a lower --lr, or mend the records that metrics.jsonl names"
                         + (f"; the last checkpoint is {out / 'last'}" if saver.saved >= 0 else ""))
-    if knobs.best_metric and at["best_step"] != at["step"]:
-        log.say(f"{knobs.best_metric} was best at step {at['best_step']}: ending with that")
+    if knobs.best_metric and at.best_step != at.step:
+        log.say(f"{knobs.best_metric} was best at step {at.best_step}: ending with that")
         checkpoint.restore(out / "best", checkpoint.verify(out / "best"), model, None, world)
     weights = full_state(model, names)
     if world.rank == 0:
         with new_folder(out / result) as folder:
             export(folder, weights)
-        show_samples(out, at["best_step"] if knobs.best_metric else at["step"])
+        show_samples(out, at.best_step if knobs.best_metric else at.step)
         write_run_report(out)
     log.say(f"saved {out / result}")
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from llava_min.cli import UserError, printable, warn
+from llava_min.cli import UserError, is_quick, is_regex, printable, warn
+from llava_min.config import LINEARS
 from llava_min.files import read_json, write_json
 from llava_min.layouts import FLOATS, READ, WRITE, open_file, translate
-from llava_min.lora import LINEARS, PATHS, LoRAConfig, add_lora, is_named, lora_layers, to_transformers
+from llava_min.lora import PATHS, LoRAConfig, add_lora, is_named, lora_layers, to_transformers
 from llava_min.weights import is_finite, save_tensors
 
 PEFT = "base_model.model."
@@ -30,7 +31,7 @@ NAMINGS = [
     PATHS,  # transformers 5
     [("vision_tower.layers.", "model.vision_tower.vision_model.encoder.layers."),  # from 4.52 on
      ("vision_tower.", "model.vision_tower.vision_model."), *PATHS],
-    WRITE,  # before
+    WRITE,  # transformers before 4.52, and the llava-hf files
     [("language_model.", "model."), ("lm_head.", "lm_head."), ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
      ("multi_modal_projector.linear_2.", "model.mm_projector.2.")],  # the original
 ]
@@ -91,34 +92,20 @@ def is_alpha(x: object) -> bool:
     return type(x) in (int, float) and 0 < abs(x) < 1e6
 
 
-def is_regex(text: str) -> bool:
-    try:
-        re.compile(text)
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
-
-
-def is_quick(text: str, length: int, repetitions: int) -> bool:
-    """Whether a regex is soon through with a name: a stranger's could run for ever."""
-    return len(text) <= length and len(re.findall(r"[*+{]|(?<![*+}(])\?", text)) <= repetitions and not re.search(r"\)[*+?{]", text)
-
-
 def read_pattern(path: Path, key: str, data: object, good: Callable[[object], bool]) -> dict:
     """PEFT's rank_pattern or alpha_pattern; only simple regexes are taken."""
     if not isinstance(data, dict) or not all(map(good, data.values())):
         raise UserError(f"{path}: {key} is {reprlib.repr(data)}, expected names of layers, each with its number; "
                         "the file is damaged")
     for name in data:
-        if not is_regex(name) or not is_quick(name, 200, 2):
+        if not is_regex(name) or not is_quick(name, 2):
             raise UserError(f"{path}: {key} has {printable(name)[:200]!r}, expected the path of a layer or a regex "
                             "with at most two repetitions; write the layers out")
     return data
 
 
-def read_config(path: Path) -> LoRAConfig:
-    """`adapter_config.json`; what would change the result and is not implemented is refused by name."""
-    data = read_json(path)
+def lora_config(path: Path, data: dict) -> LoRAConfig:
+    """`data`, the adapter_config.json of `path`; what would change the result and is not implemented is refused by name."""
     for key, plain in PLAIN.items():
         if data.get(key) not in (None, [], {}, *plain):
             raise UserError(f"{path}: {key} is {reprlib.repr(data[key])}, which is not implemented; "
@@ -169,7 +156,7 @@ def check_layers(path: Path, data: dict, layers: list[str], adapted: list[str], 
         if not good or not all(map(is_regex, regexes)):
             raise UserError(f"{path}: {key} is {reprlib.repr(value)}, expected "
                             f"{'numbers of layers' if kind is int else 'names or a regex'}; the file is damaged")
-        quick = quick and all(is_quick(x, 1 << 17, 5) for x in regexes)
+        quick = quick and all(is_quick(x, 5, 1 << 17) for x in regexes)
     if not quick:
         warn(f"{path}: has a regex of too many repetitions; whether all layers that it names are there is not checked")
         return
@@ -203,7 +190,8 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict[str, 
     """The adapter of `folder`, our name -> tensor, checked against `model`, which may still be on meta."""
     if lora_layers(model):
         raise UserError(f"{folder}: the model has an adapter already; load the base anew")
-    config = read_config(folder / "adapter_config.json")
+    data = read_json(path := folder / "adapter_config.json")
+    config = lora_config(path, data)
     files = [folder / f"adapter_model.{end}" for end in ("safetensors", "bin")]
     files = [p for p in files if p.exists()][:1]
     if not files:
@@ -251,7 +239,6 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict[str, 
     for key in [*config.rank_pattern, *config.alpha_pattern]:
         if not any(is_named(path, key) for path in paths):
             warn(f"{folder}: the pattern {printable(key)} names no layer of the adapter")
-    data = read_json(path := folder / "adapter_config.json")
     namings = [x for x in NAMINGS if all(translate(name, x) in (None, theirs) for name, theirs in stored.items())] or NAMINGS
     check_whole(files[0], data, plain, tensors, namings)
     if projector.exists() and (missing := [n for n in plain if n.startswith("multi_modal_projector.") and n not in tensors]):

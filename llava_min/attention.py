@@ -13,18 +13,23 @@ from llava_min.packed import fp32, slow
 SHORT = 256  # tokens up to which plain products train faster on CPU than PyTorch's fused kernel
 
 
-def repeat(q: Tensor, *groups: Tensor) -> list[Tensor]:
-    """Keys or values (B, K, T, D), once for each of their heads (B, H, T, D)."""
-    n = q.shape[1] // groups[0].shape[1]
-    return [x if n == 1 else x.repeat_interleave(n, dim=1) for x in groups]
+def repeat(x: Tensor, heads: int) -> Tensor:
+    """Keys or values (B, K, T, D) -> (B, H, T, D), each once for every query head that reads it."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask of what is seen as what is added to the scores: 0, or -inf."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """q, k, v (B, H, T, D) -> (B, H, T, D), by its definition (Vaswani et al. 2017)."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, T, T)
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        scores = scores + torch.zeros(mask.shape, dtype=scores.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
+        scores = scores + additive(mask, scores.dtype)
     return scores.softmax(-1) @ v
 
 
@@ -33,8 +38,7 @@ class WideAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        if mask is not None:
-            mask = torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+        mask = None if mask is None else additive(mask, torch.float32)
         out, ctx.lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q.float(), k.float(), v.float(), 0.0, causal, attn_mask=mask)
         ctx.mask, ctx.causal = mask, causal
@@ -57,11 +61,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
     mask (B, 1, T, T) bool says who sees whom. PyTorch's fused kernel, but on CPU its backward in bf16 takes two to ten
     times as long as in fp32, and on short sequences longer than plain products (torch 2.13).
     """
+    on_cpu, h = q.device.type == "cpu", q.shape[1]
     training = torch.is_grad_enabled() and q.requires_grad
-    if not len(q) or training and q.device.type == "cpu" and q.shape[-2] <= SHORT:
-        return plain_attention(q, *repeat(q, k, v), mask, causal)
-    if q.device.type == "cpu" and training and q.dtype == torch.bfloat16:
-        return WideAttention.apply(q, *repeat(q, k, v), mask, causal)
+    if not len(q) or training and on_cpu and q.shape[-2] <= SHORT:  # not len(q): a batch of no pictures
+        return plain_attention(q, repeat(k, h), repeat(v, h), mask, causal)
+    if training and on_cpu and q.dtype == torch.bfloat16:
+        return WideAttention.apply(q, repeat(k, h), repeat(v, h), mask, causal)
     if slow(q):
         with fp32:
             return attention(q.float(), k.float(), v.float(), mask, causal).to(q.dtype)

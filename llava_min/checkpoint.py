@@ -17,7 +17,7 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,20 @@ import torch
 from torch import nn
 
 from llava_min.cli import UserError, note, printable, warn
+from llava_min.data.record import Record
+from llava_min.data.records import hash_records, sources
 from llava_min.dist import World
 from llava_min.files import check_free
+from llava_min.load import Prepared
 from llava_min.snapshot import Damaged, restore, save, verify
 
 LOCK = ".lock"  # in a run folder
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EFBIG)  # what a folder may suffer from
 BIG, BLOCK, BLOCKS = 1 << 30, 1 << 16, 64  # bytes of a file, bytes of a block, blocks that stand for the file
+# What a resumed run may change: where things lie, what it shows, how the rows of a step are dealt. The rest must stay.
+FREE = set("""recipe model data toy_train toy_val image_folder eval_data out resume batch_size auto_batch_size grad_accum
+    gradient_checkpointing compile cpu_offload max_skips workers deterministic device timeout save_every save_only_model keep
+    log_every log eval_every eval_batch_size early_stopping max_new_tokens num_beams samples dry_run""".split())
 NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -150,6 +157,25 @@ def resume(folder: Path, identity: dict[str, Any], model: nn.Module, optimizer: 
     return state["run"]
 
 
+def identity_of(ready: Prepared, data: str, records: Sequence[Record], knobs: Any, rows: int, steps: int) -> dict[str, Any]:
+    """All that decides what a run computes: every rank has it alike, and a run that goes on has it as it was.
+
+    ready: the checkpoint it begins with. records: those of `data`, files with weights. rows: of a step, over all ranks.
+    """
+    mixture, config = sources(data), ready.model.config
+    weights = {entry.path for entry in ready.entries.values()}
+    folder = ready.entries["language_model.norm.weight"].path.parent
+    tokenizer = {*folder.glob("token*"), *folder.glob("added_tokens.json"), *folder.glob("special_tokens_map.json")}
+    parts = {"config": config, "text_config": config.text, "vision_config": config.vision, "image_processor": ready.processor.image_config}
+    return {"training data": hash_files(path for path, _ in mixture), "weights of the data": [str(w) for _, w in mixture],
+            "records": len(records), "ids and pictures": hash_records(records), "base model": hash_files(sorted(weights)),
+            "tokenizer": hash_files(sorted(tokenizer)), "chat template": ready.processor.template_name,
+            **{f"{part}.{name}": value for part, values in parts.items() for name, value in vars(values).items()
+               if name not in ("text", "vision", "vision_source")},  # two are told by themselves, one is a place
+            "rows of a step": rows, "steps": steps,
+            **{name: value for name, value in vars(knobs).items() if name not in FREE}}
+
+
 def reseed(seed: int, step: int, rank: int) -> None:
     """All random streams, as a function of the arguments alone."""
     number = int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:7])
@@ -158,7 +184,7 @@ def reseed(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(number)
 
 
-def fingerprint(paths: Iterable[Path]) -> str:
+def hash_files(paths: Iterable[Path]) -> str:
     """sha256 over files in their order; of one larger than BIG its size and some blocks: all would take minutes."""
     digest = hashlib.sha256()
     for path in paths:

@@ -1,4 +1,5 @@
-"""What every script shares: flags from a dataclass, errors a user can act on, text that is safe to print.
+"""What every script shares: flags from a dataclass, errors a user can act on, text that is safe to print,
+regexes that are safe to run.
 
 A script's knobs are the fields of a dataclass: the name is the flag, the annotation its kind, the trailing comment its
 help. Nothing heavy is imported here, so `--help` and a mistyped flag answer at once.
@@ -66,6 +67,12 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def short(x: object, n: int = 60) -> str:
+    """`x` as text that a message can quote: printable, and of at most `n` characters."""
+    text = printable(x)
+    return text if len(text) <= n else text[:n] + "…"
+
+
 def note(text: str) -> None:
     """One line for the person, on stderr."""
     print(printable(text)[:MAX_LINE], file=sys.stderr, flush=True)
@@ -73,6 +80,20 @@ def note(text: str) -> None:
 
 def warn(text: str) -> None:
     note(f"warning: {by_flag(text)}")
+
+
+def is_regex(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def is_quick(text: str, repetitions: int, length: int = 200) -> bool:
+    """Whether a regex is soon through with a name: a stranger's could run for ever. No group may be repeated."""
+    many = len(re.findall(r"[*+{]|(?<![*+}(])\?", text))  # the ? of *? and of (?: repeats nothing
+    return len(text) <= length and many <= repetitions and not re.search(r"\)[*+?{]", text)
 
 
 class Unheard(io.FileIO):

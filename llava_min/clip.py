@@ -53,7 +53,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
-        return self.fc2(x * (1.702 * x).sigmoid_() if self.quick else F.gelu(x))
+        x = x * (1.702 * x).sigmoid_() if self.quick else F.gelu(x)  # quick: OpenAI's approximation
+        return self.fc2(x)
 
 
 class Block(nn.Module):

@@ -13,6 +13,8 @@ from llava_min.cli import UserError
 
 BIG = 1 << 20  # no width or vocabulary of a real model is larger
 DEEP = 1 << 10  # nor depth
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a decoder block
+IGNORE = -100  # the label of a token that is not learned
 ALONE, OTHER = "(nothing else is implemented)", "give another checkpoint"
 
 

@@ -21,21 +21,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_min.cli import UserError, printable, warn
+from llava_min.cli import UserError, printable, short, warn
 from llava_min.data.chat import render
-from llava_min.data.dataset import Dataset, evaluation_batch
+from llava_min.data.dataset import Dataset, evaluation_batch, loader
 from llava_min.data.parquet import Embedded
-from llava_min.data.picture import short
 from llava_min.data.processor import Processor
 from llava_min.data.record import Bad, Record, check_text, text_of
-from llava_min.dist import World, gather, uneven
+from llava_min.data.records import told
+from llava_min.dist import World, gather, total, uneven
 from llava_min.generate import generate
 from llava_min.llava import Llava
 from llava_min.log import clock
 from llava_min.metrics import Rule, find, interval, measure, resampled
+from llava_min.step import supervised_in
 
 EVERY = 2.0  # seconds between two lines of progress
-NAMED = 5  # how many ids a message tells
 
 
 # ---- answers
@@ -66,7 +66,7 @@ def predict(model: Llava, processor: Processor, records: Sequence[Record], batch
     start = told = time.perf_counter()
     answered = {}
     with uneven(model, world, asked):
-        prepared = ahead(lambda chosen: prepare(processor, [records[i] for i in chosen], exif), mine)
+        prepared = ahead(lambda chosen: batch_of(processor, [records[i] for i in chosen], exif), mine)
         for n, (chosen, (found, batch)) in enumerate(zip(mine, prepared, strict=True), 1):
             if batch:
                 answer(model, processor, found, batch, logprob, options)
@@ -108,7 +108,33 @@ def ahead(f: Callable, items: Sequence) -> Iterator:
             yield before.result()
 
 
-def prepare(processor: Processor, records: list[Record], exif: bool) -> tuple[list[dict], dict[str, Tensor] | None]:
+def check_metrics(names: Sequence[str], best: str | None) -> None:
+    """Each metric of `names` can be had, and `best` is what they or the loss give, or UserError."""
+    metrics = find(names)
+    if not (best or "loss").startswith(("loss", *metrics)):  # pope_f1 is of pope
+        raise UserError(f"--best-metric: {printable(best)} is not evaluated; give one of {', '.join(['loss', *metrics])}")
+
+
+def on_held_out(model: Llava, dataset: Dataset, records: Sequence[Record], loss_of: Callable[[dict], Tensor], world: World,
+                metrics: Sequence[str], batch_size: int, asked: Callable[[], int], **options) -> tuple[dict[str, float], list[dict]]:
+    """{"loss": per supervised token, and each of `metrics`} of the held-out `records`, which the ranks share; and their rows.
+
+    dataset: the training view of the records. loss_of: a batch -> its loss, summed. The rest as in `predict`.
+    """
+    nll, tokens = 0.0, 0
+    mine = [(i,) for i in range(world.rank, len(dataset), world.size)]
+    model.eval()
+    with torch.no_grad(), uneven(model, world, asked) as check:
+        for batch, _ in loader(dataset, [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]):
+            nll, tokens = nll + float(loss_of(batch)), tokens + supervised_in(batch)
+            check()
+    rows = predict(model, dataset.processor, records, batch_size, dataset.exif, world=world, asked=asked, **options)
+    model.train()
+    nll, tokens = total(world, nll, tokens)
+    return {"loss": nll / tokens} | {name: m["score"] for name, m in score(rows, metrics).items()}, rows
+
+
+def batch_of(processor: Processor, records: list[Record], exif: bool) -> tuple[list[dict], dict[str, Tensor] | None]:
     """The rows of a batch without answers, and the batch of those whose pictures can be read, None if there are none."""
     rows, ready = [], []
     for record in records:
@@ -122,12 +148,12 @@ def prepare(processor: Processor, records: list[Record], exif: bool) -> tuple[li
 
 def unanswered(record: Record) -> dict:
     """The row of a record without its answer."""
-    whole = json.dumps([record.messages, [place(p, record) for p in record.images]])
+    whole = json.dumps([record.messages, [picture_key(p, record) for p in record.images]])
     return {"id": record.id, "prompt": text_of(record.messages[-2]), "prediction": "", "references": references(record),
             "record": hashlib.sha256(whole.encode()).hexdigest()[:16]}
 
 
-def place(p: object, record: Record) -> list:
+def picture_key(p: object, record: Record) -> list:
     """What tells a picture from others, before it is opened: its name in its folder, and the size of its file."""
     if isinstance(p, Embedded):
         return [p.path.name, p.group, p.row, p.index]
@@ -217,14 +243,10 @@ def read_answers(folder: Path, records: Sequence[Record]) -> dict[int, dict]:
                 found[waiting[asked].pop(0)] = row
     if strange:
         raise UserError(f"{folder}: {len(strange)} of its {n} answers are to questions that --data does not hold, or about "
-                        f"other pictures ({named(strange)}); give another --out")
+                        f"other pictures ({told(map(short, strange), ', ')}); give another --out")
     if twice:
         warn(f"{folder}: {twice} of its {n} answers stand there twice and count once")
     return found
-
-
-def named(ids: Sequence[str]) -> str:
-    return ", ".join(short(id) for id in ids[:NAMED]) + (", …" if len(ids) > NAMED else "")
 
 
 # ---- scores

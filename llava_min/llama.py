@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_min import lean
-from llava_min.attention import attention
+from llava_min.attention import additive, attention
 from llava_min.config import TextConfig
 
 ALL, LAST = slice(None), slice(-1, None)  # of a row's tokens, those whose hidden states are asked for
@@ -54,7 +54,7 @@ def causal_mask(real: Tensor) -> Tensor:
 
 
 def dot(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
-    """q (R, M, D) with k (R, S, D) -> scaled scores (R, M, S), masked by what `KVCache.hide` made."""
+    """q (R, M, D) with k (R, S, D) -> scaled scores (R, M, S), masked by what `KVCache.mask_of` made."""
     scale = q.shape[-1] ** -0.5
     if mask is None:
         return torch.baddbmm(q.new_zeros(1), q, k.mT, beta=0, alpha=scale)
@@ -83,7 +83,7 @@ class KVCache:
         self.next_slot = torch.zeros(1, dtype=torch.long, device=device)  # `length`, on the device
         self.length = 0  # slots in use, the same for every row: prompts are padded on the left
         self.fresh = True  # nothing stood in it before the tokens just counted
-        self.padded = False
+        self.padded = False  # some row of the prompt has padding, which a step must not see
         self.tail, self.tail_length, self.branches = None, 0, 1
 
     def _allocate(self, rows: int, slots: int) -> list[tuple[Tensor, Tensor]]:
@@ -136,7 +136,7 @@ class KVCache:
         positions = (self.positions[:, None] + real.cumsum(-1) - 1).clamp(min=0)
         self.positions += real.sum(-1)
         if self.tail is not None:
-            return positions, self.hide(~self.filled[:, None, : self.length]) if self.padded else None
+            return positions, self.mask_of(self.filled[:, None, : self.length]) if self.padded else None
         self.new = self.next_slot + torch.arange(tokens, device=self.device)  # their slots, for `write`
         self.filled.index_copy_(1, self.new, real)
         self.next_slot += tokens
@@ -147,7 +147,7 @@ class KVCache:
             return positions, None
         slots = torch.arange(self.slots if self.static else self.length, device=self.device)
         visible = self.filled[:, None, : len(slots)] & (slots <= self.new[:, None]) | (slots == self.new[:, None])
-        return positions, self.hide(~visible)
+        return positions, self.mask_of(visible)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """k, v (rows, K, T, D) of the tokens just counted."""
@@ -158,11 +158,10 @@ class KVCache:
             else:
                 store[:, :, end - x.shape[2] : end] = x
 
-    def hide(self, hidden: Tensor) -> Tensor:
-        """hidden (B, T, S) bool -> additive mask (B*K, N*G, T, S), once a step what `attend` adds in every block."""
+    def mask_of(self, visible: Tensor) -> Tensor:
+        """visible (B, T, S) bool -> additive mask (B*K, N*G, T, S), once a step what `attend` adds in every block."""
         kv, heads = self.config.num_key_value_heads, self.config.num_attention_heads
-        mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
-        return mask.repeat_interleave(kv, dim=0)[:, None].repeat(1, self.branches * heads // kv, 1, 1)
+        return additive(visible, self.dtype).repeat_interleave(kv, dim=0)[:, None].repeat(1, self.branches * heads // kv, 1, 1)
 
     def attend(self, layer: int, q: Tensor, mask: Tensor | None) -> Tensor:
         """q (B*N, H, T, D) against the trunk and, after `branch`, each row's own tail -> (B*N, H, T, D).
@@ -171,8 +170,9 @@ class KVCache:
         slower, and it cannot read one trunk for N rows. In bf16 on CPU their second factor has to lie in memory
         order, or a product takes three times as long: hence the order of the keys.
         """
-        (k, v), n, (_, h, t, d) = self.trunk[layer], self.branches, q.shape
-        b, kv = k.shape[:2]
+        k, v = self.trunk[layer]
+        b, kv, n = len(k), k.shape[1], self.branches
+        _, h, t, d = q.shape
         seen = self.slots if self.static and self.tail is None else self.length
         k, v, q = k[:, :, :seen].flatten(0, 1), v[:, :, :seen].flatten(0, 1), q.to(self.dtype)  # k, v (B*K, S, D)
         if self.tail is None:

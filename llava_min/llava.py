@@ -13,10 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from llava_min.cli import UserError
 from llava_min.clip import VisionTower
-from llava_min.config import LlavaConfig
+from llava_min.config import IGNORE, LlavaConfig
 from llava_min.llama import Llama, causal_mask
 
-IGNORE = -100  # the label of a token that is not learned
 LOGIT_ROWS = 1024  # supervised positions whose logits exist at one time
 
 
@@ -106,7 +105,8 @@ class Llava(nn.Module):
                                              and pixel_values.ndim == 4 and pixel_values.shape[1:] == (3, size, size)):
             raise UserError(f"pixel_values: {told(pixel_values)}, expected a float tensor (pictures, 3, {size}, {size}), "
                             "as the processor makes it")
-        low, high, vocabulary = *input_ids.aminmax(), self.config.text.vocab_size
+        vocabulary = self.config.text.vocab_size
+        low, high = input_ids.aminmax()
         if low < 0 or high >= vocabulary:
             raise UserError(f"input_ids: {int(low)} to {int(high)}, expected ids from 0 to {vocabulary - 1}; "
                             "the processor belongs to another model")

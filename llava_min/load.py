@@ -179,8 +179,8 @@ def load(source: str, *, dtype: str | torch.dtype = "auto", device: str | torch.
     source: a folder in the layout of llava-hf or of the original LLaVA-1.5, a hub id, or "tiny", the bundled
     one. dtype: "auto", "fp32", "bf16", "fp16" or a torch.dtype; auto is what the checkpoint stores, but on
     CPU fp32 for small models and bf16 for large ones. device: "auto" takes the GPU where there is one.
-    adapter: a PEFT folder, applied unmerged. image_aspect_ratio: "pad" or "crop", None for what the
-    checkpoint records.
+    adapter: a PEFT folder, applied unmerged. image_aspect_ratio ("pad", "crop") and template (a name of
+    data/chat.py): None for what the checkpoint records. revision: of a hub id.
     Raises UserError, in one line, for whatever is wrong with the files.
     """
     ready = prepare(source, image_aspect_ratio=image_aspect_ratio, template=template, revision=revision)

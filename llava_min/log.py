@@ -45,10 +45,12 @@ class Log:
         for copy in self.copies:
             copy(step, {k: v for k, v in values.items() if isinstance(v, int | float)})
 
-    def sample(self, **values: Any) -> None:
-        """An answer of the model on the way, with its question."""
-        if self.folder is not None:
-            self.append("samples.jsonl", values)
+    def samples(self, step: int, rows: Sequence[dict], records: Sequence[Any]) -> None:
+        """Answers of the model on the way, each a row of evaluate.py, with the first picture of its record."""
+        for row, record in zip(rows, records) if self.folder else ():
+            self.append("samples.jsonl", {"step": step, "id": row["id"], "prompt": row["prompt"], "prediction": row["prediction"],
+                                          "reference": next(iter(row["references"]), ""),
+                                          "image": next((str(p) for p in record.images if isinstance(p, Path)), None)})
 
     def append(self, name: str, values: dict[str, Any]) -> None:
         path = self.folder / name

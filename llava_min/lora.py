@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava_min.cli import UserError, printable
+from llava_min.config import LINEARS
 from llava_min.dist import local, own_rows, split
 from llava_min.layouts import WRITE, translate
 from llava_min.packed import dense
 from llava_min.weights import PIECE
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a decoder block
 # Our prefix -> the module path in transformers of today, which PEFT's keys repeat.
 PATHS = [("vision_tower.layers.", "model.vision_tower.encoder.layers."), ("lm_head", "lm_head"), ("", "model.")]
 
@@ -71,7 +71,7 @@ def cut(whole: Tensor, p: Tensor) -> Tensor:
 
 
 class Matrix(nn.Module):
-    """A parameter `weight` without values."""
+    """A parameter named `weight`, so that PEFT's lora_A.weight is ours; it has no values yet."""
 
     def __init__(self, rows: int, columns: int, device: torch.device):
         super().__init__()
@@ -101,8 +101,9 @@ class LoRALinear(nn.Module):
             local(m).copy_(norms if split(w) else cut(norms, m))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        a, b, kind, shape = self.lora_A.weight, self.lora_B.weight, x.device.type, x.shape
-        x = x.flatten(0, -2)
+        a, b, shape = self.lora_A.weight, self.lora_B.weight, x.shape
+        kind = x.device.type
+        x = x.flatten(0, -2)  # (rows, in)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else a.dtype
         dropped = F.dropout(x.to(dtype), self.dropout, self.training)
         h = F.linear(dropped, a)  # (rows, r)

@@ -19,19 +19,19 @@ from llava_min.cli import UserError, printable, warn
 from llava_min.llava import Llava
 
 
+MOST_BRANCHES = 1024  # of a prompt: each has keys and values of its own
+THEIRS = {"do_sample": "temperature", "max_length": "max_new_tokens", "min_length": "min_new_tokens"}  # transformers' -> ours
+
+
 @functools.cache
 def tell(line: str) -> None:
     """A warning, once in a process, however many answers are made."""
     warn(line)
 
 
-MOST_BRANCHES = 1024  # of a prompt: each has keys and values of its own
-THEIRS = {"do_sample": "temperature", "max_length": "max_new_tokens", "min_length": "min_new_tokens"}  # transformers' -> ours
-
-
 def read_ids(name: str, ids: int | Iterable[int], vocabulary: int) -> list[int]:
-    """The ids, each once; any kind of whole number is one."""
-    found = {}
+    """The ids without repeats: of Python, numpy or torch, one or many. UserError for what is no id of the `vocabulary`."""
+    found = []
     for id in ids if isinstance(ids, Iterable) and getattr(ids, "ndim", 1) else [ids]:
         try:
             i = -1 if isinstance(id, bool) else operator.index(id)
@@ -39,8 +39,8 @@ def read_ids(name: str, ids: int | Iterable[int], vocabulary: int) -> list[int]:
             i = -1
         if not 0 <= i < vocabulary:
             raise UserError(f"{name}: {id!r:.40} was given, expected a token id from 0 to {vocabulary - 1}")
-        found[i] = True
-    return list(found)
+        found.append(i)
+    return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_min.cli import UserError, printable
+from llava_min.cli import UserError, is_quick, is_regex, printable
+from llava_min.data.toy import TASKS
 from llava_min.files import read_json
-
-
-def simple(pattern: str) -> bool:
-    """Whether it is a regex that cannot run for ever, by the rule that adapter.py has for a stranger's."""
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return len(re.findall(r"[*+?{]", pattern)) <= 2 and not re.search(r"\)[*+?{]", pattern)
 
 
 def names_of(argv: Sequence[str]) -> set[str]:
@@ -39,13 +31,16 @@ def check_finished(folder: Path, k: Any, argv: Sequence[str]) -> None:
 def check_settings(k: Any, argv: Sequence[str]) -> None:
     """`k`: train.py's knobs; `argv`: what of them was typed. Raises UserError."""
     toy, saved = (k.data or "").startswith("toy:"), k.save_every != "0"
+    tasks = [f"toy:{task}" for task in TASKS]
     faults = {
         "--data: not given; give a LLaVA JSON file, or --recipe toy": k.data is None and not k.dry_run,
+        f"--data {printable(k.data)}: no such toy task; there are {', '.join(tasks)}": toy and k.data not in tasks,
         f"--betas: {k.betas} is not two numbers below 1; give for example 0.9,0.999": len(k.betas) != 2 or max(k.betas) >= 1,
         f"--save-every: {printable(k.save_every)} is not a number of steps, minutes like 30m, or epoch; give one":
             not re.fullmatch(r"\d{1,9}|[1-9]\d{0,6}m|epoch", k.save_every),
         f"--lora-targets: {printable(','.join(k.lora_targets))[:200]} is not names or a regex with at most two repetitions, none of a group; "
-        "write the layers out, with | between them": k.train == "lora" and not all(map(simple, k.lora_targets)),
+        "write the layers out, with | between them":
+            k.train == "lora" and not all(is_regex(t) and is_quick(t, 2, 1 << 17) for t in k.lora_targets),
         "--lora-dropout: 1 leaves LoRA nothing to learn from; give less": k.lora_dropout == 1,
         "--group-by-length: with --packing there is no padding to save; choose one of them": k.group_by_length and k.packing,
         "--best-metric: keeps a checkpoint, and --save-every 0 allows none; give another": k.best_metric and not saved}

@@ -1,4 +1,5 @@
-"""Ctrl-C, SIGTERM and SIGUSR1, by which a cluster takes a machine back, and SIGHUP of a lost terminal: save what there is, and stop.
+"""Signals that stop a run: it saves what there is, and ends. Ctrl-C, SIGTERM and SIGUSR1, by which a cluster takes a machine
+back, and SIGHUP of a lost terminal.
 
 The first signal is noted and the loop of train.py asks for it, because a step or a save that is torn in the middle is
 worth nothing. Where nothing can be torn (at the start, while pictures are loaded, in an evaluation) it raises at once.

@@ -5,7 +5,7 @@ No model file hears of any of it.
 
 import gc
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llava_min.cli import UserError, note, printable
-from llava_min.config import SIZES, LlavaConfig
+from llava_min.config import IGNORE, SIZES, LlavaConfig
+from llava_min.data.records import read_records
 from llava_min.data.sampler import plan
-from llava_min.llava import IGNORE, LOGIT_ROWS
-from llava_min.load import TINY, read_config
+from llava_min.dist import World
+from llava_min.llava import LOGIT_ROWS
+from llava_min.load import TINY, on_meta, read_config
+from llava_min.trainable import choose, table
 from llava_min.weights import DTYPES
 
 
@@ -77,6 +80,14 @@ def largest_batch(rows: int, fits: Callable[[int], bool]) -> int:
                     "--max-length, --train lora, or --cpu-offload")
 
 
+def no_memory(step: int, batch_size: int, rows: int) -> UserError:
+    """The line for an optimizer step of `rows` rows a rank that ran out of memory."""
+    half = batch_size // 2
+    same = f"--auto-batch-size, or --batch-size {half} --grad-accum {rows // half} (the same steps), " if half else ""
+    return UserError(f"step {step}: out of memory with --batch-size {batch_size}; give {same}--gradient-checkpointing, a smaller "
+                     "--max-length, or --cpu-offload")
+
+
 def try_step(work: Callable[[], Tensor], model: nn.Module) -> bool:
     """Whether forward and backward of `work`'s loss fit into memory, with what Adam keeps beside them."""
     adam: list[Tensor] = []
@@ -109,15 +120,32 @@ def named_config(name: str) -> LlavaConfig:
     return SIZES[size]
 
 
-def show_plan(model: nn.Module, records: Sequence, knobs: Any, ranks: int) -> None:
-    """What `--dry-run` says besides the table: the steps, and the memory of each rank by part. `model` is on meta."""
+def dry_run(knobs: Any, world: World) -> None:
+    """What `--dry-run` says: what learns, the steps, and the memory of each rank. No weights are read, no picture is drawn."""
+    model = on_meta(named_config(knobs.model))
+    choose(model, knobs, world.device)
+    knobs.max_length = row_length(knobs.max_length, model.config.text.context)
+    lengths = []
+    try:
+        if (knobs.data or "").startswith("toy:"):
+            lengths = [1] * knobs.toy_train
+        elif knobs.data:
+            lengths = [r.length if r.images else -r.length for r in read_records(knobs.data, knobs.image_folder)]
+    except UserError as e:
+        note(f"no records to count the steps by: {e}")
+    if world.rank == 0:
+        print(table(model), file=sys.stderr)
+        show_plan(model, lengths, knobs, world.size)
+
+
+def show_plan(model: nn.Module, lengths: list[int], knobs: Any, ranks: int) -> None:
+    """The steps over records of these `lengths` (`sampler.plan`), and the memory of each rank by part. `model` is on meta."""
     rows = knobs.batch_size * knobs.grad_accum * ranks
     said = [f"a step is {rows} rows: batch size {knobs.batch_size} x accumulation {knobs.grad_accum} x ranks {ranks}"]
-    if records:
-        lengths = [r.length if r.images else -r.length for r in records]
+    if lengths:
         steps = len(plan(lengths, knobs.batch_size, knobs.grad_accum, ranks, knobs.epochs, knobs.max_steps, knobs.seed,
                          group_by_length=knobs.group_by_length))
-        said.append(f"{len(records)} records, {'at most ' if knobs.packing else ''}{steps} steps")
+        said.append(f"{len(lengths)} records, {'at most ' if knobs.packing else ''}{steps} steps")
     text, item = model.config.text, DTYPES[knobs.precision].itemsize
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained

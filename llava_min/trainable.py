@@ -4,11 +4,15 @@ LLaVA trains the projector alone first, then projector and language model, or Lo
 https://arxiv.org/abs/2310.03744). The parts of the vision tower that are never run have no gradient; they never learn.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from llava_min.cli import UserError, printable
 from llava_min.dist import local
+from llava_min.lora import LoRAConfig, add_lora
+from llava_min.optim import check_optimizer, parameter_groups
 
 VISION, PROJECTOR, LANGUAGE, HEAD = "vision_tower", "multi_modal_projector", "language_model", "lm_head"
 
@@ -49,6 +53,20 @@ def select(model: nn.Module, train: str, *, train_projector: bool | None = None,
     if not learns or train == "lora" and not any(".lora_" in name for name in learns):
         raise UserError(f"--train {train}: {'no LoRA layer' if learns else 'nothing'} is left to learn; switch a part on, "
                         "or choose another")
+
+
+def choose(model: nn.Module, knobs: Any, device: torch.device) -> LoRAConfig:
+    """LoRA layers and requires_grad as train.py's `knobs` say, on `model`, which is on meta; the optimizer can be had."""
+    k = knobs
+    lora = LoRAConfig(k.lora_r, k.lora_alpha, k.lora_dropout, k.lora_targets, k.dora, k.rslora)
+    if k.train == "lora":
+        if k.lora_r > (width := model.config.text.hidden_size):
+            raise UserError(f"--lora-r: {k.lora_r} is above the model's width of {width}, where an update is no longer of low rank; "
+                            "lower it")
+        add_lora(model, lora)
+    select(model, k.train, train_projector=k.train_projector, train_vision=k.train_vision)
+    check_optimizer(k.optimizer, parameter_groups(model, k.lr, k.weight_decay, k.projector_lr, k.vision_lr), k.betas, device)
+    return lora
 
 
 def inside(name: str, modules: set[str]) -> bool:

@@ -56,7 +56,7 @@ class Reader:
         return self.file
 
     def fill(self, out: Tensor, entry: Entry, first: int = 0) -> None:
-        """Read into `out`, in its dtype and on its device, as many rows of `entry` from `first` on as it has.
+        """Read into `out`, in its dtype and on its device, the rows of `entry` from `first` on, as many as `out` has.
 
         Raises UserError for a value that is not finite in that dtype.
         """
@@ -103,23 +103,26 @@ def load_weights(model: nn.Module, entries: dict[str, Entry], dtype: torch.dtype
         if name in places:
             new = make_parameter(model, places[name], dtype, device, offload)
             first, end = own_rows(model.get_parameter(places[name]))
-            stored = max(first, min(end, entry.shape[0]))
-            reader.fill(new[: stored - first], entry, first)
-            if stored < end:  # rows for added tokens, about where the converter puts them
-                new[stored - first :] = mean_row(reader, entry)
+            there = max(first, min(end, entry.shape[0])) - first  # of our rows, those that the file has
+            reader.fill(new[:there], entry, first)
+            if there < len(new):  # rows for added tokens, about where the converter puts them
+                new[there:] = mean_row(reader, entry)
     for name in places.keys() - entries.keys():
         make_parameter(model, places[name], dtype, device, offload).fill_(math.nan)
     model.tie_weights()
     for name in entries.keys() - places.keys():
-        p = model.get_parameter(name).detach()
-        first, end = own_rows(p)
-        for row, stop in row_ranges(entries[name], first, end):
-            mine = local(p)[row - first : stop - first]
-            again = torch.empty_like(mine)
-            reader.fill(again, entries[name], row)
-            if not torch.equal(again, mine):
-                raise UserError(f"{entries[name]} differs from the embedding, but config.json says "
-                                "tie_word_embeddings; correct one of them")
+        check_tied(reader, entries[name], model.get_parameter(name))
+
+
+def check_tied(reader: Reader, entry: Entry, p: Tensor) -> None:
+    """A head that is stored though it is tied equals the embedding `p`, in this process's rows, or UserError."""
+    first, end = own_rows(p)
+    for row, stop in row_ranges(entry, first, end):
+        mine = local(p)[row - first : stop - first]
+        again = torch.empty_like(mine)
+        reader.fill(again, entry, row)
+        if not torch.equal(again, mine):
+            raise UserError(f"{entry} differs from the embedding, but config.json says tie_word_embeddings; correct one of them")
 
 
 def mean_row(reader: Reader, entry: Entry) -> Tensor:

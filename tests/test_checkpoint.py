@@ -77,12 +77,12 @@ def test_fingerprints_tell_files_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "BIG", 1 << 18)
     a, b = tmp_path / "a", tmp_path / "b"
     a.write_bytes(bytes(1 << 23)), b.write_bytes(bytes(10))
-    first = checkpoint.fingerprint([a, b])
-    assert first == checkpoint.fingerprint([a, b]) != checkpoint.fingerprint([b, a])
+    first = checkpoint.hash_files([a, b])
+    assert first == checkpoint.hash_files([a, b]) != checkpoint.hash_files([b, a])
     a.write_bytes(bytes((1 << 23) - 1) + b"x")
-    assert checkpoint.fingerprint([a, b]) != first
+    assert checkpoint.hash_files([a, b]) != first
     a.write_bytes(bytes(1 << 23)), b.write_bytes(bytes(9) + b"x")
-    assert checkpoint.fingerprint([a, b]) != first
+    assert checkpoint.hash_files([a, b]) != first
 
 
 def test_when_a_checkpoint_is_due(tmp_path, monkeypatch):

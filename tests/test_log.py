@@ -31,7 +31,7 @@ def test_a_line_that_is_too_long_loses_its_end_first():
 
 def test_a_silent_rank_writes_nothing(tmp_path, capsys):
     log = Log(None, total=10)
-    log.write(step=1, loss=1.0), log.step(1, loss=1.0), log.say("x"), log.sample(step=1)
+    log.write(step=1, loss=1.0), log.step(1, loss=1.0), log.say("x"), log.samples(1, [], [])
     assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from llava_min.cli import UserError
 from llava_min.data.chat import parts
 from llava_min.data.record import text_of
-from llava_min.data.records import Skips, fingerprint, read_records
+from llava_min.data.records import Skips, hash_records, read_records
 
 IMAGE = {"type": "image"}
 
@@ -145,17 +145,17 @@ def test_what_a_mixture_is_told_by(tmp_path, images):
         data = [record("<image>", "x", image=name, id=i) for i, name in enumerate(names[:n])]
         return read_records(written(tmp_path / "x.json", data), folder, skips)
 
-    want, moved = fingerprint(found()), tmp_path / "moved"
+    want, moved = hash_records(found()), tmp_path / "moved"
     shutil.copytree(images, moved)
-    assert fingerprint(found(moved)) == want == fingerprint(found())
-    assert len({want, fingerprint(found(n=3)), fingerprint(found()[::-1]), fingerprint(found() * 2), fingerprint([])}) == 5
+    assert hash_records(found(moved)) == want == hash_records(found())
+    assert len({want, hash_records(found(n=3)), hash_records(found()[::-1]), hash_records(found() * 2), hash_records([])}) == 5
     (moved / "a.png").rename(moved / "t"), (moved / "b.png").rename(moved / "a.png"), (moved / "t").rename(moved / "b.png")
-    assert fingerprint(found(moved)) != want
+    assert hash_records(found(moved)) != want
     shutil.rmtree(moved), shutil.copytree(images, moved)
     (moved / "ü x.png").unlink()
-    assert fingerprint(found(moved, skips=Skips(cap=0.5))) != want
+    assert hash_records(found(moved, skips=Skips(cap=0.5))) != want
     (moved / "ü x.png").symlink_to(moved / "gone.png")
-    assert fingerprint(found(moved)) != want
+    assert hash_records(found(moved)) != want
 
 
 # ---- what is refused: (file content, words the message must hold)

@@ -8,8 +8,7 @@ import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from llava_min.cli import UserError, printable, warn
-from llava_min.data.picture import short
+from llava_min.cli import UserError, printable, short, warn
 from llava_min.data.record import Bad, Record, check_text, in_folder, kind
 from llava_min.data.records import Files, parse, raw_records, sources, told
 from llava_min.files import check_file

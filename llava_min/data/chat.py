@@ -179,7 +179,7 @@ def template(name: str) -> Template:
     return TEMPLATES[name]
 
 
-# ---- messages ----------------------------------------------------------------------------------------------
+# ---- messages
 
 
 def check(messages: list[dict]) -> None:
@@ -266,7 +266,7 @@ def render(name: str, messages: list[dict], *, answer: bool) -> list[Piece]:
     return out
 
 
-# ---- which template a checkpoint wants ---------------------------------------------------------------------
+# ---- which template a checkpoint wants
 
 _ROLE_MARKS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", "[INST]": "mistral",
                "ASSISTANT:": None}  # vicuna_v1 or llava_hf, by the layout

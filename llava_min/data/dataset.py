@@ -16,15 +16,15 @@ from typing import Literal
 
 import torch
 
-from llava_min.cli import UserError, warn
+from llava_min.cli import UserError, short, warn
+from llava_min.config import IGNORE
 from llava_min.data.chat import Piece, parts, render
-from llava_min.data.picture import short
-from llava_min.data.processor import IGNORE, Processor
+from llava_min.data.processor import Processor
 from llava_min.data.record import Record, text_of
 from llava_min.data.records import told
 from llava_min.data.sampler import Row
 
-# ---- the training view -------------------------------------------------------------------------------------
+# ---- the training view
 
 
 class Dataset(torch.utils.data.Dataset):
@@ -32,7 +32,8 @@ class Dataset(torch.utils.data.Dataset):
 
     What to do with a record of more than `max_length` tokens, pictures included, is `too_long`:
         error    a UserError when the dataset is made: cut, it would lose its end token, and at times all that it teaches
-        shorten  its last turns are dropped whole until it fits; if one turn is too long, the record is. Both are told.
+        shorten  its last turns are dropped whole until it fits; if its first is too long by itself, the record is. A warning
+                 counts both.
     """
 
     def __init__(self, records: Sequence[Record], processor: Processor, *, max_length: int = 2048, exif: bool = False,
@@ -64,8 +65,8 @@ class Dataset(torch.utils.data.Dataset):
             raise UserError(f"record {short(r.id)}: {e}") from None
 
     def tokens(self, r: Record, enough: int = 0) -> int:
-        """Exact if it is more than `enough`. A token is at least a byte, and NFC (Unicode TR15) makes at most three of one,
-        so most records need no count."""
+        """The tokens of a record; an upper bound where that is at most `enough`, so that most records need no count: a token
+        is at least a byte, and NFC (Unicode TR15) makes at most three bytes of one."""
         p, pieces, most = self.processor, self.pieces(r), 1
         for x in pieces:
             if x.text is not None:
@@ -107,8 +108,8 @@ def join(items: list[dict]) -> dict:
 
 
 def collate(items: list[dict]) -> dict[str, torch.Tensor]:
-    """input_ids, labels, attention_mask (B, T) int64, padded on the right; pixel_values (N, 3, S, S), in reading order;
-    of joined records, segments (B, T), −1 at padding.
+    """input_ids, labels (B, T) int64, padded on the right; pixel_values (N, 3, S, S), in reading order; of joined records,
+    segments (B, T), −1 at padding.
 
     Of no items it makes a row that teaches nothing, for a rank that has to run a step along with the others.
     """
@@ -122,7 +123,6 @@ def collate(items: list[dict]) -> dict[str, torch.Tensor]:
         return out
 
     out = {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORE)}
-    out["attention_mask"] = torch.tensor([len(x["input_ids"]) for x in items])[:, None].gt(torch.arange(T)).long()
     if "segments" in items[0]:
         out["segments"] = padded("segments", -1)
     pixels = [x["pixel_values"] for x in items if "pixel_values" in x]
@@ -200,7 +200,7 @@ def loader(dataset: Dataset, micro_batches: Sequence[list[Row]], workers: int = 
             atexit.unregister(stop)
 
 
-# ---- the evaluation view -----------------------------------------------------------------------------------
+# ---- the evaluation view
 
 
 def evaluation_batch(records: list[Record], processor: Processor, exif: bool = False,

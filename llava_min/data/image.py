@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from llava_min.cli import UserError, warn
-from llava_min.data.picture import check_size, short
+from llava_min.cli import UserError, short, warn
+from llava_min.data.picture import check_size
 
 ASPECTS = {"pad": "pad", "crop": "crop", "square": "crop"}  # "square": the original's name for CLIP's crop
 FAMILIES = {"CLIPImageProcessor", "LlavaImageProcessor", "CLIPFeatureExtractor"}

@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 
 from PIL import Image, ImageOps
 
-from llava_min.cli import UserError, printable, warn
+from llava_min.cli import UserError, short, warn
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_BYTES = 2**26  # 64 MiB of file
@@ -34,12 +34,6 @@ OTHERS = [  # how a file that is no picture of ours begins (a regular expression
     (rb"....ftyp(hei|hev|mif|msf|avi)", "a HEIC or AVIF picture; convert it to JPEG or PNG"),
     (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf", "an archive; unpack it first"),
 ]
-
-
-def short(x: object, n: int = 60) -> str:
-    """`x` as text that a message can quote."""
-    text = printable(x)
-    return text if len(text) <= n else text[:n] + "…"
 
 
 lock = threading.Lock()

@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 
 from llava_min.cli import UserError, printable, warn
+from llava_min.config import IGNORE
 from llava_min.data.chat import LLAVA_HF_JINJA, Piece, check, parts, render, template
 from llava_min.data.image import ImageConfig, to_pixels
 from llava_min.data.tokenizer import Tokenizer
 from llava_min.files import write_json
 
-IGNORE = -100  # label of a token that is not supervised
 MARK = "<image>"
 
 Pictures = Image.Image | list[Image.Image] | list[list[Image.Image]] | None

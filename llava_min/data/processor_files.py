@@ -7,12 +7,11 @@ an error that names both.
 from dataclasses import replace
 from pathlib import Path
 
-from llava_min.cli import UserError, note, printable
+from llava_min.cli import UserError, note, printable, short
 from llava_min.config import LlavaConfig
 from llava_min.data.chat import choose
 from llava_min.data.image import ASPECTS, ImageConfig
-from llava_min.data.picture import short
-from llava_min.data.processor import Processor
+from llava_min.data.processor import MARK, Processor
 from llava_min.data.tokenizer import Tokenizer
 from llava_min.data.tokenizer_files import read_optional
 from llava_min.files import check_file, read_json
@@ -66,11 +65,9 @@ def read_processor(folder: Path, config: LlavaConfig, clip_folder: Path | None, 
                    template: str | None) -> Processor:
     """`clip_folder`: of the original layout's tower. `aspect`, `template`: the caller's, None for what the folder says."""
     tokenizer = Tokenizer.load(folder)
-    if tokenizer.token_id("<image>") is None:
-        tokenizer.add_special("<image>", config.image_token_id)
-    if tokenizer.token_id("<image>") != config.image_token_id:
+    if (known := tokenizer.token_id(MARK)) not in (None, config.image_token_id):
         raise UserError(f"{folder}: image_token_index is {config.image_token_id} in config.json but <image> "
-                        f"is {tokenizer.token_id('<image>')} in the tokenizer; correct one of them")
+                        f"is {known} in the tokenizer; correct one of them")
     if len(tokenizer) > config.text.vocab_size:
         raise UserError(f"{folder}: the tokenizer knows {len(tokenizer)} tokens but vocab_size is "
                         f"{config.text.vocab_size}; the tokenizer belongs to another model")

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from llava_min.cli import UserError
+from llava_min.cli import UserError, short
 from llava_min.data.chat import exchanges
 from llava_min.data.parquet import Embedded
-from llava_min.data.picture import open_image, short
+from llava_min.data.picture import open_image
 from llava_min.data.processor import MARK
 
 ROLES = {"human": "user", "gpt": "assistant"}

@@ -13,9 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from llava_min.cli import UserError, warn
+from llava_min.cli import UserError, short, warn
 from llava_min.data.parquet import parquet_records
-from llava_min.data.picture import short
 from llava_min.data.record import Bad, Record, from_raw, unused
 from llava_min.data.sampler import MOST
 from llava_min.files import check_file
@@ -182,8 +181,9 @@ def read_file(path: Path, image_folder: str | os.PathLike | None, skips: Skips |
     if headless:
         warn(f"{path}: {headless} records begin with an answer, which is left out, as LLaVA does")
     if fields:
-        warn(f"{path}: fields that are not used: {told((f'{short(name)} ({n} times)' for name, n in fields.most_common()), ', ')}; every answer "
-             "is learnt from alike: take out those that should not be, and write a system text as a message of role system")
+        unread = told((f"{short(name)} ({n} times)" for name, n in fields.most_common()), ", ")
+        warn(f"{path}: fields that are not used: {unread}; every answer is learnt from alike: take out those that should not be, "
+             "and write a system text as a message of role system")
     return records
 
 
@@ -216,7 +216,7 @@ def read_records(data: str | os.PathLike, image_folder: str | os.PathLike | None
     return records
 
 
-def fingerprint(records: Sequence[Record]) -> str:
+def hash_records(records: Sequence[Record]) -> str:
     """sha256 over what the data files alone do not tell: which records are there, in which order, the names of their pictures
     and, as a look into each would take minutes, the sizes and beginnings of some. The folder of the pictures may be another."""
     digest, files = hashlib.sha256(), []

@@ -28,9 +28,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Tokenizer":
-        """Reads tokenizer.json if there is one, else tokenizer.model (as transformers chooses), with the
-        settings of tokenizer_config.json, added_tokens.json and special_tokens_map.json where present.
-        UserError names the file that is absent, malformed, or asks for something that is not implemented."""
+        """The tokenizer of a folder, from the files and with the errors of `read_folder`."""
         return cls(read_folder(Path(folder)))
 
     def __init__(self, source: Source):
@@ -112,13 +110,10 @@ class Tokenizer:
         raw, normalized = self.matchers
         ids = []
         for part in raw.cut(text, parse_special):
-            if isinstance(part, str):
-                for piece in normalized.cut(self.normalize(part, at), parse_special):
-                    ids += [piece] if isinstance(piece, int) else self.bpe.encode(self.dummy(piece, at))
-                    at = "special"
-            else:
-                ids.append(part)
-            at = "special"
+            pieces = [part] if isinstance(part, int) else normalized.cut(self.normalize(part, at), parse_special)
+            for piece in pieces:
+                ids += [piece] if isinstance(piece, int) else self.bpe.encode(self.dummy(piece, at))
+                at = "special"
         return ids
 
     def encode_prefixed(self, text: str, *, at: str = "start") -> list[int]:

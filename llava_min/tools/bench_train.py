@@ -133,7 +133,7 @@ class Transformers(Program):
         from transformers import LlavaForConditionalGeneration
 
         self.imported = time.perf_counter() - start
-        from llava_min.lora import LINEARS
+        from llava_min.config import LINEARS
 
         quiet()
         self.version = f"{transformers.__version__} + peft {peft.__version__}"
