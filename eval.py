@@ -38,7 +38,7 @@ class Knobs:
     adapter: Place | None = None  # a PEFT folder, applied unmerged
     data: Place | None = None  # records with the right answers, as train.py reads them; with --benchmark, its files
     image_folder: Place | None = None  # where the pictures lie; the data file's own folder if not given
-    benchmark: str | None = None  # vqav2, textvqa, textvqa-ocr, pope, or a settings file: how data is read and asked
+    benchmark: Place | None = None  # vqav2, textvqa, textvqa-ocr, pope, or a settings file: how data is read and asked
     metrics: tuple[str, ...] | None = None  # names, with commas between, or module:function; exact_match if not given
     batch_size: Count = 8  # rows generated at a time; the answers do not depend on it
     num_beams: Count = 1  # 1 is greedy
@@ -83,8 +83,8 @@ def main(argv: list[str]) -> int | None:
             records = benchmark_records(benchmark, knobs.data, knobs.image_folder)
         else:
             records = read_records(knobs.data, knobs.image_folder)
-        for record in records:
-            references(record)
+        if not any([references(record) for record in records]):
+            raise UserError(f"--data: none of its {len(records)} records has a right answer to compare with; give one that has")
         if knobs.by and not any(knobs.by in record.extra for record in records):
             raise UserError(f"--by {printable(knobs.by)}: no record has such a field; give one that stands beside the "
                             "conversation")
@@ -104,6 +104,8 @@ def main(argv: list[str]) -> int | None:
         # ---- what they are worth
         for side in sides:
             weigh(side, knobs, records)
+        if knobs.compare:
+            print(printable(sides[0].name))
         show(sides[0].scores)
         base, tuned, change = None, sides[0], None
         if knobs.compare:
@@ -168,7 +170,7 @@ def which(knobs: Knobs, compare: str | None) -> tuple[str, str | None]:
     """The model and the adapter of a side."""
     if not compare:
         return knobs.model, knobs.adapter
-    return (knobs.model, compare) if (Path(compare) / "adapter_config.json").is_file() else (compare, None)
+    return (knobs.model, compare) if os.path.isfile(Path(compare, "adapter_config.json")) else (compare, None)
 
 
 def check_side(knobs: Knobs, records: list, compare: str | None) -> dict[str, str]:
@@ -179,7 +181,7 @@ def check_side(knobs: Knobs, records: list, compare: str | None) -> dict[str, st
     from llava_min.load import prepare
 
     source, adapter = which(knobs, compare)
-    ready = prepare(source, image_aspect_ratio=knobs.image_aspect_ratio, template=knobs.template)
+    ready = prepare(source, adapter=adapter, image_aspect_ratio=knobs.image_aspect_ratio, template=knobs.template)
     if adapter:
         read_adapter(ready.model, Path(adapter))
     check_room(ready.model, ready.processor, records, knobs.max_new_tokens)
@@ -193,7 +195,7 @@ def answers(knobs: Knobs, records: list, world: Any, folder: Path | None, way: d
     import torch
 
     from llava_min.dist import gather
-    from llava_min.evaluate import predict, read_answers
+    from llava_min.evaluate import predict
     from llava_min.load import load
 
     model_name, adapter = which(knobs, compare)
@@ -216,10 +218,9 @@ def answers(knobs: Knobs, records: list, world: Any, folder: Path | None, way: d
                  "metrics": list(knobs.metrics), "seed": knobs.seed, "versions": versions()}
     done, file = {}, None
     if folder:
-        file = open_answers(folder, settings, world, held)
-        if world.rank == 0 and (done := read_answers(folder, records)):
+        file, done = open_answers(folder, settings, records, world, held)
+        if done and world.rank == 0:
             note(f"{folder}: goes on after {len(done)} of {len(records)} answers")
-        done = gather(world, done)[0]
 
     def save(rows: list[dict]) -> None:
         if file:
@@ -227,7 +228,8 @@ def answers(knobs: Knobs, records: list, world: Any, folder: Path | None, way: d
                 file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if "error" not in row))
                 file.flush()
 
-    rows = predict(model, processor, records, knobs.batch_size, progress=note if world.rank == 0 else lambda line: None,
+    name = f"{adapter or model_name}: " if knobs.compare else ""
+    rows = predict(model, processor, records, knobs.batch_size, progress=lambda line: world.rank or note(name + line),
                    world=world, done=done, save=save, **options)
     if model.dtype == torch.float32:
         settings["checked"] = "fp32: the answers do not depend on the batch size or the number of ranks"
@@ -315,13 +317,15 @@ def check_same(folder: Path, settings: dict) -> None:
                         "or the same settings")
 
 
-def open_answers(folder: Path, settings: dict, world: Any, held: ExitStack) -> TextIO:
-    """This rank's file of answers, to append to. Rank 0 locks its own, against another run in the same folder, before it
-    writes anything there."""
+def open_answers(folder: Path, settings: dict, records: list, world: Any, held: ExitStack) -> tuple[TextIO, dict[int, dict]]:
+    """This rank's file of answers, to append to, and those that are there. Rank 0 locks its own, against another run in the
+    same folder, before it writes anything there."""
     from llava_min.dist import gather
+    from llava_min.evaluate import read_answers
 
+    done = None
     if world.rank:
-        gather(world, None)  # the folder is ours
+        done = gather(world, None)[0]  # the folder is ours
     name = "predictions.jsonl" if world.rank == 0 else f"predictions-{world.rank}.jsonl"
     with writing(folder):
         file = held.enter_context(open(folder / name, "a", encoding="utf-8"))
@@ -334,14 +338,15 @@ def open_answers(folder: Path, settings: dict, world: Any, held: ExitStack) -> T
         if begun:
             check_same(folder, settings)
         try:
+            done = read_answers(folder, records)
             with writing(folder):
                 put(folder / "settings.json", [settings], indent=2)
         except UserError:
             if not begun:
                 (folder / name).unlink()
             raise
-        gather(world, None)
-    return file
+        gather(world, done)
+    return file, done
 
 
 def remove_empty(folder: Path) -> None:
@@ -375,9 +380,10 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def write_report(path: Path, records: list, tuned: Side, base: Side | None, change: dict | None) -> None:
+    from llava_min.data.record import earlier
     from llava_min.report import write_eval_report
 
-    rows = [row | {"images": record.images} for row, record in zip(tuned.rows, records, strict=True)]
+    rows = [row | {"images": record.images, "earlier": earlier(record)} for row, record in zip(tuned.rows, records, strict=True)]
     if base:
         rows = [row | {"base_prediction": old["prediction"], "base_scores": old["scores"]}
                 for row, old in zip(rows, base.rows, strict=True)]

@@ -50,7 +50,7 @@ class Knobs:
     template: str | None = None  # chat template; the checkpoint's if not given
     exif: bool = False  # turn pictures as their orientation tag says
     compile: bool = False  # one fused program per token: slow to start, fast after
-    chat: bool = False  # a conversation about the picture
+    chat: bool = False  # a conversation about one picture
     json: bool = False  # one JSON object per answer
 
 
@@ -76,7 +76,7 @@ def answer(knobs: Knobs, prompt: str | None) -> None:
     start = time.perf_counter()
     source = knobs.model or "tiny"
     question = prompt or (TINY_QUESTION if source == "tiny" else QUESTION)
-    ready = prepare(source, image_aspect_ratio=knobs.image_aspect_ratio, template=knobs.template)
+    ready = prepare(source, adapter=knobs.adapter, image_aspect_ratio=knobs.image_aspect_ratio, template=knobs.template)
     processor = ready.processor
     batch = processor.chat([{"role": "user", "content": content(question)}], images[:1])
     tokens, context = batch["input_ids"].shape[1], ready.model.config.text.context

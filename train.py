@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 from llava_min.cli import Count, Fraction, NonNegative, Place, Positive, Seed, UserError, Whole, flags, note, parse, run, short
 from llava_min.config import LINEARS
-from llava_min.settings import check_finished, check_settings
+from llava_min.settings import check_begun, check_finished, check_settings, names_of
 from llava_min.signals import Interrupted, Signals
 
 RECIPES = Path(__file__).parent / "llava_min" / "recipes"
@@ -25,7 +25,7 @@ RECIPES = Path(__file__).parent / "llava_min" / "recipes"
 
 @dataclass
 class Knobs:
-    recipe: str | None = None  # settings by name, or a .toml file; `toy` when there is no --data
+    recipe: Place | None = None  # settings by name, or a .toml file; `toy` when there is no --data
     # what is trained, on what
     model: Place = "tiny"  # a folder, a hub id, or tiny; for --dry-run also a size: 300m, 1b, 7b, 13b, mistral-7b
     data: Place | None = None  # LLaVA JSON or messages, with commas between several; toy:TASK (questions, captions) draws it
@@ -127,15 +127,16 @@ def main(argv: list[str]) -> int | None:
                 check_metrics(knobs.eval_metrics, knobs.best_metric)
                 check_packages(knobs.log)
                 if knobs.dry_run:
-                    return dry_run(knobs, world)
+                    return dry_run(knobs, world, typed="data" in names_of(argv))
                 if knobs.cpu_offload and world.device.type == "cpu":
                     raise UserError("--cpu-offload: the weights are in the CPU's memory anyway; leave it out, or give --device cuda")
                 name = Path(knobs.recipe or "run").stem
                 found = checkpoint.place(knobs.out, knobs.resume, Path("runs"), name) if world.rank == 0 else None
                 out, resumed = gather(world, found)[0]
                 if knobs.resume != "never" and (Path(out, "adapter").exists() or Path(out, "model").exists()):
-                    check_finished(Path(out), knobs, argv)
-                    return note(f"{out}: already finished") if world.rank == 0 else None
+                    check_finished(Path(out), knobs, argv, world.size)
+                    return note(f"{out}: already finished; its result is in {out}/{'adapter' if Path(out, 'adapter').exists() else 'model'}")
+                check_begun(Path(out), knobs)
                 with checkpoint.run_folder(Path(out), world):
                     return train(knobs, world, signals, Path(out), Path(resumed) if resumed else None)
             except Interrupted:
@@ -203,6 +204,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     if warmup > len(plan):
         raise UserError(f"--warmup-steps {warmup}: the run has only {len(plan)} steps; lower it, or raise --epochs")
 
+    next(loader(dataset, plan[0][world.rank][:1], packing=knobs.packing, skip=knobs.skip_bad))  # where most mistakes with pictures show
     identity = checkpoint.identity_of(ready, data, records, knobs, rows * world.size, len(plan))
     agree(world, "code, data or model", identity)
 
@@ -241,12 +243,13 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
         at = At(**before["at"])
         vars(scale).update(before["scale"])
         if resumed.parent != (out / "checkpoints").resolve():
-            at.best, at.best_step, at.waited = None, -1, 0  # the best so far stays in the other run's folder
+            at.best, at.best_step, at.waited, at.evaluated = None, -1, 0, -1  # the best so far stays in the other run's folder
     epochs = {k for k, seen in enumerate(accumulate(len(records_of(step)) for step in plan), 1) if seen % len(dataset) == 0}
     saver = checkpoint.Saver(out, world, knobs.save_every, knobs.keep, epochs, at.step if resumed else -1, at.best_step)
     if world.rank == 0 and knobs.save_every != "0":
         checkpoint.check_space(out, model, knobs.save_only_model)
-    settings = asdict(knobs) | {"out": str(out), "batch_size": batch_size, "grad_accum": rows // batch_size, "ranks": world.size}
+    settings = asdict(knobs) | {"out": str(out), "batch_size": batch_size, "grad_accum": rows // batch_size, "ranks": world.size,
+                                "image_aspect_ratio": processor.image_config.aspect, "template": processor.template_name}
     if world.rank == 0:
         write_json(out / "config.json", settings)
     log = Log(out if world.rank == 0 else None, len(plan), at.step, knobs.log, settings)
@@ -257,6 +260,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
         """What others read: a PEFT adapter, or a whole model."""
         if knobs.train == "lora":
             save_adapter(model, lora, folder, knobs.model, weights)
+            processor.save_settings(folder)
         else:
             write_model(model, processor, folder, compute, weights)
 
@@ -301,7 +305,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
 
     # ---- the loop
     todo = loader(dataset, [micro for step in plan[at.step :] for micro in step[world.rank]], knobs.workers, packing=knobs.packing,
-                  skip=knobs.skip_bad, pin_memory=device.type == "cuda")
+                  skip=True, pin_memory=device.type == "cuda")
     named = lambda step: ", ".join(short(dataset.records[i].id) for i in records_of(step)[:8])
     tokens, pictures, busy, first = 0, 0, 0.0, True
     signals.urgent = False  # from here on there is something to lose
@@ -311,16 +315,19 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
         while at.step < len(plan) and not (knobs.early_stopping and at.waited >= knobs.early_stopping):
             step, begun = plan[at.step], time.perf_counter()
             with signals.at_once(alone):
-                micros, errors = zip(*(next(todo) for _ in step[world.rank]))
-            if skips:
-                skips.add(line for part in gather(world, sum(errors, [])) for line in part)
-                skips.write()
-            due = world.rank == 0 and saver.due(at.step)
-            supervised, stop, due = total(world, sum(map(supervised_in, micros)), signals.asked, due)
-            if due:
+                micros, faults = zip(*(next(todo) for _ in step[world.rank]))
+            bad, due = sum(faults, []), world.rank == 0 and saver.due(at.step)
+            supervised, stop, due, n_bad = total(world, sum(map(supervised_in, micros)), signals.asked, due, len(bad))
+            if due or n_bad and not skips and 0 < at.step != saver.saved and knobs.save_every != "0":
                 save()
             if stop:
                 raise Interrupted
+            if n_bad:
+                bad = sum(gather(world, bad), [])
+                if not skips:
+                    raise UserError(bad[0])
+                skips.add(bad)
+                skips.write()
             if not supervised:
                 raise UserError(f"step {at.step + 1}: no token to learn from in records {named(step)}; mend or remove them")
             factor = rate_factor(at.step, len(plan), warmup, knobs.schedule)
@@ -370,7 +377,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
         if saver.saved != at.step:
             save()
         log.say(f"saved step {at.step}, " + ("from which no run can go on (--save-only-model)" if knobs.save_only_model else
-                                               f"resume with --resume auto --out {out}"))
+                                               f"resume with the same command and --resume auto --out {out}"))
         for worker in multiprocessing.active_children():
             worker.kill()
         sys.exit(signals.code)

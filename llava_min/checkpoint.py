@@ -28,19 +28,17 @@ from torch import nn
 
 from llava_min.cli import UserError, note, printable, warn
 from llava_min.data.record import Record
-from llava_min.data.records import hash_records, sources
+from llava_min.data.records import hash_pictures, hash_records, sources
 from llava_min.dist import World
 from llava_min.files import check_free
 from llava_min.load import Prepared
+from llava_min.settings import FREE
 from llava_min.snapshot import Damaged, restore, save, verify
 
 LOCK = ".lock"  # in a run folder
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EFBIG)  # what a folder may suffer from
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ESTALE, errno.ENOLCK)  # what a folder may suffer from
 BIG, BLOCK, BLOCKS = 1 << 30, 1 << 16, 64  # bytes of a file, bytes of a block, blocks that stand for the file
-# What a resumed run may change: where things lie, what it shows, how the rows of a step are dealt. The rest must stay.
-FREE = set("""recipe model data toy_train toy_val image_folder eval_data out resume batch_size auto_batch_size grad_accum
-    gradient_checkpointing compile cpu_offload max_skips workers deterministic device timeout save_every save_only_model keep
-    log_every log eval_every eval_batch_size early_stopping max_new_tokens num_beams samples dry_run""".split())
+PICTURES = "contents of pictures"  # in a run's identity
 NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -147,7 +145,10 @@ def resume(folder: Path, identity: dict[str, Any], model: nn.Module, optimizer: 
     """
     state = json.loads((folder / "state.json").read_bytes())
     then, now = state["run"]["identity"], json.loads(json.dumps(identity))
-    if differing := sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name)):
+    differing = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+    if differing == [PICTURES]:  # one may have been mended
+        warn(f"{folder}: some pictures are not what they were when the run was started; it goes on with what they are")
+    elif differing:
         show = lambda x: x[:12] if re.fullmatch("[0-9a-f]{64}", str(x)) else printable(json.dumps(x))[:60]
         told = ", ".join(f"{name} (was {show(then.get(name))}, is {show(now.get(name))})" for name in differing[:8])
         raise UserError(f"{folder}: the run was started with other settings: {told}; give the old ones, or begin anew in "
@@ -168,7 +169,7 @@ def identity_of(ready: Prepared, data: str, records: Sequence[Record], knobs: An
     tokenizer = {*folder.glob("token*"), *folder.glob("added_tokens.json"), *folder.glob("special_tokens_map.json")}
     parts = {"config": config, "text_config": config.text, "vision_config": config.vision, "image_processor": ready.processor.image_config}
     return {"training data": hash_files(path for path, _ in mixture), "weights of the data": [str(w) for _, w in mixture],
-            "records": len(records), "ids and pictures": hash_records(records), "base model": hash_files(sorted(weights)),
+            "records": len(records), "ids and names of pictures": hash_records(records), PICTURES: hash_pictures(records), "base model": hash_files(sorted(weights)),
             "tokenizer": hash_files(sorted(tokenizer)), "chat template": ready.processor.template_name,
             **{f"{part}.{name}": value for part, values in parts.items() for name, value in vars(values).items()
                if name not in ("text", "vision", "vision_source")},  # two are told by themselves, one is a place
@@ -211,10 +212,12 @@ def place(out: str | None, resume: str, runs: Path, name: str) -> tuple[str, str
     Raises UserError when the folder is not to be written into, or what is to be resumed is not there or damaged.
     """
     if resume in ("never", "auto"):
-        taken = [int(n) for p in runs.glob(f"{name}-*") if (n := p.name.rpartition("-")[2]).isdigit()]
+        taken = [int(m[1]) for p in runs.glob("*") if (m := re.fullmatch(re.escape(name) + r"-(\d+)", p.name))]
         number = max(taken) if taken and resume == "auto" else max(taken, default=0) + 1
         folder = Path(out) if out else runs / f"{name}-{number}"
-        if resume == "never" or not (folder / LOCK).exists():
+        if resume == "never" and (folder / LOCK).exists():
+            raise UserError(f"{folder}: holds a run; go on with the same command and --resume auto, or give another --out")
+        if not (folder / LOCK).exists():
             check_free(folder)
         found = find(folder / "checkpoints") if resume == "auto" else None
         if resume == "auto" and found is None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 MAX_LINE = 2000
+UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class UserError(ValueError):
@@ -124,7 +125,10 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         note("stopped")
         code = 130
     except OSError as e:
-        if e.filename is not None or e.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+        if e.filename is not None and e.errno in UNREACHABLE:
+            note(f"error: {short(e.filename, 400)}: cannot be reached ({e.strerror}); check the path and its permissions")
+            sys.exit(2)
+        if e.filename is not None or e.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more on its way out
         code = 141
@@ -158,7 +162,16 @@ def convert(flag: str, kind: Any, value: Any) -> Any:
             raise UserError(f"{flag}: {value!r} is not one of {', '.join(map(str, typing.get_args(kind)))}; choose one")
         return value
     if kind == Place:
-        return ",".join(map(os.path.expanduser, convert(flag, str, value).split(",")))
+        places = [os.path.expanduser(place) for place in convert(flag, str, value).split(",")]
+        for place in places:
+            try:
+                os.stat(place)
+            except (FileNotFoundError, NotADirectoryError):  # as a hub id, or what is still to be written
+                continue
+            except (OSError, ValueError) as e:
+                why = getattr(e, "strerror", None) or printable(e)
+                raise UserError(f"{flag}: {short(place, 400)} cannot be reached ({why}); check the path and its permissions") from None
+        return ",".join(places)
     low, high = -math.inf, math.inf
     if typing.get_origin(kind) is Annotated:
         kind, low, high = typing.get_args(kind)
@@ -183,10 +196,14 @@ def convert(flag: str, kind: Any, value: Any) -> Any:
 
 class Once(argparse.Action):
     def __call__(self, parser, namespace, value, option=None):
-        if self.dest in parser.seen:
-            raise UserError(f"{option}: given twice; give it once")
-        parser.seen.add(self.dest)
+        parser.once(self.dest, option)
         setattr(namespace, self.dest, value)
+
+
+class Switch(argparse.BooleanOptionalAction):
+    def __call__(self, parser, namespace, value, option=None):
+        parser.once(self.dest, option)
+        super().__call__(parser, namespace, value, option)
 
 
 class Parser(argparse.ArgumentParser):
@@ -199,9 +216,14 @@ class Parser(argparse.ArgumentParser):
         self.seen: set[str] = set()
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)  # argparse's own lacks the exponent
 
+    def once(self, name: str, option: str | None) -> None:
+        if name in self.seen:
+            raise UserError(f"{option}: given twice; give it once")
+        self.seen.add(name)
+
     def error(self, message: str):
         if unknown := re.search(r"unrecognized arguments: (--?[^\s=]+)", message):
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1, cutoff=0.7)
             message = f"{unknown[1]}: no such option; " + (f"did you mean {near[0]}?" if near else "see --help")
         elif stray := re.match(r"unrecognized arguments: (\S+)", message):
             message = f"{stray[1]}: belongs to no option; a switch takes no value (--name or --no-name), see --help"
@@ -232,7 +254,7 @@ def parse(knobs: type, argv: list[str], description: str, positional: str | None
         default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         default = "" if f.default in (None, "", dataclasses.MISSING) else f" ({default})"
         if kinds[f.name] is bool or kinds[f.name] == bool | None:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+            parser.add_argument(flag, action=Switch, default=None, help=text)
         else:
             choices = typing.get_args(kinds[f.name]) if typing.get_origin(kinds[f.name]) is Literal else None
             meta = "{" + ",".join(map(str, choices)) + "}" if choices else "X"

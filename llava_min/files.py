@@ -8,21 +8,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llava_min.cli import UserError, printable
+from llava_min.cli import UserError, printable, short
 
 LFS = b"version https://git-lfs"
 
 
 def check_file(path: Path) -> None:
     """`path` is a readable regular file and not a git-lfs pointer, or UserError."""
-    if not path.is_file():
-        what = "not a regular file" if path.exists() else "no such file"
-        raise UserError(f"{path}: {what}; check the path")
     try:
+        if not path.is_file():
+            what = "not a regular file" if path.exists() else "no such file"
+            raise UserError(f"{short(path, 400)}: {what}; check the path")
         with open(path, "rb") as f:
             head = f.read(len(LFS))
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); check its permissions") from None
+        raise UserError(f"{short(path, 400)}: cannot be read ({e.strerror}); check the path and its permissions") from None
     if head == LFS:
         raise UserError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` in its folder")
 

@@ -342,13 +342,14 @@ def pieces(steps: Iterator[Tensor], tokenizer: Any, stops: set[int], ids: list[i
         yield piece
 
 
-def stream(model: Llava, batch: dict, processor: Any, *, ids: list[int] | None = None,
+def stream(model: Llava, batch: dict, processor: Any = None, *, ids: list[int] | None = None,
            cache: Conversation | None = None, compile: bool = False, **options: Any) -> Iterator[str]:
     """The one answer's text in pieces as they come, never half a character.
 
-    `processor` (or a tokenizer) turns ids to text; a processor's `stop_ids` end the answer unless `eos_token_id`
-    is given. The new ids are appended to the list `ids`, if one is given. The rest as in `generate`.
+    `processor` (or a tokenizer) turns ids to text, that of the loaded model if none is given; a processor's `stop_ids`
+    end the answer unless `eos_token_id` is given. The new ids are appended to the list `ids`, if one is given. The rest as in `generate`.
     """
+    processor = getattr(model, "processor", None) if processor is None else processor
     options.setdefault("eos_token_id", getattr(processor, "stop_ids", None))
     o = read_options(options)
     tokenizer, stops = getattr(processor, "tokenizer", processor), set(o.stops(model).tolist())

@@ -121,6 +121,8 @@ def open_file(path: Path):
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # both readers raise many kinds for damaged files; none of them is our fault
         why = "not a table of tensors as torch saves it" if path.suffix == ".bin" else printable(e)[:200]
+        if "allocate memory" in str(e):
+            raise UserError(f"{path}: there is not the memory to open it; free some") from None
         raise UserError(f"{path}: damaged or not a weight file ({why}); download it again") from None
     plain = lambda x: isinstance(x, Tensor) and x.layout == torch.strided and not x.is_nested and not x.is_meta
     if not isinstance(tensors, dict) or not all(isinstance(k, str) and plain(x) for k, x in tensors.items()):

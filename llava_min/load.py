@@ -16,7 +16,7 @@ from llava_min.adapter import apply_adapter, read_adapter
 from llava_min.cli import UserError, printable, warn
 from llava_min.config import Fields, LlavaConfig, VisionConfig, read_eos
 from llava_min.data.processor import Processor
-from llava_min.data.processor_files import read_processor
+from llava_min.data.processor_files import read_processor, read_settings
 from llava_min.data.tokenizer_files import read_optional
 from llava_min.dist import pick_device
 from llava_min.files import new_folder, read_json, write_json
@@ -137,11 +137,16 @@ class Prepared:
         load_weights(self.model, self.entries, dtype, device, offload)
 
 
-def prepare(source: str, *, image_aspect_ratio: str | None = None, template: str | None = None,
+def prepare(source: str, *, adapter: str | None = None, image_aspect_ratio: str | None = None, template: str | None = None,
             revision: str | None = None) -> Prepared:
-    """All of `load` before the weights; arguments and errors are the same."""
+    """All of `load` before the weights, the adapter's own too; arguments and errors are the same."""
     if not isinstance(source, (str, os.PathLike)):
         raise UserError(f"source: {type(source).__name__}, expected a checkpoint's folder, a hub id, or tiny")
+    if adapter is not None:
+        if not isinstance(adapter, (str, os.PathLike)) or not str(adapter):
+            raise UserError(f"adapter: {adapter!r:.100}, expected the folder of a PEFT adapter")
+        recorded = read_settings(Path(adapter))
+        image_aspect_ratio, template = image_aspect_ratio or recorded[0], template or recorded[1]
     folder = TINY if str(source) == "tiny" else find_folder(str(source), revision)
     config, clip_folder = read_config(folder)
     processor = read_processor(folder, config, clip_folder, image_aspect_ratio, template)
@@ -172,23 +177,24 @@ def pick_dtype(dtype: str | torch.dtype, model: Llava, device: torch.device) -> 
 
 
 def load(source: str, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto",
-         adapter: str | None = None, image_aspect_ratio: str | None = None, template: str | None = None,
+         quantize: str | None = None, adapter: str | None = None, image_aspect_ratio: str | None = None, template: str | None = None,
          revision: str | None = None) -> tuple[Llava, Processor]:
     """A ready model and its processor.
 
     source: a folder in the layout of llava-hf or of the original LLaVA-1.5, a hub id, or "tiny", the bundled
     one. dtype: "auto", "fp32", "bf16", "fp16" or a torch.dtype; auto is what the checkpoint stores, but on
     CPU fp32 for small models and bf16 for large ones. device: "auto" takes the GPU where there is one.
-    adapter: a PEFT folder, applied unmerged. image_aspect_ratio ("pad", "crop") and template (a name of
-    data/chat.py): None for what the checkpoint records. revision: of a hub id.
+    quantize: None; no other is built yet. adapter: a PEFT folder, applied unmerged. image_aspect_ratio ("pad",
+    "crop") and template (a name of data/chat.py): None for what the adapter records, or else the checkpoint.
+    revision: of a hub id. The processor is also the model's `processor`, which `stream` writes with.
     Raises UserError, in one line, for whatever is wrong with the files.
     """
-    ready = prepare(source, image_aspect_ratio=image_aspect_ratio, template=template, revision=revision)
+    if quantize is not None:
+        raise UserError(f"quantize: {printable(quantize)[:100]!r} is not built yet; leave it out")
+    ready = prepare(source, adapter=adapter, image_aspect_ratio=image_aspect_ratio, template=template, revision=revision)
     model, device = ready.model, pick_device(device)
     dtype = pick_dtype(dtype, model, device)
     if adapter is not None:
-        if not isinstance(adapter, (str, os.PathLike)) or not str(adapter):
-            raise UserError(f"adapter: {adapter!r:.100}, expected the folder of a PEFT adapter")
         lora = read_adapter(model, Path(adapter))
         base = read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
         if isinstance(base, str) and Path(base).name != Path(str(source)).name:
@@ -197,6 +203,7 @@ def load(source: str, *, dtype: str | torch.dtype = "auto", device: str | torch.
     if adapter is not None:
         apply_adapter(model, *lora)
     pack(model)
+    model.processor = ready.processor
     return model.eval(), ready.processor
 
 

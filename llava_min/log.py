@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from llava_min.cli import UserError, note, printable
+from llava_min.data.record import Record, earlier
 from llava_min.files import replace
 
 WIDTH = 79  # columns of a progress line
@@ -45,12 +46,13 @@ class Log:
         for copy in self.copies:
             copy(step, {k: v for k, v in values.items() if isinstance(v, int | float)})
 
-    def samples(self, step: int, rows: Sequence[dict], records: Sequence[Any]) -> None:
-        """Answers of the model on the way, each a row of evaluate.py, with the first picture of its record."""
+    def samples(self, step: int, rows: Sequence[dict], records: Sequence[Record]) -> None:
+        """Answers of the model on the way, each a row of evaluate.py, with where the pictures of its record are."""
+        place = lambda p: str(p) if isinstance(p, Path) else [str(p.path), p.group, p.row, p.index]
         for row, record in zip(rows, records) if self.folder else ():
-            self.append("samples.jsonl", {"step": step, "id": row["id"], "prompt": row["prompt"], "prediction": row["prediction"],
-                                          "reference": next(iter(row["references"]), ""),
-                                          "image": next((str(p) for p in record.images if isinstance(p, Path)), None)})
+            self.append("samples.jsonl", {"step": step, "id": row["id"], "earlier": earlier(record), "prompt": row["prompt"],
+                                          "prediction": row["prediction"], "reference": next(iter(row["references"]), ""),
+                                          "images": [place(p) for p in record.images]})
 
     def append(self, name: str, values: dict[str, Any]) -> None:
         path = self.folder / name
@@ -78,12 +80,13 @@ class Log:
 
 
 # The progress line, from what is left out last to what is left out first when it does not fit.
-SHOWN = {"loss": "loss {:.3g}", "lr": "lr {:.1e}", "grad_norm": "grad {:.2g}", "tokens_per_s": "{:.0f} tok/s",
-         "pictures_per_s": "{:.3g} pic/s", "peak_gb": "{:.3g} GB"}
+SHOWN = {"loss": "loss {:.3g}", "lr": "lr {:.1e}", "grad_norm": "grad {:.2g}", "tokens_per_s": "{:g} tok/s",
+         "pictures_per_s": "{:g} pic/s", "peak_gb": "{:.1f} GB"}
 
 
 def progress(step: int, total: int, left: float, values: dict[str, float]) -> str:
     """One line of at most WIDTH columns."""
+    values = {k: round(v, 1 if v < 10 else None) if k.endswith("_per_s") else v for k, v in values.items()}
     shown = (text.format(values[name]).replace("e-0", "e-") for name, text in SHOWN.items() if name in values)
     parts = [f"{step}/{total}", *shown]
     end = f"{clock(left)} left"

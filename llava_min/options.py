@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from llava_min.cli import UserError, printable, warn
 from llava_min.llava import Llava
-
 
 MOST_BRANCHES = 1024  # of a prompt: each has keys and values of its own
 THEIRS = {"do_sample": "temperature", "max_length": "max_new_tokens", "min_length": "min_new_tokens"}  # transformers' -> ours
@@ -63,10 +63,11 @@ class Options:
 
     def __post_init__(self):
         def need(name: str, kind: type, ok: Callable[[Any], bool], expected: str) -> None:
-            value = getattr(self, name)
-            number = type(value) is int or kind is float and type(value) is float and math.isfinite(value)
+            value, numbers = getattr(self, name), Integral if kind is int else Real  # numpy's are among them
+            number = isinstance(value, numbers) and not isinstance(value, bool) and (isinstance(value, Integral) or math.isfinite(value))
             if not number or not ok(value):
-                raise UserError(f"{name}: {value!r:.40} was given, expected {expected}")
+                raise UserError(f"{name}: {value!r:.40} was given, expected {expected}; correct it")
+            object.__setattr__(self, name, int(value) if isinstance(value, Integral) else float(value))
 
         need("max_new_tokens", int, lambda n: n >= 1, "an integer of at least 1")
         most = self.max_new_tokens

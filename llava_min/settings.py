@@ -14,14 +14,36 @@ from llava_min.data.toy import TASKS
 from llava_min.files import read_json
 
 
+# What a resumed run may change, and a finished one may be asked for again with: how the same numbers are computed and shown.
+HOW = set("""batch_size auto_batch_size grad_accum gradient_checkpointing compile cpu_offload workers deterministic device timeout
+    save_every keep log_every log""".split())
+# What else a resumed run may change: where things lie, and its evaluation. The rest must stay.
+FREE = HOW | set("""recipe model data toy_train toy_val image_folder eval_data out resume max_skips save_only_model eval_every
+    eval_batch_size early_stopping max_new_tokens num_beams samples dry_run""".split())
+
+
 def names_of(argv: Sequence[str]) -> set[str]:
     return {a.partition("=")[0].lstrip("-").replace("-", "_") for a in argv if a.startswith("--")}
 
 
-def check_finished(folder: Path, k: Any, argv: Sequence[str]) -> None:
+def check_begun(folder: Path, k: Any) -> None:
+    """A run that goes on in `folder` is not to draw toy data into it, or to look for it, unless it has done so before."""
+    toy = lambda data: str(data).startswith("toy:")
+    if k.resume != "never" and (folder / "config.json").exists():
+        was = read_json(folder / "config.json").get("data")
+        if toy(was) != toy(k.data):
+            raise UserError(f"--resume {printable(k.resume)}: {folder} was started with --data {printable(was)[:200]} and not "
+                            f"{printable(k.data)[:200]}; give the same command again, or another --out")
+
+
+def check_finished(folder: Path, k: Any, argv: Sequence[str], ranks: int) -> None:
     """A run that has come to its end in `folder` is what was typed, or UserError: nothing of it would be done."""
-    was = read_json(folder / "config.json")
-    for name in sorted(names_of(argv) & was.keys() - {"out", "resume"}):
+    was, typed = read_json(folder / "config.json"), names_of(argv)
+    rows, then = k.batch_size * k.grad_accum * ranks, was["batch_size"] * was["grad_accum"] * was["ranks"]
+    if rows != then and typed & {"batch_size", "grad_accum"}:
+        raise UserError(f"--resume {printable(k.resume)}: {folder} is finished, with {then} rows a step and not {rows}; give "
+                        "another --out")
+    for name in sorted((typed & was.keys()) - {"out", "resume"} - HOW):
         now = json.loads(json.dumps(getattr(k, name)))  # a tuple is a list in the file
         if now != was[name]:
             raise UserError(f"--resume {printable(k.resume)}: {folder} is finished, with --{name.replace('_', '-')} "

@@ -4,7 +4,6 @@ No model file hears of any of it.
 """
 
 import gc
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -108,20 +107,25 @@ def try_step(work: Callable[[], Tensor], model: nn.Module) -> bool:
 def named_config(name: str) -> LlavaConfig:
     """The shapes of a model without its weights: a size by name, a folder that has its config, or the size that the name
     of an absent folder or hub id tells. Raises UserError when it tells none."""
-    if name in SIZES:
-        return SIZES[name]
-    if name == "tiny" or Path(name).is_dir():
-        return read_config(TINY if name == "tiny" else Path(name))[0]
-    size = next((s for s in sorted(SIZES, key=len, reverse=True) if s in name.lower()), None)
+    shapes = lambda size: SIZES[size] if size in SIZES else read_config(TINY)[0]
+    sizes = ["tiny", *sorted(SIZES, key=len, reverse=True)]
+    if Path(name).is_dir():
+        return read_config(Path(name))[0]
+    if name in sizes:
+        return shapes(name)
+    size = next((s for s in sizes if s in name.lower()), None)
     if size is None:
         raise UserError(f"--model {printable(name)}: no such folder, and its name tells no size; give a folder with a "
                         f"config.json, or one of {', '.join(SIZES)}")
     note(f"{name}: not here; planned by the shapes of size {size}, which its name tells")
-    return SIZES[size]
+    return shapes(size)
 
 
-def dry_run(knobs: Any, world: World) -> None:
-    """What `--dry-run` says: what learns, the steps, and the memory of each rank. No weights are read, no picture is drawn."""
+def dry_run(knobs: Any, world: World, typed: bool) -> None:
+    """What `--dry-run` says: what learns, the steps, and the memory of each rank. No weights are read, no picture is drawn.
+
+    typed: the data is the user's and not a recipe's, so it has to be there.
+    """
     model = on_meta(named_config(knobs.model))
     choose(model, knobs, world.device)
     knobs.max_length = row_length(knobs.max_length, model.config.text.context)
@@ -131,10 +135,14 @@ def dry_run(knobs: Any, world: World) -> None:
             lengths = [1] * knobs.toy_train
         elif knobs.data:
             lengths = [r.length if r.images else -r.length for r in read_records(knobs.data, knobs.image_folder)]
+            if knobs.eval_data:
+                read_records(knobs.eval_data, knobs.image_folder)
     except UserError as e:
+        if typed:
+            raise
         note(f"no records to count the steps by: {e}")
     if world.rank == 0:
-        print(table(model), file=sys.stderr)
+        print(table(model))
         show_plan(model, lengths, knobs, world.size)
 
 
@@ -163,4 +171,4 @@ def show_plan(model: nn.Module, lengths: list[int], knobs: Any, ranks: int) -> N
                 f"{knobs.max_length} tokens")
     if ranks > 1:
         said.append("a block is gathered whole when it runs, and a frozen tower is whole on every rank: some more than that")
-    print("\n".join(said), file=sys.stderr)
+    print("\n".join(said))

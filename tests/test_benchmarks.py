@@ -48,6 +48,7 @@ def test_every_settings_file_is_whole():
     assert names == {"vqav2", "textvqa", "textvqa-ocr", "pope"}
     for name in names:
         b = read_benchmark(name)
+        assert b.metrics == [{"vqav2": "vqa", "pope": "pope"}.get(name, "textvqa")] and b.max_new_tokens == 128
         assert find(b.metrics) and b.template == "vicuna_v1" and b.image_aspect_ratio == "pad" and b.prompt.endswith(SHORT)
 
 
@@ -69,6 +70,13 @@ def test_textvqa_with_and_without_ocr(files):
     data["data"] = [r | {"ocr_tokens": ["A", "B"]} for r in data["data"]]  # the older file has them
     (files / "old.json").write_text(json.dumps(data))
     assert "token: A, B\n" in text_of(records(files, "textvqa-ocr", "old.json")[0].messages[0])
+
+
+def test_what_two_files_say_is_that_of_the_first(files):
+    annotations = json.loads((files / "annotations.json").read_text())
+    annotations["annotations"] = [a | {"question": "of the annotation"} for a in annotations["annotations"]]
+    (files / "both.json").write_text(json.dumps(annotations))
+    assert text_of(records(files, "vqav2", "questions.json", "both.json")[0].messages[0]) == "How many?" + SHORT
 
 
 def test_pope_is_a_record_a_line(files):
@@ -97,7 +105,7 @@ def test_what_belongs_to_no_question_is_said(files, capsys):
     ("vqav2", ["questions.json", "listed.json"], "listed.json: record 0: question_id: a list"),
     ("vqav2", ["questions.json", "without.json"], "without.json: record 0: has no field question_id"),
     ("pope", ["lost.json"], "no picture"), ("pope", ["outside.json"], "outside the image folder"),
-    ("pope", ["number.json"], "label: a number"), ("pope", ["absent.json"], "absent.json"), ("pope", ["pope.json@2"], "leave @WEIGHT out"),
+    ("pope", ["number.json"], "label: a number"), ("pope", ["empty.json"], "label: is empty, expected the right answers"), ("pope", ["absent.json"], "absent.json"), ("pope", ["pope.json@2"], "leave @WEIGHT out"),
     ("textvqa", ["counted.json"], "question: 5, expected text")])
 def test_wrong_files_are_one_line(files, name, data, named):
     write = lambda n, d: (files / n).write_text(json.dumps(d))
@@ -109,6 +117,7 @@ def test_wrong_files_are_one_line(files, name, data, named):
     write("lost.json", row | {"image": "lost.jpg"})
     write("outside.json", row | {"image": "../x.jpg"})
     write("number.json", row | {"label": 1})
+    write("empty.json", row | {"label": []})
     with pytest.raises(UserError, match=named) as e:
         records(files, name, *data)
     assert "\n" not in str(e.value) and len(str(e.value)) < 2000

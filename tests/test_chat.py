@@ -106,7 +106,7 @@ def test_llava_hf_is_the_hub_template():
         for seed in range(200):
             m = talk(random.Random(seed))
             if seed % 3 == 0:
-                m.insert(0, {"role": "system", "content": [{"type": "text", "text": "Be brief."}]})
+                m.insert(0, {"role": "system", "content": [{"type": "text", "text": t} for t in ("Be brief.", "And kind.")[: 1 + seed % 2]]})
             # the one departure: where the jinja text writes a space after an answer, we put </s> by id
             assert spell(render("llava_hf", m[:-1], answer=False), eos=" ") == jinja(source, m[:-1], True)
             assert spell(render("llava_hf", m, answer=True), eos=" ") == jinja(source, m, False)
@@ -156,6 +156,12 @@ def test_vicuna_v1_by_hand():
     assert spell(render("vicuna_v1", m[:3], answer=False)) == text[:text.index(" It is black")]
     own = [{"role": "system", "content": "S."}, user("q")]
     assert spell(render("vicuna_v1", own, answer=False)) == "S. USER: q ASSISTANT:"
+
+
+def test_an_empty_system_message_leaves_out_the_usual_one():
+    m = [{"role": "system", "content": ""}, user("q")]
+    assert spell(render("vicuna_v1", m, answer=False)) == " USER: q ASSISTANT:"
+    assert spell(render("chatml", m, answer=False)).startswith("<|im_start|>system\n<|im_end|>")
 
 
 def test_pictures_stand_first_each_on_its_line():
@@ -265,6 +271,9 @@ class Vocabulary:
       Vocabulary("<|eot_id|>")), "llama3"),
     (({"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 128320}}, {}, None,
       Vocabulary()), "llava_hf"),
+    (({"text_config": {"vocab_size": 128256}}, {}, None, Vocabulary("<|eot_id|>")), "llama3"),
+    (({"text_config": {"vocab_size": 128256}},), "llama3"), (({"text_config": {"vocab_size": 128255}},), "llava_hf"),
+    (({"text_config": {"model_type": "mistral"}}, {}, "<|im_start|>" + HUB_JINJA), "mistral"),  # marks of two say nothing
     (({"model_type": "llava_llama", "mm_vision_tower": "clip", "vocab_size": 32000},), "vicuna_v1"),
     (({"model_type": "llava", "mm_hidden_size": 1024, "vocab_size": 32000},), "vicuna_v1"),
     (({"model_type": "llava_mistral"},), "mistral"), (({"model_type": "llava_qwen"},), "chatml"),

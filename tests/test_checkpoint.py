@@ -5,6 +5,7 @@ import os
 import shutil
 
 import pytest
+import torch
 from test_snapshot import ALONE, trained, write
 from training import child
 
@@ -81,6 +82,8 @@ def test_fingerprints_tell_files_apart(tmp_path, monkeypatch):
     assert first == checkpoint.hash_files([a, b]) != checkpoint.hash_files([b, a])
     a.write_bytes(bytes((1 << 23) - 1) + b"x")
     assert checkpoint.hash_files([a, b]) != first
+    a.write_bytes(bytes((1 << 23) + 1))
+    assert checkpoint.hash_files([a, b]) != first
     a.write_bytes(bytes(1 << 23)), b.write_bytes(bytes(9) + b"x")
     assert checkpoint.hash_files([a, b]) != first
 
@@ -101,3 +104,65 @@ def test_a_damaged_checkpoint_does_not_push_the_last_good_one_out(tmp_path):
     checkpoint.Saver(tmp_path, ALONE, "0", 1, set(), 2, -1)  # the third was passed over
     assert [p.name for p in checkpoint.steps(tmp_path / "checkpoints")] == ["step-000003", "step-000002"]
     assert os.readlink(tmp_path / "last") == "checkpoints/step-000002"
+
+
+def test_a_checkpoint_sets_the_clock_back(tmp_path, monkeypatch):
+    now, saver = checkpoint.time.perf_counter(), checkpoint.Saver(tmp_path, ALONE, "2m", 1, set(), -1, -1)
+    monkeypatch.setattr(checkpoint.time, "perf_counter", lambda: now + 125)
+    assert saver.due(3)
+    saver.save(3, -1, *trained(), {"identity": {}}, {})
+    assert not saver.due(4)
+
+
+def test_a_link_is_there_at_every_moment(tmp_path, monkeypatch):
+    link, first, second, gone = tmp_path / "last", tmp_path / "checkpoints" / "a", tmp_path / "checkpoints" / "b", []
+    first.mkdir(parents=True), second.mkdir()
+    checkpoint.point(link, first)
+    for name in ("unlink", "rename", "replace", "symlink"):
+        call = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, call=call, **k: (call(*a, **k), gone.append(not link.is_symlink())))
+    checkpoint.point(link, second)
+    assert link.resolve() == second and gone and not any(gone)
+
+
+def test_a_setting_that_one_of_them_does_not_know_is_named(tmp_path):
+    path = write(tmp_path)
+    for identity, said in (({"lr": 0.1, "new": 1}, r"new \(was null, is 1\)"), ({}, r"lr \(was 0.1, is null\)")):
+        with pytest.raises(UserError, match=said):
+            checkpoint.resume(path, identity, *trained(steps=0), ALONE, 0)
+
+
+def test_on_other_ranks_the_random_streams_are_those_of_seed_step_and_rank(tmp_path, monkeypatch):
+    path, drawn = write(tmp_path), []
+    monkeypatch.setattr(checkpoint, "restore", lambda *a: False)
+    for seed in (3, 3, 4):
+        torch.manual_seed(len(drawn))
+        checkpoint.resume(path, {"lr": 0.1}, *trained(steps=0), ALONE, seed)
+        drawn.append(torch.rand(3).tolist())
+    for step in (7, 8):
+        checkpoint.reseed(3, step, 0)
+        drawn.append(torch.rand(3).tolist())
+    assert drawn[0] == drawn[1] == drawn[3] and drawn[2] != drawn[0] != drawn[4]
+
+
+def test_only_what_a_disk_does_is_told_as_that(tmp_path):
+    for number, kind in ((errno.ENOSPC, UserError), (errno.ENOENT, FileNotFoundError)):
+        with pytest.raises(kind), checkpoint.run_folder(tmp_path / "run", ALONE):
+            raise OSError(number, os.strerror(number), "x")
+
+
+def test_a_folder_that_held_something_is_never_taken_away(tmp_path):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError), checkpoint.run_folder(tmp_path, ALONE):
+        raise UserError("the data is wrong")
+    assert (tmp_path / "data").is_dir()
+
+
+@pytest.mark.parametrize("only_model, need", [(False, 2 * 3 * 4 * 38), (True, 2 * 4 * 38)])  # 38 values are trained; Adam has two more of each
+def test_two_checkpoints_fit(tmp_path, monkeypatch, only_model, need):
+    (model, _), usage, free = trained(), shutil.disk_usage(tmp_path), [need]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
+    checkpoint.check_space(tmp_path, model, only_model)
+    free[0] -= 1
+    with pytest.raises(UserError, match="two checkpoints take"):
+        checkpoint.check_space(tmp_path, model, only_model)

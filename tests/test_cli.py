@@ -1,5 +1,6 @@
 """Flags from a dataclass: kinds, bounds, recipes, guesses; what is printed cannot drive a terminal."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from llava_min.cli import Count, Fraction, Place, Positive, Seed, UserError, flags, parse, printable
+from llava_min.cli import Count, Fraction, Place, Positive, Seed, UserError, flags, parse, printable, run
 
 
 @dataclass
@@ -44,7 +45,7 @@ def test_flags_become_fields():
     (["--batch-size", "0"], "--batch-size"), (["--batch-size", "-1"], "--batch-size"), (["--batch-size", "1.5"], "--batch-size"),
     (["--share", "1.1"], "--share"), (["--mode", "c"], "a, b"), (["--betas", "0.9,x"], "--betas"),
     (["--shuffle", "False", "--shuffle=False"], "--shuffle"), (["--batchsize", "3"], "did you mean --batch-size"),
-    (["--lr", "1", "--lr", "2"], "twice"), (["--lr"], "--lr"), (["--no-such-thing-at-all"], "see --help"),
+    (["--lr", "1", "--lr", "2"], "twice"), (["--shuffle", "--no-shuffle"], "--no-shuffle: given twice"), (["--lr"], "--lr"), (["--no-such-thing-at-all"], "see --help"),
     (["--shuffle", "--lr", "-1e-3"], "--lr"), (["--seed", str(1 << 63)], "to 9.2"),
     (["--name", ""], "--name: is empty"), (["--place", " "], "--place: is empty"),
 ])
@@ -52,6 +53,21 @@ def test_what_does_not_fit_is_one_line(argv, named):
     with pytest.raises(UserError, match=named) as e:
         read(*argv)
     assert "\n" not in str(e.value)
+
+
+def test_what_the_system_does_not_let_through_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a").symlink_to(tmp_path / "b"), (tmp_path / "b").symlink_to(tmp_path / "a")
+    for place in ("x" * 300, str(tmp_path / "a"), f"{tmp_path}," + "x" * 300):
+        with pytest.raises(UserError, match="^--place: .* cannot be reached .*check the path"):
+            read("--place", place)
+    assert read("--place", f"{tmp_path}/none/x,toy:a").place.endswith("toy:a")
+
+    def locked(argv):
+        raise PermissionError(errno.EACCES, "Permission denied", "/locked/\x1bx")
+
+    with pytest.raises(SystemExit) as e:
+        run(locked)
+    assert e.value.code == 2 and capsys.readouterr().err == "error: /locked/\\x1bx: cannot be reached (Permission denied); check the path and its permissions\n"
 
 
 def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
@@ -64,7 +80,7 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
 @pytest.mark.parametrize("text, named", [("lr = 'fast'", "lr"), ("batchsize = 3", "did you mean batch_size"), ("lr = ", "mine.toml"),
                                          ("batch_size = 1.5", "batch"), ("lr = [1]", "lr"), (f"lr = {10**400}", "lr"), ("shuffle = 'no'", "shuffle"), ("recipe = 'x'", "recipe"),
                                          ("betas = [[0.9], 0.99]", r"--betas: \[0.9\] is not a number"), ("batch_size = 2024-01-01", "--batch-size: datetime.date.* is not a whole number"),
-                                         ("seed = {}", "--seed: {} is not a whole number"), ("betas = {}", "--betas"), (f"seed = {'9' * 5000}", "mine.toml: .*; correct the file"),
+                                         ("seed = {}", "--seed: {} is not a whole number"), ("batch_size = true", "--batch-size: True is not a whole number"), ("betas = {}", "--betas"), (f"seed = {'9' * 5000}", "mine.toml: .*; correct the file"),
                                          ("place = [1]", "--place"), ("mode = ['a']", "--mode"), ("betas = " + "[" * 5000, "mine.toml: .*; correct the file")])
 def test_a_recipe_that_does_not_fit_names_the_key(tmp_path, text, named):
     (tmp_path / "mine.toml").write_text(text)
@@ -136,3 +152,47 @@ def test_closed_streams_are_no_fault(tmp_path, closed):
     done = subprocess.run(["sh", "-c", f"{sys.executable} {page} {closed}"], capture_output=True, text=True)
     assert done.returncode == (2 if "full" in closed else 0) and "Traceback" not in done.stderr
     assert "full" not in closed or done.stderr.endswith("error: the output cannot be written (No space left on device); free space\n")
+
+
+@pytest.mark.parametrize("error, code, said", [
+    (UserError("--x: \x1b[2J was given"), 2, "error: --x: \\x1b[2J was given\n"), (KeyboardInterrupt(), 130, "stopped\n"), (None, 0, "")])
+def test_how_a_script_ends(error, code, said, capsys):
+    def main(argv):
+        if error:
+            raise error
+
+    with pytest.raises(SystemExit) as e:
+        run(main)
+    assert (e.value.code, capsys.readouterr().err) == (code, said)
+
+
+def test_a_closed_pipe_is_a_quiet_end(tmp_path):
+    page = tmp_path / "page.py"
+    page.write_text("import sys\nfrom llava_min.cli import run\n\n\ndef main(argv):\n    sys.stdin.read()\n    print('told')\n\n\nrun(main)\n")
+    pipe = subprocess.PIPE
+    script = subprocess.Popen([sys.executable, page], stdin=pipe, stdout=pipe, stderr=pipe, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    script.stdout.close()
+    script.stdin.close()
+    assert (script.stderr.read(), script.wait()) == (b"", 141)
+
+
+def test_the_ends_of_a_range_belong_to_it():
+    k = read("--share", "1", "--batch-size", "1", "--seed", str((1 << 63) - 1))
+    assert (k.share, k.batch_size, k.seed, read("--share", "0").share) == (1, 1, (1 << 63) - 1, 0)
+
+
+@dataclass
+class Reading:
+    recipe: str | None = None  # settings by name
+    data: str | None = None  # what is read
+    image_folder: str | None = None  # of the data
+    eval_data: str | None = None  # beside it
+    epochs: int = 1  # of any
+
+
+def test_what_goes_with_the_data_of_a_recipe_does_not_go_with_another(tmp_path):
+    (tmp_path / "mine.toml").write_text('data = "a"\nimage_folder = "b"\neval_data = "c"\nepochs = 2\n')
+    get = lambda *argv: parse(Reading, ["--recipe", "mine", *argv], "A test.", recipes=tmp_path)
+    assert get("--epochs", "3") == Reading("mine", "a", "b", "c", 3)
+    assert get("--data", "x") == Reading("mine", "x", epochs=2)
+    assert get("--data", "x", "--eval-data", "y") == Reading("mine", "x", eval_data="y", epochs=2)

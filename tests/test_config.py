@@ -78,6 +78,8 @@ GOOD = [
                      "max_window_layers": 32}},
     {"text_config": {"model_type": "qwen2", "sliding_window": 77, "use_sliding_window": True,
                      "max_window_layers": 0}},
+    *({"text_config": {"model_type": "qwen2", "sliding_window": 77, "use_sliding_window": True,
+                       "num_hidden_layers": n}} for n in (28, 29)),
     {"text_config": {"model_type": "llama", "rope_theta": 500000.0}},
     {"text_config": {"model_type": "llama", "rope_theta": 500000}},
     {"text_config": {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 7e4}}},
@@ -85,6 +87,7 @@ GOOD = [
                      "rope_parameters": {"rope_type": "default", "rope_theta": 7e4}}},
     {"text_config": {"model_type": "llama", "rope_theta": 5.0, "rope_parameters": {"type": "default"}}},
     {"text_config": {"model_type": "llama", "rope_theta": 5.0, "rope_scaling": None}},
+    {"text_config": {"model_type": "llama", "rope_parameters": {"rope_theta": 7e4, "partial_rotary_factor": 1.0}}},
     {"text_config": {"model_type": "llama", "eos_token_id": [2, 9, 4]}},
     {"text_config": {"model_type": "llama", "eos_token_id": []}},
     {"text_config": {"model_type": "qwen2", "tie_word_embeddings": True}},
@@ -216,6 +219,14 @@ def assert_refused(data: dict, key: str) -> None:
 def test_refused_by_name(key, value):
     LlavaConfig.from_hf(BASE)  # the control
     assert_refused(changed(BASE, key, value), key)
+
+
+def test_heads_divide_the_width_of_a_llama_whatever_head_dim_says():
+    """transformers refuses it too; its Mistral does not."""
+    data = changed(BASE, "text_config.hidden_size", 60)
+    data["text_config"] |= {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}
+    LlavaConfig.from_hf(data)
+    assert_refused(changed(data, "text_config.model_type", "llama"), "text_config.num_attention_heads is 8")
 
 
 @pytest.mark.parametrize("key, value", [

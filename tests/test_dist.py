@@ -375,6 +375,9 @@ def test_devices_of_ranks(environment, monkeypatch):
         start("auto")
     with pytest.raises(UserError, match="cuda:0 was asked for by each of 2 ranks; give cuda"):
         start("cuda:0")
+    environment()
+    with pytest.raises(UserError, match="device: cuda:1 was asked for and there are 1 GPUs"):
+        start("cuda:1")
     for other in ("xpu", "meta", "mps", "mps:0"):
         with pytest.raises(UserError, match=f"device: {other} is not a device that this code runs on; give auto, cpu, cuda"):
             start(other)
@@ -384,6 +387,13 @@ def test_ranks_that_do_not_meet(environment):
     environment(**{**TORCHRUN, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
     with pytest.raises(UserError, match=r"rank 1 of 2 did not meet the others at 127\.0\.0\.1:\d+ \("):
         start("cpu", timeout=1)
+
+
+def test_what_ranks_do_not_agree_on_is_named(monkeypatch):
+    world = World(0, 2, 0, torch.device("cpu"))
+    monkeypatch.setattr("llava_min.dist.gather", lambda world, value: [value, value | {"lr": 2}])
+    with pytest.raises(UserError, match="the settings, lr: 1 on rank 0 and 2 on rank 1; start every rank"):
+        agree(world, "the settings", {"seed": 0, "lr": 1})
 
 
 def test_idle_cores_are_used(monkeypatch, capsys):

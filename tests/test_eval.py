@@ -74,6 +74,29 @@ def test_the_answers_are_the_same_whatever_the_batch_and_the_order_that_of_the_r
     assert all(r["prompt"] and r["references"] == [rec.messages[-1]["content"]] for r, rec in zip(rows[1], records))
 
 
+def test_the_model_is_left_as_it_was(data, tiny):
+    model, processor = tiny
+    for training in (True, False):
+        model.train(training)
+        predict(model, processor, read_records(data)[:1], max_new_tokens=2)
+        assert model.training == training
+
+
+def test_pictures_are_turned_as_they_were_asked_for(data, tiny, monkeypatch):
+    seen, pictures = [], evaluate.Record.pictures
+    monkeypatch.setattr(evaluate.Record, "pictures", lambda self, exif=False: seen.append((type(self.images[0]), exif)) or pictures(self, exif))
+    predict(*tiny, read_records(data)[:2], exif=True, max_new_tokens=2)
+    assert [exif for kind, exif in seen if issubclass(kind, Path)] == [True, True]  # the others are decoded
+
+
+def test_an_answer_is_text_and_nothing_around_it(data, tiny, monkeypatch):
+    (model, processor), asked, generate = tiny, {}, evaluate.generate
+    monkeypatch.setattr(evaluate, "generate", lambda *a, **options: asked.update(options) or generate(*a, **options))
+    monkeypatch.setattr(type(processor), "decode", lambda self, ids: " red\n")
+    assert predict(model, processor, read_records(data)[:1], max_new_tokens=2)[0]["prediction"] == "red"
+    assert processor.image_token_id in asked["suppress_tokens"] and processor.tokenizer.eos_id in asked["eos_token_id"]
+
+
 def test_logprob_is_that_of_the_answer_token_by_token(data, tiny):
     model, processor = tiny
     records = read_records(data)[:5]
@@ -154,9 +177,10 @@ def test_answers_made_otherwise_are_not_mixed(data, tmp_path, changed):
     before = {p: p.read_bytes() for p in out.iterdir()}
     other = changed(lambda records: records[0]["conversations"][1].update(value="x"))
     for flags, named in ((["--num-beams", "2"], "num_beams"), (["--image-aspect-ratio", "crop"], "image_aspect_ratio"),
-                         (["--dtype", "bf16"], "dtype")):
+                         (["--dtype", "bf16"], "dtype"), (["--exif"], "exif"), (["--logprob"], "logprob"), (["--template", "vicuna_v1"], "template"),
+                         (["--max-new-tokens", "9"], "max_new_tokens")):
         with pytest.raises(UserError, match=f"other settings.*{named}") as e:
-            run(data, "--out", str(out), *flags)
+            script.main(["--data", str(data), "--device", "cpu", "--out", str(out), *([] if "--max-new-tokens" in flags else ["--max-new-tokens", "8"]), *flags])
         assert "\n" not in str(e.value)
     with pytest.raises(UserError, match="other settings: data_sha256"):
         run(other, "--out", str(out))
@@ -200,6 +224,46 @@ def test_a_model_whose_small_files_changed_does_not_go_on(data, tmp_path, name, 
     (model / name).write_text(json.dumps(config))
     with pytest.raises(UserError, match="other settings: model_files"):
         run(data, "--model", str(model), "--out", str(out))
+
+
+def test_a_model_whose_weights_changed_does_not_go_on(answered, data, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(TINY, tmp_path / "model")
+    weights = load_file(TINY / "model.safetensors")
+    save_file({name: x * 1.01 for name, x in weights.items()}, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(UserError, match="other settings: weights"):
+        run(data, "--model", str(tmp_path / "model"), "--out", str(answered))
+
+
+def test_every_small_file_that_makes_an_answer_is_looked_at(tmp_path, monkeypatch):
+    """Those that data/tokenizer_files.py, data/processor_files.py and config.py read, and an adapter's."""
+    shutil.copytree(TINY, tmp_path / "model")
+    names = [p.name for p in TINY.iterdir() if p.suffix != ".safetensors"] + ["chat_template.json", "special_tokens_map.json", "added_tokens.json"]
+    seen = [script.small_files(str(tmp_path / "model"), None)]
+    for name in names:
+        with open(tmp_path / "model" / name, "a") as f:
+            f.write("\n")
+        monkeypatch.setattr(sys.modules["llava_min.load"], "read_config", lambda folder: (None, None))
+        seen.append(script.small_files(str(tmp_path / "model"), None))
+    assert len(set(seen)) == 1 + len(names)
+
+
+def test_the_weight_of_a_file_is_part_of_the_data(data):
+    assert script.hashes(f"{data}@2")[0] == script.hashes(str(data))[0] + " @2"
+
+
+def test_the_intervals_are_those_of_the_seed(data, tmp_path, monkeypatch):
+    seeds, resampled = [], evaluate.resampled
+    monkeypatch.setattr(evaluate, "resampled", lambda statistics, seed: seeds.append(seed) or resampled(statistics, seed))
+    run(data, "--compare", "tiny", "--seed", "7")
+    assert seeds == [7] * 4  # a table of each side, and both sides of the difference
+
+
+def test_a_metric_that_fails_leaves_the_others_written_and_is_an_error(data, tmp_path):
+    with pytest.raises(UserError, match="--metrics: vqa failed, as the warnings above say"):
+        run(data, "--metrics", "exact_match,vqa", "--out", str(tmp_path / "out"))
+    assert set(json.loads((tmp_path / "out" / "metrics.json").read_text())) == {"exact_match"} and (tmp_path / "out" / "report.html").exists()
 
 
 def test_answers_about_other_pictures_of_the_same_names_are_not_taken(answered, data, tmp_path):
@@ -265,6 +329,10 @@ def test_what_cannot_be_scored_is_counted_and_named(changed, tmp_path, capsys):
     assert rows[0]["error"] and rows[0]["scores"] == rows[1]["scores"] == {} and rows[2]["references"][0] == "x"
     assert json.loads((out / "metrics.json").read_text())["exact_match"]["n"] == 16
     assert len(json.loads((out / "settings.json").read_text())["remarks"]) == 3
+    shutil.copy(path.parent / records[3].images[0], path.parent / records[0].images[0])  # mended: it is asked again, alone
+    run(path, "--out", str(out), "--by", "kind")
+    assert "goes on after 17 of 18" in capsys.readouterr().err and "error" not in lines(out / "predictions.jsonl")[0]
+    assert json.loads((out / "metrics.json").read_text())["exact_match"]["n"] == 17
 
 
 def test_empty_predictions_are_counted(capsys):
@@ -389,11 +457,17 @@ def test_mistakes_are_one_line_before_weights_are_read(data, argv, named, monkey
     (lambda rs: rs[3]["conversations"].pop(), "must be an answer"),
     (lambda rs: rs[3]["conversations"][1].update(value=5), "a number"),
     (lambda rs: rs[3].update(references=["x", 5]), "questions-val-000003: references"),
-    (lambda rs: [r.update(references=[]) for r in rs], "none of 18 records has both")])
+    (lambda rs: [r.update(references=[]) for r in rs], "none of its 18 records has a right answer")])
 def test_data_without_answers_or_with_answers_of_two_kinds_is_one_line(changed, change, named):
     with pytest.raises(UserError, match=named) as e:
         run(changed(change))
     assert "\n" not in str(e.value)
+
+
+def test_references_are_looked_at_before_weights_are_read(changed, monkeypatch):
+    monkeypatch.setattr(sys.modules["llava_min.load"], "load_weights", lambda *a: pytest.fail("weights were read"))
+    with pytest.raises(UserError, match="questions-val-000003: references"):
+        run(changed(lambda records: records[3].update(references=["x", 5])))
 
 
 @pytest.mark.parametrize("flag, value, names", [("--compare", "/none", "/none: no such folder"), ("--compare", "", "--compare: is empty"),

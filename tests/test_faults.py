@@ -17,6 +17,7 @@ from llava_min import checkpoint, evaluate, snapshot
 from llava_min.cli import UserError
 from llava_min.data.dataset import Dataset
 from llava_min.llava import Llava
+from llava_min.signals import Interrupted, Signals
 
 SHAPE = ("--batch-size", "3", "--grad-accum", "2", "--epochs", "2", "--save-every", "3", "--lora-r", "4", "--lora-dropout", "0.1", "--lora-alpha", "8")
 
@@ -41,7 +42,7 @@ def at_call(patch, owner, name: str, n: int, act) -> None:
 
 # ---- signals
 
-PLACES = {"start-up": (importlib.import_module("llava_min.load"), "prepare", 1), "loading": (Dataset, "__getitem__", 20), "step": (Llava, "loss", 9),
+PLACES = {"start-up": (importlib.import_module("llava_min.load"), "prepare", 1), "loading": (Dataset, "__getitem__", 23), "step": (Llava, "loss", 9),
           "evaluation": (evaluate, "predict", 2), "save": (snapshot, "write_tensors", 1)}
 
 
@@ -108,6 +109,29 @@ def test_ctrl_c_in_a_save(home, tmp_path, monkeypatch):
     assert child(work) == 130  # the save comes to its end, then the step
     assert checkpoint.find(tmp_path / "run" / "checkpoints").name == "step-000007"
     assert train.main([*argv(home, tmp_path / "run", *SHAPE), "--resume", "auto"]) is None
+
+
+def test_a_ctrl_c_that_comes_twice_counts_once_and_nohup_is_heeded():
+    def work():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with Signals() as signals:
+            signals.urgent = False
+            os.kill(os.getpid(), signal.SIGHUP)
+            if signals.asked:
+                return 1
+            os.kill(os.getpid(), signal.SIGINT), os.kill(os.getpid(), signal.SIGINT)
+            return signals.code
+
+    assert child(work) == 130
+
+
+def test_what_a_signal_may_break_off_does_not_begin_after_one():
+    with Signals() as signals:
+        signals.urgent = False
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted), signals.at_once():
+            pytest.fail("it began")
+        assert not signals.urgent and signals.code == 143
 
 
 # ---- numbers that are not finite
@@ -181,6 +205,28 @@ def test_fp16_looks_for_its_scale_and_counts_no_skip_for_that(home, tmp_path, mo
     run(home, out, *SHAPE, "--precision", "fp16", "--max-skips", "1", "--max-steps", "4", "--save-every", "4")
     state = json.loads((out / "last" / "state.json").read_bytes())["run"]
     assert state["scale"] == {"enabled": True, "scale": 32768.0, "good": 3} and state["at"]["skipped"] == 0
+
+
+def test_fp16_counts_a_loss_that_is_not_finite_and_goes_on_with_its_scale(home, tmp_path, monkeypatch):
+    loss, calls = Llava.loss, [0]
+
+    def poisoned(self, **batch):
+        calls[0] += 1
+        return loss(self, **batch) * (float("nan") if calls[0] == 1 else 1.0)
+
+    monkeypatch.setattr(Llava, "loss", poisoned)
+    shape = (*SHAPE, "--precision", "fp16", "--max-steps", "4", "--save-every", "2", "--keep", "9")
+    run(home, tmp_path / "a", *shape)
+    state = json.loads((tmp_path / "a" / "last" / "state.json").read_bytes())["run"]
+    assert state["at"]["skipped"] == 1 and state["scale"]["scale"] < 65536
+    run(home, tmp_path / "b", *shape, "--resume", str(tmp_path / "a" / "checkpoints" / "step-000002"))
+    assert final(tmp_path / "b") == final(tmp_path / "a")
+
+
+def test_gradients_of_fp16_are_those_of_fp32(home, tmp_path):
+    norms = [next(x["grad_norm"] for x in run(home, tmp_path / kind, "--batch-size", "24", "--epochs", "2", "--precision", kind) if x.get("grad_norm"))
+             for kind in ("fp32", "fp16")]  # at a rate of 0, and at the weights that it left
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
 
 
 # ---- memory, and data that teaches nothing
@@ -275,6 +321,28 @@ def run_until(command: list[str], out: Path, step: int) -> int:
         return e.code
     finally:
         patch.undo()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_picture_that_is_damaged_on_the_way_loses_nothing(home, tmp_path, world):
+    """What was learnt is saved, and the run goes on once the picture is mended."""
+    command = lambda out: argv(home, tmp_path / out, "--batch-size", str(6 // world), "--max-steps", "4", "--save-every", "9")
+
+    def work(rank: int):
+        def damaged():
+            raise UserError("record 7: a.png: is damaged")
+
+        if rank == world - 1:
+            at_call(pytest.MonkeyPatch(), Dataset, "__getitem__", 6 // world * 3 + 2, damaged)
+        return train.main(command("run"))
+
+    codes = ranks(2, work, tmp_path) if world == 2 else [child(lambda: work(0), tmp_path / "log-0")]
+    assert codes == [2] * world and "record 7: a.png: is damaged" in (tmp_path / "log-0").read_text().splitlines()[-1]
+    assert [p.name for p in checkpoint.steps(tmp_path / "run" / "checkpoints")] == ["step-000002"]
+    for out in ("run", "never"):
+        again = [*command(out), "--resume", "auto"]
+        assert ranks(2, lambda rank: train.main(again), tmp_path) == [0, 0] if world == 2 else train.main(again) is None
+    assert final(tmp_path / "run") == final(tmp_path / "never")
 
 
 def test_when_a_rank_dies_the_job_ends(home, tmp_path):

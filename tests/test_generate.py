@@ -1,5 +1,6 @@
 """generate.py: the same ids as transformers, whatever the batch, the padding and the cache; pictures read once."""
 
+import dataclasses
 import importlib
 import itertools
 import math
@@ -10,9 +11,11 @@ import torch
 
 from llava_min.cli import UserError
 from llava_min.config import LlavaConfig
+from llava_min.conversation import roomy
 from llava_min.generate import Options, columns, generate, new_cache, process, stream
 from llava_min.llama import KVCache
 from llava_min.llava import Llava
+from llava_min.options import tell
 
 transformers = pytest.importorskip("transformers", reason="the oracle of these tests; pip install -e '.[test]'")
 G = importlib.import_module("llava_min.generate")
@@ -125,7 +128,7 @@ def test_batch_of_eight_is_eight_singles_on_either_side(pair, options):
     {"temperature": 0.7}, {"temperature": 1.0, "top_k": 5}, {"temperature": 1.3, "top_p": 0.8},
     {"temperature": 0.9, "top_k": 20, "top_p": 0.7, "repetition_penalty": 1.2, "min_new_tokens": 3},
     {"temperature": 1.1, "num_return_sequences": 3}, {"temperature": 1.1, "num_beams": 3, "num_return_sequences": 2},
-    {"temperature": 0.7, "top_k": 1, "num_beams": 2}])
+    {"temperature": 0.7, "top_k": 1, "num_beams": 2}, {"temperature": 0.7, "top_p": 0.01, "num_beams": 2}])
 def test_seeded_sampling_repeats_and_equals_transformers(pair, options):
     theirs, ours = pair
     g = torch.Generator().manual_seed(4)
@@ -154,6 +157,11 @@ def test_probabilities_equal_the_warpers(temperature, top_k, top_p):
     assert torch.equal(got.softmax(-1), want.softmax(-1))
 
 
+def test_top_p_is_the_fewest_tokens_that_hold_so_much():
+    kept = process(torch.zeros(1, 4), 0, Options(temperature=1.0, top_p=0.5), torch.tensor([2]), None, None).isfinite()
+    assert kept.tolist() == [[False, False, True, True]]  # two quarters are a half
+
+
 def test_draw_follows_the_probabilities():
     p = torch.tensor([0.5, 0.3, 0.2, 0.0])
     drawn = G.draw(p.log().expand(20000, -1), 1, torch.Generator().manual_seed(8))[:, 0].bincount(minlength=4) / 20000
@@ -170,6 +178,7 @@ def test_an_answer_stops_at_its_own_end(model):
     assert end not in generate(model, batch, max_new_tokens=len(cut) + 3, min_new_tokens=len(cut) + 1, eos_token_id=end)[0][: len(cut) + 1]
     assert generate(model, batch, max_new_tokens=2, eos_token_id=end) == [free[:2]]
     assert free[0] not in generate(model, batch, max_new_tokens=20, suppress_tokens=[free[0]])[0]
+    assert generate(model, batch, max_new_tokens=5, eos_token_id=99, suppress_tokens=range(99)) == [[]]  # nothing else is left
     steps = list(columns(model, batch, Options(max_new_tokens=20, eos_token_id=end)))
     assert len(steps) == len(cut) + 1  # nothing is computed after the end
 
@@ -221,6 +230,7 @@ def test_a_conversation_reads_only_what_is_new(model):
     talk += answer + [60, 61]
     assert ask(talk, pixels)[1:] == (0, 3)  # the answer's last token was never fed
     assert ask(talk, pixels, num_beams=3)[1:] == (0, 1)  # beams branch from the conversation
+    assert ask(talk, pixels, temperature=1.0, num_return_sequences=2, seed=0)[1:] == (0, 1)  # and so do several answers
     assert cache.tail is None and cache.length == len(cache.ids) == len(talk)  # and leave nothing behind
     assert ask(talk[:9] + [70, 71], pixels)[1:] == (0, 2)  # another second question
     other = pixels.clone()
@@ -233,7 +243,12 @@ def test_a_conversation_reads_only_what_is_new(model):
     assert ask(two, torch.cat([other, other]))[1:] == (1, PATCHES + 1)
     assert ask([50, 51, 52, 55], pixels[:0])[1:] == (0, 1)
     assert ask([80] * 200, pixels[:0])[1:] == (0, 200)
-    assert ask([80] * 245, pixels[:0])[1:] == (0, 45)  # it grew
+    assert ask([80] * 245, pixels[:0])[1:] == (0, 45) and cache.slots == 256
+    assert ask([80] * 260, pixels[:0])[1:] == (0, 15) and cache.slots == 512  # it grew, and has what it had
+
+
+def test_rooms_are_powers_of_two():
+    assert [roomy(n) for n in (1, 256, 257, 512, 513)] == [256, 256, 512, 512, 1024]
 
 
 def test_an_interrupted_conversation_goes_on(model):
@@ -288,11 +303,13 @@ def test_compile_is_one_graph_without_recompiling(model, monkeypatch):
 @pytest.mark.parametrize("bad, names", [
     ({"max_new_tokens": 0}, "max_new_tokens: 0"), ({"max_new_tokens": -5}, "max_new_tokens: -5"), ({"max_new_tokens": 1.5}, "max_new_tokens"),
     ({"max_new_tokens": 10**9}, "1000000005 .* 512"), ({"max_new_tokens": True}, "max_new_tokens"), ({"min_new_tokens": 300}, "min_new_tokens: 300"),
+    ({"max_new_tokens": 5, "min_new_tokens": 6}, "min_new_tokens: 6 .* max_new_tokens 5"),
     ({"temperature": -1}, "temperature: -1"), ({"temperature": math.nan}, "temperature: nan"), ({"temperature": math.inf}, "temperature: inf"),
     ({"top_p": 0}, "top_p: 0"), ({"top_p": 1.1}, "top_p: 1.1"), ({"top_k": -1}, "top_k: -1"), ({"num_beams": 0}, "num_beams: 0"),
     ({"num_beams": 2, "num_return_sequences": 3}, "3 answers .* 2 beams"), ({"num_return_sequences": 2}, "greedy"),
-    ({"repetition_penalty": 0}, "repetition_penalty: 0"), ({"seed": -1}, "seed: -1"), ({"seed": 2**64}, "seed"),
+    ({"repetition_penalty": 0}, "repetition_penalty: 0"), ({"seed": -1}, "seed: -1"), ({"seed": 2**63}, "seed"), ({"seed": 2**64}, "seed"),
     ({"early_stopping": "always"}, "early_stopping"), ({"eos_token_id": 100}, "eos_token_id: 100"), ({"suppress_tokens": [-1]}, "suppress_tokens: -1"),
+    ({"length_penalty": -51}, "length_penalty: -51"), ({"length_penalty": 50.5}, "length_penalty: 50.5"),
     ({"length_penalty": math.nan}, "length_penalty"), ({"temperature": 1e-40}, "temperature: 1e-40"), ({"temperature": 9e-6}, "temperature"),
     ({"repetition_penalty": 9e-4}, "repetition_penalty: 0.0009"), ({"suppress_tokens": range(100)}, "suppress_tokens: all 100"),
     ({"suppress_tokens": list(range(99)), "eos_token_id": 99, "min_new_tokens": 1}, "suppress_tokens: all ids but"),
@@ -306,6 +323,17 @@ def test_bad_options_are_named_before_any_work(model, bad, names):
     with Counter(model) as count, pytest.raises(UserError, match=names) as e:
         generate(model, one([50, 51, 52, 53, 54]), **bad)
     assert count.tokens == [] and "\n" not in str(e.value)
+
+
+def test_an_option_without_effect_is_told_once(capsys):
+    tell.cache_clear()
+    for name, idle, without in (("top_k", 3, "temperature above 0"), ("top_p", 0.5, "temperature above 0"),
+                                ("length_penalty", 2.0, "num_beams above 1"), ("early_stopping", True, "num_beams above 1")):
+        Options(**{name: idle}), Options(**{name: idle})
+        assert capsys.readouterr().err.count(f"{name}: has no effect without {without}") == 1
+        Options(**{name: idle}, temperature=1.0, num_beams=2)
+        assert not capsys.readouterr().err
+    tell.cache_clear()
 
 
 def test_ids_of_any_kind(model):
@@ -333,6 +361,16 @@ def test_what_is_no_batch_is_one_line(model, batch, says):
         assert "\n" not in str(e.value)
 
 
+def test_numbers_of_numpy_are_numbers(model):
+    batch = one([50, 51, 52])
+    plain = dict(temperature=0.5, top_k=5, top_p=0.5, max_new_tokens=4, seed=3)
+    theirs = dict(temperature=np.float32(0.5), top_k=np.int64(5), top_p=np.float64(0.5), max_new_tokens=np.uint8(4), seed=np.int32(3))
+    assert generate(model, batch, **theirs) == generate(model, batch, **plain)
+    for bad in (np.float64("nan"), np.bool_(True), np.ones(2), True, "0.5"):
+        with pytest.raises(UserError, match="temperature: "):
+            generate(model, batch, temperature=bad)
+
+
 def test_a_stream_needs_a_tokenizer(model):
     with pytest.raises(UserError, match="processor: NoneType"):
         stream(model, one([50, 51]), None)
@@ -350,6 +388,12 @@ def test_bad_batches(model):
         generate(model, {"input_ids": torch.tensor([[50], [51]])}, cache=new_cache(model))
     with pytest.raises(UserError, match=r"new_cache\(model\)"):  # a cache that does not know what it has read
         generate(model, one([50, 51]), cache=KVCache(model.config.text, 1, 300, model.dtype, model.device))
+
+
+def test_a_conversation_of_another_model(model):
+    other = Llava(dataclasses.replace(model.config, text=dataclasses.replace(model.config.text, rope_theta=5e5)))
+    with pytest.raises(UserError, match=r"new_cache\(model\) of this model"):
+        generate(model, one([50, 51]), cache=new_cache(other))
 
 
 def test_logits_that_are_not_numbers_stop_the_run():
@@ -386,5 +430,6 @@ def test_a_stream_is_the_same_answer_in_pieces(model):
     letters = Letters()
     letters.stop_ids = [want[2]]  # a processor knows what ends an answer
     assert "".join(stream(model, batch, letters, max_new_tokens=20)) == "".join(f"<{id}>" for id in want[: want.index(want[2])])
-    with pytest.raises(UserError, match="one answer"):  # at once, not at the first piece
-        stream(model, batch, letters, num_beams=2)
+    for several in ({"num_beams": 2}, {"num_return_sequences": 2, "temperature": 1.0}):
+        with pytest.raises(UserError, match="one answer"):  # at once, not at the first piece
+            stream(model, batch, letters, **several)

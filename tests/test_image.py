@@ -98,7 +98,11 @@ def test_transparency_is_laid_on_white():
 @pytest.mark.parametrize("make, grey", [
     (lambda: Image.fromarray(np.full((9, 9), 40000, np.uint16)), 156),
     (lambda: Image.fromarray(np.full((9, 9), 40000, np.int32)), 156),
+    (lambda: Image.fromarray(np.full((9, 9), 65535, np.int32)), 255),
+    (lambda: Image.fromarray(np.full((9, 9), 255, np.int32)), 255),
     (lambda: Image.fromarray(np.full((9, 9), 100, np.int32)), 100),
+    (lambda: Image.fromarray(np.full((9, 9), 1, np.int32)), 1),
+    (lambda: Image.fromarray(np.full((9, 9), 1, np.float32)), 255),
     (lambda: Image.fromarray(np.full((9, 9), 0.5, np.float32)), 128),
     (lambda: Image.fromarray(np.full((9, 9), 100, np.float32)), 100),
     (lambda: Image.fromarray(np.array([[-2, 2]] * 2, np.float32)), None),
@@ -110,6 +114,12 @@ def test_deep_modes_are_scaled_and_said(make, grey, capsys):
     assert "8 bit" in err and im.mode in err
     if grey is not None:
         assert torch.equal(ours, to_pixels(Image.new("RGB", (9, 9), (grey,) * 3), CLIP))
+
+
+@pytest.mark.parametrize("size", [(0, 5), (501, 1), (1, 501)])
+def test_sizes_that_cannot_be_used_are_refused(size):
+    with pytest.raises(UserError, match=f"{size[0]}×{size[1]}"):
+        to_pixels(Image.new("RGB", size), CLIP)
 
 
 def test_nan_pixels_are_refused():
@@ -197,7 +207,7 @@ def test_config_refusals_name_key_and_value(change):
 def test_config_disagreement_and_oddities():
     with pytest.raises(UserError, match="do_pad.*image_aspect_ratio"):
         ImageConfig.from_hf(GOOD | {"image_aspect_ratio": "pad", "do_pad": False})
-    for odd in ([], None, "x", {}):
+    for odd in ([], None, "x", {}, GOOD | {"size": True, "crop_size": True}):
         with pytest.raises(UserError):
             ImageConfig.from_hf(odd)
 

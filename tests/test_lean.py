@@ -57,6 +57,16 @@ def test_attention_is_pytorchs(kv, kind, length, dtype, tolerance, slow, monkeyp
         same([attention(q, k, v, mask, kind == "causal")], theirs[:1], tolerance)
 
 
+def test_autocast_does_not_narrow_what_was_widened(monkeypatch):
+    monkeypatch.setattr(room, "slow", lambda x: x.dtype == torch.bfloat16)
+    real, made = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **kw: made.append(real(*a, **kw)) or made[-1])
+    q = normal(1, 2, 9, 16, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = attention(q, q, q)
+    assert y.dtype == torch.bfloat16 and [x.dtype for x in made] == [torch.float32]
+
+
 def test_attention_of_no_rows_has_gradients():
     q, k, v = (normal(0, 4, 300, 16).requires_grad_() for _ in range(3))
     attention(q, k, v, causal=True).sum().backward()

@@ -87,6 +87,12 @@ def test_rotary_angles_far_out(theta):
                                                                            0] - expected).abs().max() <= 0.05
 
 
+def test_angles_are_made_in_fp32_and_then_rounded():
+    positions, config = torch.tensor([[0, 1, 577, 4095]]), config_of("llama")
+    for got, exact in zip(rotary(positions, config, torch.bfloat16), rotary(positions, config, torch.float32)):
+        assert torch.equal(got, exact.bfloat16())
+
+
 @pytest.mark.parametrize("cuts", [(), (1,), (10, 14, 15, 16), (1, 2, 3), (5, 19)], ids=str)
 @pytest.mark.parametrize("pads", [(), (3, 0), (0, 9)], ids=str)
 @pytest.mark.parametrize("static", [False, True])
@@ -142,6 +148,11 @@ def test_the_cache_does_not_overflow(decoder):
     step(decoder, cache, x)
     with pytest.raises(AssertionError, match="24 tokens in a cache of 23"):
         cache.grow(4)
+    cache.crop(T)
+    cache.branch(2, 1)
+    cache.grow(1)
+    with pytest.raises(AssertionError, match="within its slots"):
+        cache.grow(1)
 
 
 def test_padding_sees_only_itself():

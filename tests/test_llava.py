@@ -135,6 +135,27 @@ def test_training_on_padded_rows_is_the_same_forward(kind):
         assert difference(ours.requires_grad_(True)(ids, px, mask), plain) <= 1e-5
 
 
+def test_in_training_a_batch_without_pictures_reaches_all_that_is_trained():
+    """Ranks wait for one another's gradients: a parameter without one on one of them stops the run."""
+    ours, ids = our_model(their_model()).train().requires_grad_(True), rows(0)
+    ours.loss(ids, ids).backward()
+    unread = ("vision_tower.layers.2.", "vision_tower.post_layernorm")
+    assert all(p.grad is not None for name, p in ours.named_parameters() if not name.startswith(unread))
+    assert not any(p.grad.any() for p in ours.multi_modal_projector.parameters())
+
+
+def test_the_tower_and_projector_may_be_wider_than_the_rest():
+    """What is trained is in fp32. And the loss is, whatever the logits are."""
+    ours, ids, px = our_model(their_model()), rows(1), pixels(1)
+    exact = ours(ids, px)
+    ours.bfloat16()
+    ours.vision_tower.float()
+    ours.multi_modal_projector.float()
+    got = ours(ids, px)
+    assert got.dtype == torch.bfloat16 and (got - exact).norm() < 0.03 * exact.norm()
+    assert ours.loss(ids, ids, px).dtype == torch.float32
+
+
 def test_a_batch_that_teaches_nothing_has_loss_zero(pair):
     ids = rows(0)
     loss = pair[1].loss(ids, torch.full_like(ids, IGNORE))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IMAGE, PIECES, hf_config, pixels, rows, their_model, write_processor
+from conftest import IMAGE, PAD, PIECES, hf_config, pixels, rows, their_model, write_processor
 from PIL import Image
 
 import llava_min
@@ -101,7 +101,7 @@ def test_the_model_alone_and_in_two_steps(folder):
     """`load` is `prepare` and `fill`; without the processor it is `load_model`. What is trained is in fp32."""
     model, _ = llava_min.load(folder, dtype="bf16", device="cpu")
     alone, ready = load_model(folder, torch.bfloat16, CPU), prepare(folder)
-    assert not alone.training and {p.device.type for p in ready.model.parameters()} == {"meta"}
+    assert not alone.training and not model.training and {p.device.type for p in ready.model.parameters()} == {"meta"}
     ready.model.multi_modal_projector.requires_grad_(True)
     ready.fill(torch.bfloat16, CPU)
     for name, p in model.named_parameters():
@@ -119,6 +119,20 @@ def test_the_bundled_tiny_model():
     assert sum(f.stat().st_size for f in TINY.iterdir()) <= 8 << 20
 
 
+def test_the_revision_is_asked_of_the_hub(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sys.modules["llava_min.load"], "find_folder", lambda *given: asked.append(given) or folder)
+    llava_min.load("a/b", device="cpu", revision="v1")
+    assert asked == [("a/b", "v1")]
+
+
+def test_a_folder_of_train_is_no_model_though_it_has_a_config(folder):
+    (folder / ".lock").touch()
+    (folder / "model").mkdir()
+    with pytest.raises(UserError, match=f"holds no config.json of a model.*give {folder / 'model'}"):
+        llava_min.load(folder, device="cpu")
+
+
 def test_dtypes(folder):
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16),
                         (torch.float16, torch.float16), ("auto", torch.float32)):
@@ -133,6 +147,49 @@ def test_dtypes(folder):
     for bad in ("fp8", "int8", "", None, 16, torch.float64, torch.int8, ["fp32"]):
         with pytest.raises(UserError, match="dtype: .*auto, fp32, bf16, fp16"):
             llava_min.load(folder, dtype=bad, device="cpu")
+
+
+def test_quantize_is_told_to_be_missing(folder):
+    llava_min.load(folder, quantize=None)
+    with pytest.raises(UserError, match="quantize: 'nf4' is not built yet"):
+        llava_min.load(folder, quantize="nf4")
+
+
+def test_an_answer_ends_with_any_end_token_streamed_or_not(folder):
+    plain, _ = llava_min.load(folder)
+    batch = llava_min.load(folder)[1]("USER: <image>\nwhat is in the picture? ASSISTANT:", Image.new("RGB", (30, 20), "red"))
+    ids = llava_min.generate(plain, batch, max_new_tokens=8, eos_token_id=[])[0]
+    end = next(i for i in ids if i != ids[0])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))  # where chat models name their end of turn
+    model, processor = llava_min.load(folder)
+    assert {2, end} <= set(processor.stop_ids)
+    want, seen = ids[: ids.index(end)], []
+    assert llava_min.generate(model, batch, max_new_tokens=8)[0] == want
+    assert "".join(llava_min.stream(model, batch, max_new_tokens=8, ids=seen)) == processor.decode(want)  # its own processor writes it
+    assert seen == want
+
+
+def test_an_adapter_is_asked_as_it_was_trained(folder, tmp_path):
+    from llava_min.adapter import save_adapter
+    from llava_min.lora import LoRAConfig, add_lora
+
+    model, trained = llava_min.load(folder, template="vicuna_v1", image_aspect_ratio="pad")
+    add_lora(model, lora := LoRAConfig(4, 8))
+    (tmp_path / "adapter").mkdir()
+    save_adapter(model, lora, tmp_path / "adapter", str(folder))
+
+    def ways(**more):
+        processor = prepare(str(folder), adapter=str(tmp_path / "adapter"), **more).processor
+        return processor.template_name, processor.image_config.aspect
+
+    assert ways() == ("llava_hf", "crop")  # as other tools write them: what the base says
+    trained.save_settings(tmp_path / "adapter")
+    assert ways() == ("vicuna_v1", "pad") and ways(template="plain", image_aspect_ratio="crop") == ("plain", "crop")
+    processor = llava_min.load(folder, adapter=str(tmp_path / "adapter"))[1]
+    assert (processor.template_name, processor.image_config.aspect) == ("vicuna_v1", "pad")
+    change(tmp_path / "adapter" / "processor_config.json", llava_min_template="poem")
+    with pytest.raises(UserError, match="poem"):
+        ways()
 
 
 def test_what_is_no_source_and_no_dtype_to_save_in(folder, tmp_path):
@@ -318,6 +375,8 @@ def test_the_end_tokens_of_generation_config(folder, tmp_path):
         assert stops(folder) == taken
     save(*llava_min.load(folder, device="cpu"), tmp_path / "saved")
     assert stops(tmp_path / "saved") == (2, 7)
+    said = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert said == {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": PAD}
     for bad in ("2", [384], [-1], True):
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": bad}))
         with pytest.raises(UserError, match="generation_config.json: eos_token_id is"):

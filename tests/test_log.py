@@ -5,9 +5,10 @@ import json
 import sys
 
 import pytest
+import torch
 
 from llava_min.cli import UserError
-from llava_min.log import WIDTH, Log, check_packages, clock, progress, show_samples
+from llava_min.log import WIDTH, Log, check_packages, clock, peak_memory, progress, show_samples
 
 VALUES = dict(loss=0.123456, lr=0.00014567, grad_norm=12.3456, tokens_per_s=9760.1, pictures_per_s=31.42, peak_gb=22.13)
 
@@ -21,7 +22,7 @@ def test_every_number_is_kept_and_the_line_fits_the_terminal(tmp_path, capsys):
     assert lines[0] == {"step": 0, "eval_exact_match": 0.5} and lines[1]["loss"] == 0.123456 and lines[1]["step"] == 8000
     assert lines[2] == {"step": 8001, "loss": None}
     line = capsys.readouterr().err.strip()
-    assert line.startswith("8000/9000 loss 0.123 lr 1.5e-4 grad 12 9760 tok/s 31.4 pic/s 22.1 GB 0:") and len(line) <= WIDTH
+    assert line.startswith("8000/9000 loss 0.123 lr 1.5e-4 grad 12 9760 tok/s 31 pic/s 22.1 GB 0:") and len(line) <= WIDTH
 
 
 def test_a_line_that_is_too_long_loses_its_end_first():
@@ -88,3 +89,17 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written \(Is a directory\)"):
         log.write(step=1)
+
+
+def test_the_time_left_is_that_of_the_steps_since_the_resume(tmp_path, capsys, monkeypatch):
+    log = Log(tmp_path, total=1000, start=900)
+    monkeypatch.setattr("llava_min.log.time.perf_counter", lambda: log.begun + 50)
+    log.step(950, loss=1.0)
+    assert capsys.readouterr().err.endswith(" 0:50 left\n")
+
+
+def test_memory_is_in_gb():
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # from KiB, in GiB
+    assert peak_memory(torch.device("cpu")) == pytest.approx(most * 1.073741824, rel=0.1)

@@ -615,6 +615,17 @@ def test_ten_steps_are_those_of_peft(way, tmp_path):
         assert apart(p.detach(), start[name]) >= 1e-3 or "k_proj.bias" in name, name
 
 
+def test_the_length_of_a_row_that_vanishes_is_a_number():
+    """Rounding makes the square of some a little less than nothing."""
+    base = torch.nn.Linear(64, 64, bias=False).requires_grad_(False)
+    base.weight.copy_(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+    layer = LoRALinear(base, 64, 1.0, dora=True).requires_grad_(False)
+    layer.lora_A.weight.copy_(base.weight)
+    layer.lora_B.weight.copy_(-torch.eye(64))
+    norms = layer.norms()
+    assert norms.isfinite().all() and (norms > 0).all() and (norms < 0.1).all()
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_dropout_is_as_peft_has_it(dora):
     """Equal draws in both: for DoRA the base's own output comes without dropout, its correction with it."""

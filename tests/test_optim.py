@@ -67,6 +67,9 @@ def test_the_scale_moves_as_that_of_torch():
     off = LossScale(False)
     off.update(False)
     assert off.scale == 1.0 and not off.searching and ours.searching
+    while ours.scale > 1:
+        ours.update(False)
+    assert not ours.searching  # below it an overflow is the data's
 
 
 def test_gradients_are_unscaled_and_clipped():

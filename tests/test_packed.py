@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import our_model, pixels, rows, their_model
 from torch import nn
 
+import llava_min
 from llava_min import packed
 from llava_min.lora import LoRAConfig, add_lora
 from llava_min.packed import FrozenLinear, dense
@@ -97,6 +98,11 @@ def test_lora_learns_over_packed_layers(path):
         assert grads[0].keys() == other.keys() and len(other) == 2 * 7 * 2
         for name, g in grads[0].items():
             assert (other[name] - g).norm() <= 0.05 * g.norm(), name
+
+
+def test_load_packs_in_bf16():
+    model, _ = llava_min.load("tiny", dtype="bf16", device="cpu")
+    assert isinstance(model.language_model.layers[0].mlp.up_proj, FrozenLinear)
 
 
 def test_a_tied_head_stays_tied():

@@ -75,6 +75,17 @@ def test_parquet_in_a_forked_process(tmp_path, parquet):
         assert pool.map(red, got, chunksize=1) == [red(r) for r in got]
 
 
+def test_each_process_and_each_state_of_the_file_is_opened_anew(tmp_path, parquet, monkeypatch):
+    path = parquet(tmp_path / "x.parquet", parquet_rows())
+    first = parquet_module.open_parquet(path)
+    assert parquet_module.open_parquet(path) is first
+    with monkeypatch.context() as m:
+        m.setattr(parquet_module.os, "getpid", lambda: -1)
+        assert parquet_module.open_parquet(path) is not first
+    parquet(path, parquet_rows(5))
+    assert parquet_module.open_parquet(path) is not first
+
+
 def test_parquet_with_paths_instead_of_bytes(tmp_path, parquet, images):
     rows = parquet_rows()
     rows[3]["images"] = [{"bytes": None, "path": "b.png"}]
@@ -151,6 +162,7 @@ def test_row_groups_that_unpack_to_too_much(tmp_path, parquet, monkeypatch):
     path, rows = tmp_path / "x.parquet", parquet_rows()
     monkeypatch.setattr(parquet_module, "MAX_BYTES", 20)
     refused(lambda: read_records(parquet(path, rows)), "row group 0 unpacks to", "smaller row groups")
+    monkeypatch.undo()
     monkeypatch.setattr(parquet_module, "MAX_GROUP", 20)
     refused(lambda: read_records(parquet(path, [rows[1]])), "row group 0 unpacks to")
 

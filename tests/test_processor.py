@@ -152,6 +152,20 @@ def test_prompts_are_encoded_as_llava_processor_does(folder, tokens, tmp_path):
                 assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
 
 
+@pytest.mark.parametrize("flags", [{"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}], ids=str)
+def test_a_mark_that_takes_the_space_beside_it(flags, sp_model, tmp_path):
+    path = llama_folder(tmp_path, sp_model, "modern")
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"]["400"] |= flags
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    p = processor(path, "mistral")
+    hf = hf_processor(p, tmp_path / "saved")
+    for prompt in (" a <image> b ", "  no picture  ", " <image>  <image> "):
+        images = [picture(i) for i in range(prompt.count("<image>"))]
+        theirs = hf(text=prompt, images=images or None, return_tensors="pt")
+        assert torch.equal(p(prompt, images)["input_ids"], theirs["input_ids"]), prompt
+
+
 def test_special_strings_stay_text_unless_asked(folder):
     p = processor(folder, "vicuna_v1")
     eos = p.tokenizer.token(p.tokenizer.eos_id)
@@ -239,6 +253,15 @@ def test_padding_goes_to_the_side_asked_for(folder):
             assert mask.tolist() == (pads + ones if side == "left" else ones + pads)
     with pytest.raises(UserError, match="padding_side"):
         p("a", padding_side="middle")
+
+
+def test_padding_goes_to_the_left_unless_asked(folder):
+    p = processor(folder, "vicuna_v1")
+    texts = ["a", "a longer text than that"]
+    talks = [[{"role": "user", "content": text}] for text in texts]
+    for call, given in ((p, texts), (p.chat, talks)):
+        default, left = call(given), call(given, padding_side="left")
+        assert default["attention_mask"][0, 0] == 0 and all(torch.equal(default[k], left[k]) for k in left)
 
 
 def test_ways_to_give_pictures(folder):
@@ -341,6 +364,20 @@ def test_one_picture_is_the_first_users(folder):
     later = talk[:2] + [{"role": "user", "content": "<image>\nWhy?"}]
     first, second = (p.chat(m, picture(0))["input_ids"][0].tolist() for m in (talk, later))
     assert first.index(p.image_token_id) < second.index(p.image_token_id)
+
+
+def test_pictures_may_stand_in_the_messages(folder):
+    p = processor(folder, "llava_hf")
+    a, b = Image.new("RGB", (30, 20), "red"), Image.new("RGB", (20, 30), "blue")
+    ask = lambda *parts: [{"role": "user", "content": [{"type": "text", "text": "what?"}, *({"type": "image"} | part for part in parts)]}]
+    for inside, beside, images in ((ask({"image": a}, {"image": b}), ask({}, {}), [a, b]),
+                                   ([ask({"image": b}), ask(), ask({"image": a})], [ask({}), ask(), ask({})], [b, a])):
+        ours, theirs = p.chat(inside), p.chat(beside, images)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    for talk, images, says in ((ask({"image": a}), [a], "in one place"), (ask({"image": a}, {}), None, "1 given, but the prompt marks 2"),
+                               (ask({"image": "a.png"}), None, "str among them")):
+        with pytest.raises(UserError, match=says):
+            p.chat(talk, images)
 
 
 def test_marks_in_text_are_pictures_only_where_nothing_else_says_where_they_go(folder):

@@ -104,7 +104,7 @@ def test_dry_run_without_weights(name, tmp_path, monkeypatch, capsys):
         write_json(tmp_path / "qwen" / "config.json", QWEN.to_hf())
         flags = ["--model", "qwen"]
     train.main(["--recipe", name, "--dry-run", "--device", "cpu", *flags])
-    shown = capsys.readouterr().err
+    shown = capsys.readouterr().out
     head = SIZES["13b" if "13b" in name else "7b"].text
     for part, count in PUBLISHED[name][2].items():
         if part == "language_model" and read(name).train == "freeze_vision":

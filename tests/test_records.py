@@ -15,7 +15,7 @@ from PIL import Image
 from llava_min.cli import UserError
 from llava_min.data.chat import parts
 from llava_min.data.record import text_of
-from llava_min.data.records import Skips, hash_records, read_records
+from llava_min.data.records import Skips, hash_pictures, hash_records, read_records
 
 IMAGE = {"type": "image"}
 
@@ -145,17 +145,34 @@ def test_what_a_mixture_is_told_by(tmp_path, images):
         data = [record("<image>", "x", image=name, id=i) for i, name in enumerate(names[:n])]
         return read_records(written(tmp_path / "x.json", data), folder, skips)
 
-    want, moved = hash_records(found()), tmp_path / "moved"
+    told_by = lambda records: (hash_records(records), hash_pictures(records))
+    want, moved = told_by(found()), tmp_path / "moved"
     shutil.copytree(images, moved)
-    assert hash_records(found(moved)) == want == hash_records(found())
-    assert len({want, hash_records(found(n=3)), hash_records(found()[::-1]), hash_records(found() * 2), hash_records([])}) == 5
+    assert told_by(found(moved)) == want == told_by(found())
+    assert len({want, told_by(found(n=3)), told_by(found()[::-1]), told_by(found() * 2), told_by([])}) == 5
     (moved / "a.png").rename(moved / "t"), (moved / "b.png").rename(moved / "a.png"), (moved / "t").rename(moved / "b.png")
-    assert hash_records(found(moved)) != want
+    assert told_by(found(moved))[0] == want[0] and told_by(found(moved))[1] != want[1]
+    shutil.rmtree(moved), shutil.copytree(images, moved)
+    with open(moved / "a.png", "ab") as f:
+        f.write(bytes(1 << 16))
+    longer = told_by(found(moved))
+    with open(moved / "a.png", "ab") as f:
+        f.write(b"x")  # behind what is looked into
+    assert len({want, longer, told_by(found(moved))}) == 3
     shutil.rmtree(moved), shutil.copytree(images, moved)
     (moved / "ü x.png").unlink()
-    assert hash_records(found(moved, skips=Skips(cap=0.5))) != want
+    assert told_by(found(moved, skips=Skips(cap=0.5))) != want
     (moved / "ü x.png").symlink_to(moved / "gone.png")
-    assert hash_records(found(moved)) != want
+    assert told_by(found(moved)) != want
+
+
+def test_names_that_some_disks_hold_for_one_are_told(tmp_path, images, capsys):
+    shutil.copy(images / "a.png", images / "A.png")
+    rows = [record("<image>", "x", image=name, id=i) for i, name in enumerate(("a.png", "b.png", "a.png", "A.png"))]
+    read_records(written(tmp_path / "x.json", rows[:3]), images)
+    assert "warning" not in capsys.readouterr().err
+    read_records(written(tmp_path / "x.json", rows), images)
+    assert "a.png and " in (said := capsys.readouterr().err) and "A.png are told apart by upper and lower case alone" in said
 
 
 # ---- what is refused: (file content, words the message must hold)
@@ -436,6 +453,11 @@ def test_mixtures(tmp_path, images, monkeypatch, capsys):
     assert len(ids("pictures/a.json@0.1,other/c.json")) == 1
     assert not capsys.readouterr().err  # repeats are no doubles
     assert ids("other/*.json") == ["0"] and ids("other/*n") == ["0"] and ids("other/*.json@2,pictures/*.json")[:3] == ["c.json:0", "c.json:0", "a0"]
+    written(other / "a.json", [{"conversations": talk("Hi", "A")}])
+    for names in (["a.json", "c.json"], ["c.json", "a.json"]):  # in whichever order the system lists them
+        with monkeypatch.context() as m:
+            m.setattr(Path, "glob", lambda *_: iter([other / name for name in names]))
+            assert ids("other/*.json") == ["a.json:0", "c.json:0"]
     written(tmp_path / "d.json", [record("Hi", "Ho", id="a1")])
     ids("pictures/a.json,d.json")
     assert "1 ids stand on more than one record, for example a1" in capsys.readouterr().err
@@ -473,6 +495,10 @@ def test_bad_records_are_skipped_up_to_a_share_counted_and_listed(tmp_path, imag
     skips.add(lines)  # known already
     refused(lambda: skips.add(["record 7: a.png: is damaged"]), "3 of 200 records are bad, more than the 1.00%")
     refused(lambda: read_records(written(tmp_path / "y.json", data[:60]), images, Skips()), "1 of 60 records are bad, more than")
+    exact = Skips(cap=0.5)
+    exact.total = 3
+    exact.add(["one"])
+    refused(lambda: exact.add(["two"]), "2 of 3 records are bad, more than the 50.00%")
     skips = Skips()  # the share is of all files together
     assert len(read_records(f"{written(tmp_path / 'w.json', [GOOD] + data[50:51])},{written(tmp_path / 'z.json', good)}", images, skips)) == 199
     assert skips.total == 200 and len(skips.lines) == 1

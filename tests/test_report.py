@@ -12,14 +12,17 @@ import subprocess
 import time
 import urllib.request
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from llava_min.cli import UserError
+from llava_min.data.record import Record
+from llava_min.log import Log
 from llava_min.report import curves, evaluation, write_eval_report, write_run_report
-from llava_min.report.page import shown
+from llava_min.report.page import escape, shown
 from llava_min.report.pictures import PICTURES, Thumbnails
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">'\"&\u2028\u2029\x1b]0;x\x07\u202e<!--<script </script "
@@ -82,7 +85,7 @@ def write_run(folder, image="cat.png"):
         f.write('{"step": 60, "eval_exact_match": 0.75}\n{"step": 61, "lo')
     (folder / "config.json").write_text(json.dumps({"model": "tiny", "lora": {"r": 16}, "lr": 1e-4}))
     (folder / "samples.jsonl").write_text("".join(json.dumps(
-        {"step": s, "id": "a", "prompt": "What?", "reference": "a cat", "prediction": p, "image": image}) + "\n"
+        {"step": s, "id": "a", "prompt": "What?", "reference": "a cat", "prediction": p, "images": [image]}) + "\n"
         for s, p in ((0, "a dog"), (60, "a cat"))))
     draw(folder / "cat.png", "orange")
 
@@ -156,12 +159,55 @@ def test_run_page(tmp_path):
     assert page.data[0]["t"][-1].startswith("step 60: 9") and "2 lines of metrics.jsonl could not be read." in page.text
 
 
+def test_pages_show_all_pictures_and_what_was_said_before(tmp_path):
+    files = [str(draw(tmp_path / f"{c}.png", c)) for c in ("red", "green", "blue")]
+    turns = [("user", "Three.\n"), ("assistant", "Yes <b>."), ("user", "How many?"), ("assistant", "3")]
+    record = Record("r", [{"role": role, "content": text} for role, text in turns], [Path(f) for f in files], tmp_path)
+    said = "user: Three.\n\nassistant: Yes <b>."
+    Log(tmp_path, total=1).samples(0, [{"id": "r", "prompt": "How many?", "prediction": "", "references": ["3"]}], [record])
+    write_run_report(tmp_path)
+    page = Page(tmp_path / "report.html")
+    assert sum(tag == "img" for tag, _ in page.tags) == 3 and said in page.text and "empty" in page.text
+    row = rows_of(1)[0] | {"earlier": said, "images": files}
+    write_eval_report(tmp_path / "r.html", [row], TABLE, {})
+    assert Page(tmp_path / "r.html").data["rows"][0]["e"] == said
+
+
+def test_the_worst_of_a_comparison_are_what_became_worse(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "ROWS", 2)
+    rows = [{"id": name, "prompt": "p", "prediction": "x", "references": ["x"], "scores": {"f1": now}, "base_prediction": "y", "base_scores": {"f1": was}}
+            for name, was, now in (("both wrong", 0.0, 0.0), ("worse", 1.0, 0.0), ("better", 0.0, 1.0))]
+    write_eval_report(tmp_path / "r.html", rows, {}, {}, {"name": "base"})
+    assert [r["id"] for r in Page(tmp_path / "r.html").data["rows"]] == ["worse", "better"]
+
+
+def test_a_change_is_coloured_only_when_its_interval_leaves_zero_out():
+    kind = lambda score, low, high: evaluation.change({"score": score, "low": low, "high": high}, 3).split('"')[1].split()[1]
+    assert [kind(0.2, 0.1, 0.3), kind(0.2, -0.1, 0.5), kind(0.2, 0.0, 0.5), kind(-0.2, -0.5, 0.1), kind(-0.2, -0.3, -0.1)] == [
+        "better", "muted", "muted", "muted", "worse"]
+
+
+def test_tiles_tell_the_best_and_the_last(tmp_path):
+    values = {"loss": (3, 1, 2), "eval_loss": (2, 1.5, 1.75), "eval_bleu": (10, 90, 50)}
+    (tmp_path / "metrics.jsonl").write_text("".join(
+        json.dumps({"step": step, **{name: v[i] for name, v in values.items()}}) + "\n" for i, step in enumerate((1, 5, 10))))
+    write_run_report(tmp_path)
+    tiles = re.findall("<dt>(.*?)</dt><dd>(.*?)</dd><dd class=.muted.>(.*?)</dd>", (tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert tiles == [("steps", "10", ""), ("loss", "2.000", "best 1.000 at step 5"), ("eval loss", "1.750", "best 1.500 at step 5"),
+                     ("bleu", "50.0", "best 90.0 at step 5")]
+
+
+def test_what_is_not_finite_breaks_the_line():
+    line = lambda *values: re.search('<path class="line" d="(.*?)"', curves.curve("x", dict(enumerate(values))).svg)[1]
+    assert line(1.0, 2.0, 3.0).count("M") == 1 and line(1.0, math.nan, 3.0, 4.0).count("M") == 2
+
+
 def test_run_page_of_nearly_nothing(tmp_path):
     write_run_report(tmp_path)
     assert "No step has been logged yet." in Page(tmp_path / "report.html").text
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 0, "eval_x": 0}\n{"step": "?"}\n\xff\n', encoding="latin1")
     (tmp_path / "config.json").write_text("[")
-    (tmp_path / "samples.jsonl").write_text('{"step": 1}\n{"step": 2, "id": 3, "image": "none.png"}\n')
+    (tmp_path / "samples.jsonl").write_text('{"step": 1}\n{"step": 2, "id": 3, "images": ["none.png"]}\n')
     write_run_report(tmp_path)
     text = Page(tmp_path / "report.html").text
     assert "1 lines of metrics.jsonl" in text and "config.json could not be read." in text and "1 pictures could not be opened." in text
@@ -213,9 +259,13 @@ def test_hostile_evaluation(tmp_path):
 def test_hostile_run(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, EVIL: 1.0, "eval_" + EVIL: 0.5}) + "\n")
     (tmp_path / "config.json").write_text(json.dumps({EVIL: EVIL, "out": EVIL, "model": EVIL, "recipe": EVIL}))
-    (tmp_path / "samples.jsonl").write_text(json.dumps(dict.fromkeys(("id", "prompt", "reference", "prediction", "image"), EVIL) | {"step": 1}))
+    (tmp_path / "samples.jsonl").write_text(json.dumps(dict.fromkeys(("id", "earlier", "prompt", "reference", "prediction"), EVIL) | {"images": [EVIL, [EVIL, 0, 0, 0], 3]} | {"step": 1}))
     write_run_report(tmp_path)
     safe(tmp_path / "report.html")
+
+
+def test_text_in_an_attribute_cannot_leave_it():
+    assert escape("\"'<>&") == "&quot;&#x27;&lt;&gt;&amp;"
 
 
 def test_joined_emoji_and_lines_stay():
@@ -270,7 +320,8 @@ def test_texts_and_rows_have_a_budget(tmp_path, monkeypatch):
     rows[0]["prediction"] = "x" * 9000
     write_eval_report(tmp_path / "r.html", rows, TABLE, {})
     page = Page(tmp_path / "r.html")
-    assert len(page.data["rows"]) == 10 and "The 5 worst and 5 best of 30 examples are here" in page.text
+    assert [r["id"] for r in page.data["rows"]] == [f"row-{i}" for i in (0, 3, 6, 9, 12, 23, 25, 26, 28, 29)]
+    assert "The 5 worst and 5 best of 30 examples are here" in page.text
     assert page.data["rows"][0]["a"].endswith("… (5,000 characters more)")
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from training import argv, child, final, lines, make_home, run, train
 
-from llava_min import checkpoint, snapshot
+from llava_min import checkpoint, settings, snapshot
 from llava_min.cli import UserError
 
 STEPS = 12  # of 6 rows: three epochs of 24 records
@@ -167,8 +167,14 @@ def test_other_settings_are_named(home, tmp_path):
     shutil.copytree(home / "model", model)
     settings = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"note": 1}))
+    tuned = tmp_path / "tuned"
+    shutil.copytree(home / "model", tuned)
+    damage(tuned / "model.safetensors")
+    spoken = tmp_path / "spoken"
+    shutil.copytree(home / "model", spoken)
+    (spoken / "processor_config.json").write_text((spoken / "processor_config.json").read_text().replace('"llava_hf"', '"vicuna_v1"'))
     changes = {"training data": ("--data", str(other)), "schedule": ("--schedule", "linear"), "lora_r": ("--lora-r", "8"),
-               "rows of a step": ("--batch-size", "4"), "tokenizer": ("--model", str(model)), "seed": ("--seed", "1"), "lr": ("--lr", "1e-3"),
+               "rows of a step": ("--batch-size", "4"), "tokenizer": ("--model", str(model)), "base model": ("--model", str(tuned)), "chat template": ("--model", str(spoken)), "seed": ("--seed", "1"), "lr": ("--lr", "1e-3"),
                "steps": ("--max-steps", "5")}
     for name, change in changes.items():
         with pytest.raises(UserError, match=name) as e:
@@ -177,7 +183,28 @@ def test_other_settings_are_named(home, tmp_path):
     run(home, out, *base, "--batch-size", "3", "--grad-accum", "2", "--resume", "auto")  # the same rows, dealt otherwise
 
 
-def test_other_mixtures_and_pictures_are_named(home, tmp_path):
+def test_what_a_resumed_run_may_not_change():
+    """Whatever else decides what a run computes belongs here, and not into FREE."""
+    names = set(train.Knobs.__dataclass_fields__)
+    assert settings.FREE <= names and names - settings.FREE == set("""skip_bad train train_projector train_vision lora_r lora_alpha lora_dropout lora_targets dora rslora lr
+        projector_lr vision_lr optimizer weight_decay betas warmup_ratio warmup_steps schedule max_grad_norm epochs max_steps max_length too_long group_by_length packing
+        precision neftune_alpha image_aspect_ratio template exif seed eval_metrics best_metric""".split())
+
+
+def test_the_best_of_another_folder_stays_there(home, tmp_path, monkeypatch):
+    from llava_min import evaluate
+
+    shape = ("--batch-size", "6", "--max-steps", "4", "--save-every", "1", "--keep", "9", "--eval-data", home / "data" / "val.json", "--eval-every", "1",
+             "--max-new-tokens", "1", "--best-metric", "exact_match")
+    scores = iter((0.5, 0.9, 0.1, 0.1, 0.1, 0.1, 0.2, 0.3, 0.1))
+    monkeypatch.setattr(evaluate, "score", lambda rows, names: {"exact_match": {"score": next(scores)}})
+    run(home, tmp_path / "a", *shape)
+    run(home, tmp_path / "b", *shape, "--resume", str(tmp_path / "a" / "checkpoints" / "step-000002"))
+    run(home, tmp_path / "c", *shape, "--resume", str(tmp_path / "a" / "checkpoints" / "step-000004"))  # nothing is left to do but to end well
+    assert [(tmp_path / name / "best").resolve().name for name in "abc"] == ["step-000001", "step-000004", "step-000004"]
+
+
+def test_other_mixtures_and_pictures_are_named(home, tmp_path, capsys):
     base, folder = ("--batch-size", "6", "--max-steps", "2", "--save-every", "1"), tmp_path / "data"
     shutil.copytree(home / "data", folder)
     first, second = home / "data" / "train.json", home / "data" / "text.json"
@@ -189,8 +216,11 @@ def test_other_mixtures_and_pictures_are_named(home, tmp_path):
     go_on(f"{folder / 'train.json'}@2,{folder / 'text.json'}", "moved")
     a, b = sorted((folder / "images").glob("*train*"), key=lambda p: p.stat().st_size)[:: 23]
     a.rename(folder / "t"), b.rename(a), (folder / "t").rename(b)
-    with pytest.raises(UserError, match=r"other settings: ids and pictures \(was \S*, is \S*\); give"):
-        go_on(f"{folder / 'train.json'}@2,{folder / 'text.json'}", "other")
+    capsys.readouterr()
+    go_on(f"{folder / 'train.json'}@2,{folder / 'text.json'}", "swapped")
+    assert "warning" in (said := capsys.readouterr().err) and "some pictures are not what they were" in said
+    with pytest.raises(UserError, match=r"contents of pictures \(was \w{12}, is \w{12}\), lora_r \(was"):
+        run(home, tmp_path / "other", *base, "--data", f"{folder / 'train.json'}@2,{folder / 'text.json'}", "--lora-r", "3", "--resume", str(tmp_path / "run" / "last"))
 
 
 def test_other_configs_of_the_model_are_named(home, tmp_path):
@@ -222,11 +252,19 @@ def test_where_there_is_nothing_to_resume(home, tmp_path, capsys):
     for other in (("--max-steps", "4"), ("--data", str(home / "data" / "text.json")), ("--train", "full")):
         with pytest.raises(UserError, match=f"is finished, with {other[0]} "):
             train.main([*argv(home, tmp_path / "a", *base, *other), "--resume", "auto"])
-    with pytest.raises(UserError, match="exists already"):
+    for same in (("--workers", "2"), ("--batch-size", "3", "--grad-accum", "2")):  # how, not what
+        assert train.main([*argv(home, tmp_path / "a", *base, *same), "--resume", "auto"]) is None
+    with pytest.raises(UserError, match="with 6 rows a step and not 3"):
+        train.main([*argv(home, tmp_path / "a", *base, "--batch-size", "3"), "--resume", "auto"])
+    with pytest.raises(UserError, match="holds a run; .* --resume auto"):
         run(home, tmp_path / "a", *base)
     shutil.rmtree(tmp_path / "a" / "adapter")
     with pytest.raises(UserError, match="step-000003 is newer"):
         run(home, tmp_path / "a", *base, "--resume", str(tmp_path / "a" / "checkpoints" / "step-000001"))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="was started with --data .*train.json and not toy:captions"):
+        train.main(["--resume", "auto", "--out", str(tmp_path / "a")])  # no other flag is recipe toy
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_only_damaged_ones_are_an_error(home, tmp_path, capsys):

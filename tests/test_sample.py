@@ -178,6 +178,48 @@ def test_an_adapter_changes_the_answer(ask, model_folder, pictures, tmp_path):
             sample.main([pictures[0], "--model", str(tmp_path / folder)])
 
 
+def test_every_flag_of_the_answer_reaches_it(ask, pictures, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys.modules["llava_min.generate"], "generate", lambda model, batch, **options: seen.append((model.dtype, options)) or [[5], [5] * 9])
+    flags = {"min_new_tokens": 2, "num_beams": 3, "num_return_sequences": 2, "temperature": 0.5, "top_p": 0.75, "top_k": 7, "length_penalty": 0.5,
+             "repetition_penalty": 1.5, "seed": 4}
+    argv = [x for name, value in flags.items() for x in ("--" + name.replace("_", "-"), str(value))]
+    out, _ = ask(pictures[0], "--json", "--dtype", "bf16", *argv)
+    (dtype, options), = seen
+    assert dtype == torch.bfloat16 and options.items() >= (flags | {"max_new_tokens": 9, "compile": False}).items()
+    assert [json.loads(line)["stopped"] for line in out.splitlines()] == ["end", "limit"]
+
+
+def test_the_tiny_model_is_asked_its_own_question_and_says_what_it_is(pictures, capsys):
+    sample.main([pictures[0], "--max-new-tokens", "4", "--json"])
+    out, err = capsys.readouterr()
+    assert json.loads(out)["prompt"] == sample.TINY_QUESTION and sample.TINY_NOTE in err
+
+
+def test_a_picture_is_turned_as_its_tag_says(ask, tmp_path):
+    im, tag = Image.new("RGB", (30, 30), "red"), Image.Exif()
+    im.paste("blue", (0, 0, 30, 10))
+    tag[0x0112] = 3  # upside down
+    im.save(tmp_path / "tagged.png", exif=tag), im.rotate(180).save(tmp_path / "turned.png")
+    turned, tagged = ask(str(tmp_path / "turned.png"))[0], ask(str(tmp_path / "tagged.png"))[0]
+    assert ask(str(tmp_path / "tagged.png"), "--exif")[0] == turned != tagged
+
+
+def test_names_of_pictures_cannot_drive_the_terminal(ask, pictures, tmp_path):
+    path = tmp_path / "a\x1b[2J.png"
+    path.write_bytes(Path(pictures[0]).read_bytes())
+    out, _ = ask(str(path), pictures[1])
+    assert "a\\x1b[2J.png: " in out and "\x1b" not in out
+
+
+def test_a_question_without_an_answer_is_forgotten(monkeypatch):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(sample, "say", lambda *a, **k: None)
+    mute = SimpleNamespace(chat=lambda *a: {}, decode=lambda ids: " ")
+    assert sample.turn(None, mute, None, [user("abc?")], "def?", None, {}) == [user("abc?")]
+
+
 @pytest.mark.parametrize("argv, names", [
     ([], "IMAGE"), (["x.png", "--tmperature", "1"], "--temperature"), (["x.png", "--seed", "1", "--seed", "2"], "twice"),
     (["x.png", "--prompt", " "], "--prompt"), (["x.png", "--prompt", "-"], "--prompt -"), (["x.png", "--prompt", "<image> <image> a"], "2 times"),

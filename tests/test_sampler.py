@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from llava_min.cli import UserError
+from llava_min.data import sampler
 from llava_min.data.sampler import deal, order, pack, plan, records_of
 
 
@@ -129,6 +130,21 @@ def test_packed_rows_are_full_and_no_record_is_cut():
     assert pack(lengths, 1000, 0, 0) != pack(lengths, 1000, 0, 1)
 
 
+def test_packing_takes_the_row_that_is_left_fullest():
+    assert {frozenset(row) for row in pack([90, 80, 10], 100, 0, 0)} == {frozenset({0, 2}), frozenset({1})}
+
+
+def test_packed_rows_come_in_an_order_of_seed_and_epoch():
+    lengths = [100 - i for i in range(40)]  # of different lengths the rows themselves are always the same
+    orders = [pack(lengths, 100, *which) for which in ((0, 0), (1, 0), (0, 1))]
+    assert orders[0] != orders[1] and orders[0] != orders[2] and len({frozenset(rows) for rows in orders}) == 1
+
+
+def test_records_for_one_step_are_enough():
+    assert [sorted(records_of(step)) for step in plan(range(8), 2, 2, 2)] == [list(range(8))]
+    assert len(plan([60] * 8, 2, 2, 2, packing=100)) == len(plan(range(8), 2, 2, 2, group_by_length=True)) == 1
+
+
 def test_packing_many_records_is_quick():
     import time
 
@@ -137,6 +153,13 @@ def test_packing_many_records_is_quick():
     rows = pack(lengths, 2048, 0, 0)
     assert time.perf_counter() - start < 5
     assert sum(map(abs, lengths)) > 0.95 * 2048 * len(rows)
+
+
+def test_the_most_rows_of_a_run(monkeypatch):
+    monkeypatch.setattr(sampler, "MOST", 10)
+    assert len(plan(range(9), 2, max_steps=5)) == 5
+    with pytest.raises(UserError, match="12 rows, more than 10"):
+        plan(range(9), 2, max_steps=6)
 
 
 @pytest.mark.parametrize("call, words", [

@@ -236,3 +236,17 @@ def test_a_checkpoint_that_reads_back_otherwise_is_none(tmp_path, monkeypatch, n
     with pytest.raises(UserError, match=f"read back is not what was written.*{name}"):
         write(tmp_path, 2)
     assert checkpoint.find(tmp_path).name == "step-000001" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_optimizer_of_ones_own_comes_back_with_its_kinds(tmp_path):
+    """Tensors of other kinds than the parameters', and what is no tensor."""
+    model, optimizer = trained()
+    for p in optimizer.param_groups[0]["params"]:
+        optimizer.state[p] |= {"seen": (torch.arange(p.numel()) * 3 + (1 << 40)).view_as(p), "half": p.detach().bfloat16(), "mu": 0.1, "times": 3}
+    path = snapshot.save(tmp_path, 7, model, optimizer, ALONE, {"identity": {}})
+    other, fresh = trained(seed=1, steps=0)
+    assert snapshot.restore(path, snapshot.verify(path), other, fresh, ALONE)
+    for a, b in zip(optimizer.param_groups[0]["params"], fresh.param_groups[0]["params"]):
+        was, now = optimizer.state[a], fresh.state[b]
+        assert (was.keys(), now["mu"], now["times"]) == (now.keys(), 0.1, 3)
+        assert all(was[key].dtype == now[key].dtype and torch.equal(was[key], now[key]) for key in ("seen", "half", "exp_avg", "step"))

@@ -26,7 +26,7 @@ from llava_min.llama import Block, Llama
 from llava_min.llava import Llava
 from llava_min.load import load
 from llava_min.log import Log
-from llava_min.step import compile_blocks, named_config, neftune, recompute_blocks
+from llava_min.step import compile_blocks, named_config, neftune, recompute_blocks, row_length
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,9 @@ def test_bf16_keeps_what_is_trained_in_fp32(data, tmp_path):
     (["--lora-r", "2000000000"], "--lora-r: 2000000000 is above the model's width"), (["--epochs", "1e9"], "--epochs 1e.09"),
     (["--max-steps", "2000000000"], "--max-steps 2000000000: the run would have 1.6e.10 rows"), *((["--lora-targets", regex], "--lora-targets: .* at most two repetitions")
         for regex in ("(.*)*x", "(a|a)+x", ".*.*.*x", "(", "a{99999999999}")),
+    (["--betas", "0.9,1"], "--betas: .* two numbers below 1"), (["--save-every", "0m"], "--save-every: 0m"),
     # what would be ignored
+    (["--train", "full", "--lora-alpha", "8"], "--lora-alpha: has no effect without --train lora"),
     (["--train", "full", "--lora-r", "8"], "--lora-r: has no effect without --train lora"), (["--train", "projector", "--dora"], "--dora: has no effect"),
     (["--no-train-projector", "--train", "projector"], "nothing is left to"), (["--train", "last:1", "--projector-lr", "1"], "--projector-lr: has no effect without --train-projector"),
     (["--vision-lr", "1"], "--vision-lr: has no effect without --train-vision"), (["--packing", "--group-by-length"], "--group-by-length: with --packing"),
@@ -126,6 +128,26 @@ def test_mistakes_are_one_line_before_weights_are_read_and_leave_nothing(data, t
     with pytest.raises(UserError, match=named) as e:
         train.main([*argv, "--out", str(tmp_path / "run")])
     assert "\n" not in str(e.value) and not list(tmp_path.iterdir())
+
+
+def test_what_decides_the_weights_of_the_end_is_no_idle_line_of_a_recipe(tmp_path):
+    path, check = tmp_path / "mine.toml", lambda *argv: train.check_settings(parse(train.Knobs, [*argv], "A test.", recipes=train.RECIPES), argv)
+    path.write_text('data = "x"\ntrain = "full"\nlora_r = 8\n')
+    check("--recipe", str(path))
+    path.write_text('data = "x"\nbest_metric = "loss"\n')
+    with pytest.raises(UserError, match="--best-metric: has no effect without --eval-data"):
+        check("--recipe", str(path))
+    check("--data", "x", "--lora-targets", "vision_tower.*q_proj", "--vision-lr", "1")  # a regex may name layers of the tower
+
+
+def test_a_damaged_picture_of_the_first_step_is_found_before_weights_are_read(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["llava_min.load"], "load_weights", lambda *a: pytest.fail("weights were read"))
+    folder = shutil.copytree(data, tmp_path / "data")
+    for path in (folder / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="record captions-train-.*: is damaged or cut short"):
+        run(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_number_refuses_what_is_none():
@@ -195,6 +217,7 @@ def test_switches_that_change_no_number(home, tmp_path, change):
     shape = ("--batch-size", "24", "--max-steps", "4", "--train", "full")  # one step has all records, so their order is all one
     want = training.run(home, tmp_path / "a", *shape)
     found = training.run(home, tmp_path / "b", *shape, switches=tuple(change))
+    assert torch.are_deterministic_algorithms_enabled() == (change == ["--deterministic"])
     torch.use_deterministic_algorithms(False)
     assert losses(found) == pytest.approx(losses(want), rel=1e-5)
 
@@ -275,8 +298,108 @@ def test_evaluation_in_the_loop_keeps_the_best_and_stops_early(home, tmp_path, c
         nll = model.loss(batch["input_ids"], batch["labels"], batch["pixel_values"])
     assert float(nll / (batch["labels"][:, 1:] != -100).sum()) == pytest.approx(found[best], rel=1e-4)
     samples = lines(out, "samples.jsonl")
-    assert {row["step"] for row in samples} == set(found) and set(samples[0]) == {"step", "id", "prompt", "prediction", "reference", "image"}
+    assert {row["step"] for row in samples} == set(found) and set(samples[0]) == {"step", "id", "earlier", "prompt", "prediction", "reference", "images"}
     assert (out / "report.html").exists()
+
+
+def test_the_optimizer_has_the_rates_the_decay_and_the_betas_that_were_asked_for(home, tmp_path, monkeypatch):
+    seen, sizes, step = [], [], torch.optim.AdamW.step
+
+    def look(self):
+        seen.append({(g["lr"], g["weight_decay"], g["betas"]) for g in self.param_groups})
+        sizes.append({rate: sum(p.numel() for g in self.param_groups if g["lr"] == rate for p in g["params"]) for rate, _, _ in seen[-1]})
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", look)
+    log = training.run(home, tmp_path / "run", "--train", "full", "--batch-size", "6", "--max-steps", "6", "--warmup-steps", "2", "--schedule", "linear", "--lr",
+                       "0.0625", "--projector-lr", "0.03125", "--vision-lr", "0.125", "--weight-decay", "0.75", "--betas", "0.5,0.875")
+    factors = (0, 0.5, 1, 0.75, 0.5, 0.25)
+    assert seen[1:] == [{(rate * f, decay, (0.5, 0.875)) for rate in (0.0625, 0.03125, 0.125) for decay in (0.75, 0.0)} for f in factors]  # the first is a trial
+    assert [x["lr"] for x in log if "lr" in x] == [0.0625 * f for f in factors]
+    assert sizes[3][0.03125] == sum(p.numel() for p in load(str(home / "model"))[0].multi_modal_projector.parameters())
+
+
+def test_gradients_are_clipped_to_the_norm_that_was_asked_for(home, tmp_path):
+    sgd = ("--train", "full", "--optimizer", "torch.optim:SGD", "--lr", "1", "--warmup-steps", "0", "--warmup-ratio", "0", "--batch-size", "24", "--max-steps", "1")
+    (x,) = training.run(home, tmp_path / "run", *sgd, "--max-grad-norm", "0.03125")
+    was, now = (tensors(load(str(folder / "model"), dtype="fp32")[0]) for folder in (home, tmp_path / "run"))
+    assert x["grad_norm"] > 0.1 and sum((now[n] - was[n]).square().sum() for n in was).sqrt() == pytest.approx(0.03125, rel=1e-2)
+
+
+def test_settings_that_change_a_number(home, tmp_path):
+    """One step of all records at a rate of 0: what differs is what the setting does."""
+    from safetensors.torch import load_file
+
+    one = lambda name, *more: (losses(training.run(home, tmp_path / name, "--batch-size", "24", "--warmup-steps", "1", *more)),
+                               load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
+    (plain, first), (noisy, _), (_, other) = one("a"), one("b", "--neftune-alpha", "50"), one("c", "--seed", "1")
+    assert len(plain) == 1 and plain != noisy
+    assert all(torch.equal(x, other[name]) == ("lora_A" not in name) for name, x in first.items())
+
+
+def test_rows_of_one_kind_share_a_step(home, tmp_path, monkeypatch):
+    seen, loss = [], Llava.loss
+    monkeypatch.setattr(Llava, "loss", lambda self, **batch: seen.append(len(batch.get("pixel_values", ()))) or loss(self, **batch))
+    both = f"{home / 'data' / 'train.json'},{home / 'data' / 'text.json'}"
+    training.run(home, tmp_path / "run", "--data", both, "--batch-size", "6", switches=("--group-by-length",))
+    assert sorted(seen) == [0] * 4 + [6] * 4
+
+
+def test_the_evaluation_asks_as_the_flags_say(home, tmp_path, monkeypatch):
+    from llava_min.data.record import Record
+
+    turned, beams, pictures, generate = [], [], Record.pictures, evaluate.generate
+    monkeypatch.setattr(Record, "pictures", lambda self, exif=False: turned.append(exif or not isinstance(self.images[0], Path)) or pictures(self, exif))
+    monkeypatch.setattr(evaluate, "generate", lambda *a, **k: beams.append((k["num_beams"], k["max_new_tokens"])) or generate(*a, **k))
+    training.run(home, tmp_path / "run", "--eval-data", home / "data" / "val.json", "--batch-size", "24", "--warmup-steps", "1", "--num-beams", "2",
+                 "--max-new-tokens", "3", switches=("--exif",))
+    assert set(turned) == {True} and set(beams) == {(2, 3)}
+
+
+def test_early_stopping_counts_evaluations_since_the_last_gain(home, tmp_path, monkeypatch):
+    """As good as before is no gain; the answers that are shown at the end are those of the best."""
+    scores, shown = iter((0.1, 0.0, 0.2, 0.2, 0.1, 0.9)), []
+    monkeypatch.setattr(evaluate, "score", lambda rows, names: {"exact_match": {"score": next(scores)}})
+    monkeypatch.setattr("llava_min.log.show_samples", lambda folder, last: shown.append(last))
+    log = training.run(home, tmp_path / "run", "--eval-data", home / "data" / "val.json", "--batch-size", "6", "--max-steps", "9", "--eval-every", "1",
+                       "--max-new-tokens", "1", "--best-metric", "exact_match", "--early-stopping", "2", "--save-every", "100")
+    assert [x["step"] for x in log if "eval_loss" in x] == [0, 1, 2, 3, 4] and shown == [2]
+
+
+def test_a_longer_record_is_shortened_where_that_was_asked_for(home, tmp_path, capsys):
+    turns = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "It."}]
+    (tmp_path / "long.json").write_text(json.dumps([{"id": str(i), "conversations": turns * (40 if i == 3 else 1)} for i in range(6)]))
+    training.run(home, tmp_path / "run", "--data", str(tmp_path / "long.json"), "--batch-size", "6", "--warmup-steps", "1", "--max-length", "100",
+                 "--too-long", "shorten")
+    assert "1 of 6 records lost their last turns: 3 (" in capsys.readouterr().err
+
+
+def test_bad_pictures_on_the_way_are_listed(home, tmp_path, monkeypatch):
+    from llava_min.data import records
+
+    shutil.copytree(home / "data", tmp_path / "data")
+    picture = next((tmp_path / "data" / "images").glob("*train*"))
+    picture.write_bytes(picture.read_bytes()[:60])
+    monkeypatch.setattr(records.Skips.__init__, "__defaults__", (None, 0.1))  # of 24 records
+    training.run(home, tmp_path / "run", "--data", str(tmp_path / "data" / "train.json"), "--batch-size", "24", "--warmup-steps", "1",
+                 switches=("--skip-bad",))
+    assert picture.name in (tmp_path / "run" / "skipped.txt").read_text()
+
+
+def test_checkpoints_are_written_at_the_ends_of_epochs_and_only_where_they_fit(home, tmp_path, monkeypatch):
+    shape = ("--batch-size", "6", "--epochs", "3", "--lora-r", "2", "--keep", "9", "--save-every")
+    training.run(home, tmp_path / "a", *shape, "epoch")
+    assert sorted(p.name for p in (tmp_path / "a" / "checkpoints").iterdir()) == [f"step-{n:06}" for n in (4, 8, 12)]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(UserError, match="two checkpoints take"):
+        training.run(home, tmp_path / "b", *shape, "epoch")
+
+
+def test_the_rows_of_a_step_are_at_most_what_the_model_holds():
+    assert [row_length(None, 4096), row_length(None, 512), row_length(512, 512), row_length(9, 512)] == [2048, 512, 512, 9]
+    with pytest.raises(UserError, match="513 tokens were asked for, and the model's context is 512"):
+        row_length(513, 512)
 
 
 @pytest.mark.parametrize("mode, place", [("lora", (Llava, "hidden", 2)), ("full", (evaluate, "generate", 1))], ids=["loss", "answers"])
@@ -336,9 +459,9 @@ def test_a_bad_picture_on_the_way(home, tmp_path):
 ])
 def test_a_dry_run_needs_no_weights_and_no_data(tmp_path, capsys, monkeypatch, argv, said):
     monkeypatch.chdir(tmp_path)
-    assert train.main(["--model", "7b", "--data", "absent.json", "--dry-run", *argv]) is None
-    text = capsys.readouterr().err
-    assert said in text and "absent.json: no such file" in text and "gradients" in text and "estimated" in text
+    assert train.main(["--model", "7b", "--recipe", "lora-7b", "--dry-run", *argv]) is None
+    text = capsys.readouterr().out
+    assert said in text and "gradients" in text and "estimated" in text
     assert not list(tmp_path.iterdir())
 
 
@@ -347,16 +470,23 @@ def test_a_dry_run_counts_steps_and_bytes(home, tmp_path, capsys):
     folder.mkdir()
     (folder / "config.json").write_text((home / "model" / "config.json").read_text())
     train.main(["--model", str(folder), "--data", str(home / "data" / "train.json"), "--dry-run", "--batch-size", "5", "--epochs", "2", "--train", "full"])
-    text = capsys.readouterr().err
+    text = capsys.readouterr().out
     assert "24 records, 10 steps" in text and "a step is 5 rows" in text
+    train.main(["--model", "7b", "--data", str(home / "data" / "train.json"), "--dry-run", "--no-train-projector"])  # 39,976,960 of 7,103,404,032 are trained
+    said = dict(line.removesuffix(" GB").rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.endswith(" GB"))
+    assert (said["weights"], said["gradients"], said["optimizer"]) == ("14.29", "0.16", "0.32")
     assert named_config("llava-hf/llava-1.5-13b-hf") == SIZES["13b"] and named_config("mistral-7b") == SIZES["mistral-7b"]
     with pytest.raises(UserError, match="its name tells no size"):
         named_config("someone/model")
+    for flag in ("--data", "--eval-data"):  # the user's own have to be there; a recipe's, only to train
+        files = {"--data": home / "data" / "train.json", "--eval-data": home / "data" / "val.json", flag: "absent.json"}
+        with pytest.raises(UserError, match="absent.json: no such file"):
+            train.main(["--model", str(folder), "--dry-run", *(str(x) for pair in files.items() for x in pair)])
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in train.RECIPES.glob("*.toml")))
 def test_every_recipe_is_planned_without_weights(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    given = {"qwen-clip": ["--model", "1b"], "tiny": ["--model", "tiny", "--toy-train", "20"], "toy": ["--toy-train", "20"]}.get(name, [])
+    given = ["--model", "1b"] if name == "qwen-clip" else []
     assert train.main(["--recipe", name, "--dry-run", *given]) is None
-    assert "memory of a rank" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "memory of a rank" in capsys.readouterr().out and not list(tmp_path.iterdir())

@@ -84,6 +84,13 @@ def test_a_part_learns_whole_or_by_lora():
     assert {n for n in trained(model) if ".lora_" not in n} == set()
 
 
+def test_lora_layers_learn_by_lora_alone():
+    model = tiny()
+    add_lora(model, LoRAConfig(2))
+    select(model, "projector")
+    assert trained(model) == under(model, P)
+
+
 def test_lora_where_the_tower_is_never_run_stays_as_it_is():
     model = tiny()
     add_lora(model, LoRAConfig(2, targets=(r"vision_tower\..*\.q_proj",)))

@@ -24,7 +24,7 @@ import llava_min
 from llava_min import weights
 from llava_min.cli import UserError
 from llava_min.config import LlavaConfig
-from llava_min.files import new_folder
+from llava_min.files import new_folder, replace
 from llava_min.layouts import READ, WRITE, check_entries, translate
 from llava_min.llava import Llava
 from llava_min.load import collect_entries, on_meta, read_config, save, stored_rows
@@ -302,6 +302,37 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
     with new_folder(tmp_path / "a" / "b") as aside:
         (aside / "x").write_text("whole")
     assert [p.name for p in (tmp_path / "a").rglob("*")] == ["b", "x"]
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What is synced and renamed, in its order."""
+    told, sync, rename, swap = [], os.fsync, os.rename, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: told.append(os.readlink(f"/proc/self/fd/{fd}")) or sync(fd))
+    monkeypatch.setattr(os, "rename", lambda a, b: told.append("renamed") or rename(a, b))
+    monkeypatch.setattr(os, "replace", lambda a, b: told.append("renamed") or swap(a, b))
+    return told
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_folder_is_on_disk_before_it_has_its_name_and_after(tmp_path, events, durable):
+    with new_folder(tmp_path / "new" / "parent" / "b", durable) as aside:
+        (aside / "sub").mkdir()
+        (aside / "sub" / "x").write_text("whole")
+    cut = events.index("renamed")
+    assert set(events[:cut]) == ({str(p) for p in (aside, aside / "sub", aside / "sub" / "x")} if durable else set())
+    assert events[cut + 1 :] == [str(aside.parent)]
+
+
+def test_a_file_is_replaced_by_a_whole_one_or_stays(tmp_path, events):
+    path = tmp_path / "x.json"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        replace(path, "half\ud800")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path] and events == []
+    replace(path, "new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+    assert events == [str(tmp_path / ".tmp-x.json"), "renamed"]
 
 
 @pytest.mark.parametrize("room", [0, 500, 20_000])

@@ -33,11 +33,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Turn:
-    """One exchange: pictures and texts of the user, then the answer (None where generation starts)."""
+    """One exchange: pictures and texts of the user, then the texts of the reply (None where generation starts)."""
 
     pictures: int
     texts: list[str]
-    answers: list[str] | None
+    reply: list[str] | None
 
     def question(self) -> str:
         """LLaVA's preprocess_multimodal leaves this text beside a picture: stripped, and put after it."""
@@ -45,7 +45,7 @@ class Turn:
         return text.strip() if self.pictures else text
 
     def answer(self) -> str:
-        return "".join(self.answers)
+        return "".join(self.reply)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def vicuna_v1(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
         yield Piece("USER: ")
         yield from _pictures(t)
         yield Piece(t.question() + " ASSISTANT:")
-        if t.answers is not None:
+        if t.reply is not None:
             yield Piece(" " + t.answer(), supervised=True)
             yield Piece(token="eos", supervised=True)  # nothing between </s> and the next USER
 
@@ -90,8 +90,8 @@ def llava_hf(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
             yield Piece(token="image")
             yield Piece("\n")
         yield Piece("".join(text + " " for text in t.texts) + "ASSISTANT:")
-        if t.answers is not None:
-            yield Piece("".join(" " + text for text in t.answers), supervised=True)
+        if t.reply is not None:
+            yield Piece("".join(" " + text for text in t.reply), supervised=True)
             yield Piece(token="eos", supervised=True)
 
 
@@ -102,7 +102,7 @@ def plain(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
                         "turns; use another template for conversations")
     for _ in range(turns[0].pictures):
         yield Piece(token="image")
-    if turns[0].answers is not None:
+    if turns[0].reply is not None:
         yield Piece(turns[0].answer() + "\n", supervised=True)
 
 
@@ -120,7 +120,7 @@ def chatml(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
         yield Piece("\n")
         yield Piece(token="<|im_start|>")
         yield Piece("assistant\n")
-        if t.answers is not None:
+        if t.reply is not None:
             yield Piece(t.answer(), supervised=True)
             yield Piece(token="<|im_end|>", supervised=True)
 
@@ -134,7 +134,7 @@ def mistral(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
             yield Piece(system + "\n\n")
         yield from _pictures(t)
         yield Piece(t.question() + " [/INST]")
-        if t.answers is not None:
+        if t.reply is not None:
             yield Piece(" " + t.answer(), supervised=True)
             yield Piece(token="eos", supervised=True)
 
@@ -157,11 +157,12 @@ def llama3(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
         yield Piece(t.question().strip())
         yield Piece(token="<|eot_id|>")
         yield from header("assistant")
-        if t.answers is not None:
+        if t.reply is not None:
             yield Piece(t.answer().strip(), supervised=True)
             yield Piece(token="<|eot_id|>", supervised=True)
 
 
+RECORD = "llava_min_template"  # the key of processor_config.json under which we write a template's name
 TEMPLATES = {
     "vicuna_v1": Template(vicuna_v1, "</s>", "chunk"),
     "llava_hf": Template(llava_hf, "</s>", "own"),
@@ -221,7 +222,7 @@ def exchanges(messages: list[dict], *, answer: bool) -> tuple[str | None, list[T
         pictures, texts = parts(messages[0], "message 0 (system)")
         if pictures:
             raise UserError("message 0 (system): holds a picture; put it into a user message")
-        system, rest = "".join(texts), rest[1:]
+        system, rest = " ".join(texts), rest[1:]
     turns, question = [], None
     for i, m in rest:
         role = "user" if question is None else "assistant"
@@ -280,7 +281,7 @@ def choose(config: dict, processor_config: dict | None = None, chat_template: st
     `chat_template` the jinja text it ships, which is only looked at for known role marks, `tokenizer`
     anything with `token_id(content)`.
     """
-    recorded = (processor_config or {}).get("llava_min_template")
+    recorded = (processor_config or {}).get(RECORD)
     if recorded is not None:
         template(recorded)
         return recorded

@@ -9,6 +9,7 @@ import atexit
 import multiprocessing
 import signal
 import threading
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -43,6 +44,8 @@ class Dataset(torch.utils.data.Dataset):
         for r in records:
             if (n := self.tokens(r, max_length)) > max_length:
                 long.append(f"{short(r.id)} ({n})")
+                if too_long == "error":
+                    continue
                 if (r := self.shortened(r, max_length)) is None:
                     dropped.append(long[-1])
                     continue
@@ -76,13 +79,14 @@ class Dataset(torch.utils.data.Dataset):
         return most if most <= enough else len(p.encode(pieces)[0])
 
     def shortened(self, r: Record, max_length: int) -> Record | None:
-        while len(r.messages) > 3:  # a system message may stand before the last exchange
-            messages = r.messages[:-2]
-            pictures = sum(parts(m)[0] for m in messages)
-            r = replace(r, messages=messages, images=r.images[:pictures])
-            if self.tokens(r, max_length) <= max_length:
-                return r
-        return None
+        """As many of its first exchanges as fit; None if not even one does."""
+
+        def first(n: int) -> Record:
+            messages = r.messages[: len(r.messages) % 2 + 2 * n]  # a system message may stand before them
+            return replace(r, messages=messages, images=r.images[: sum(parts(m)[0] for m in messages)])
+
+        n = bisect_right(range(1, len(r.messages) // 2), max_length, key=lambda n: self.tokens(first(n), max_length))
+        return first(n) if n else None
 
     def lengths(self, exact: bool = False) -> list[int]:
         """What `sampler.plan` reads, negative where there is no picture: the words and 256 a picture, or the tokens."""

@@ -120,7 +120,7 @@ def three(value: object, good: Callable[[float], bool]) -> bool:
 def to_8bit(im: Image.Image, name: str) -> Image.Image:
     """Modes I, I;16 and F to L. Pillow (and so the reference) clips them: a 16-bit scan comes out white."""
     a = np.asarray(im).astype(np.float64)
-    if not np.isfinite(a).all():
+    if not np.isfinite(a).all():  # one that was not opened by picture.py
         raise UserError(f"{name}: the picture holds NaN or infinite values; mend it first")
     low, high = a.min(), a.max()
     if im.mode.startswith("I;16"):

@@ -63,7 +63,7 @@ def row_pictures(f, group: int, row: int) -> list[dict]:
 
 
 def group_bytes(f, group: int) -> Iterator:
-    """The same of all rows of a group, in pyarrow's form, a few rows in memory at a time."""
+    """[{"bytes"}] of every row of a group, in pyarrow's form; a few rows are in memory at a time."""
     for batch in f.iter_batches(8, row_groups=[group], columns=[BYTES], use_threads=False):
         yield from batch.column(0)
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from llava_min.cli import UserError, short, warn
@@ -92,6 +93,8 @@ def decode_image(data: bytes, name: str, *, exif: bool = False) -> Image.Image:
         check_size(im, label)
         with quiet() if im.format == "TIFF" else nullcontext():
             im.load()
+        if im.mode == "F" and not np.isfinite(np.asarray(im)).all():
+            raise UserError(f"{label}: the picture holds NaN or infinite values; mend it first")
         if im.format != "MPO" and getattr(im, "is_animated", False):  # an MPO's others are previews
             warn(f"{label}: is {'a TIFF of several pages' if im.format == 'TIFF' else 'animated'}; only the first is used")
             im.seek(0)  # where it was before they were counted

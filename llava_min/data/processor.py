@@ -14,6 +14,7 @@ import math
 import operator
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from PIL import Image
 
 from llava_min.cli import UserError, printable, warn
 from llava_min.config import IGNORE
-from llava_min.data.chat import LLAVA_HF_JINJA, Piece, check, parts, render, template
+from llava_min.data.chat import LLAVA_HF_JINJA, RECORD, Piece, check, parts, render, template
 from llava_min.data.image import ImageConfig, to_pixels
 from llava_min.data.tokenizer import Tokenizer
 from llava_min.files import write_json
@@ -33,11 +34,11 @@ Pictures = Image.Image | list[Image.Image] | list[list[Image.Image]] | None
 
 class Processor:
     """`tokens_per_image` is how many placeholders `image_token_id` one picture takes: 576 for
-    CLIP-L/14-336."""
+    CLIP-L/14-336. `ends`: ids that end an answer by the model's config."""
 
     def __init__(self, tokenizer: Tokenizer, image_config: ImageConfig, template_name: str,
-                 image_token_id: int, tokens_per_image: int):
-        self.tokenizer, self.image_config = tokenizer, image_config
+                 image_token_id: int, tokens_per_image: int, ends: Sequence[int] = ()):
+        self.tokenizer, self.image_config, self.ends = tokenizer, image_config, ends
         self.template_name, self.template = template_name, template(template_name)
         self.image_token_id, self.tokens_per_image = image_token_id, tokens_per_image
         known = tokenizer.token_id(MARK)
@@ -95,13 +96,15 @@ class Processor:
              padding_side: str = "left") -> dict[str, torch.Tensor]:
         """The generation prompt of one conversation, or of a list of them; returns what `__call__` returns.
 
-        Pictures are the `{"type": "image"}` parts of user messages, and text stays text whatever it says.
+        Pictures are the `{"type": "image"}` parts of user messages, which may hold them (`"image": picture`, as in
+        transformers) instead of `images`; text stays text whatever it says.
         Messages without such parts but with `images`: each `<image>` written in a user's plain string is a
         picture (there must be as many marks as pictures); where none is written, the pictures go into the
         first user message.
         """
         many = isinstance(messages, list) and messages and isinstance(messages[0], list)
-        talks, images = messages if many else [messages], _listed(images)
+        talks = messages if many else [messages]
+        images = _gathered(talks, images)
         rows = _by_row(images, [_count(talk, images) for talk in talks])
         ids = []
         for talk, row in zip(talks, rows):
@@ -113,7 +116,7 @@ class Processor:
         """One conversation that ends in an answer → input_ids and labels (lists of one length), and
         pixel_values (N, 3, S, S) when there are pictures. Pictures are found as in `chat`. Labels are −100
         but on the answers and their end tokens; they are not shifted."""
-        images = _listed(images)
+        images = _gathered([messages], images)
         (row,) = _by_row(images, [_count(messages, images)])
         ids, labels = self.encode(render(self.template_name, _place(messages, len(row)), answer=True))
         out = {"input_ids": ids, "labels": labels}
@@ -153,12 +156,12 @@ class Processor:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Ids that end an answer: the template's stop token and the tokenizer's EOS."""
+        """Ids that end an answer: the template's stop token, the tokenizer's EOS, and the model's own."""
         t, stop = self.tokenizer, self.template.stop
         id = t.token_id(stop)
         if id is None and stop.isspace():  # plain's newline is spelled, as a byte token in Llama's vocabulary
             id = t.encode(stop, at="inside")[-1]
-        return [i for i in dict.fromkeys([id, t.eos_id]) if i is not None]
+        return [i for i in dict.fromkeys([id, t.eos_id, *self.ends]) if i is not None]
 
     def silent_ids(self, vocab_size: int) -> list[int]:
         """Ids that a head of `vocab_size` rows scores but that are no text: the placeholder, and rows of padding."""
@@ -175,8 +178,12 @@ class Processor:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write tokenizer, preprocessor_config.json and processor_config.json, as transformers reads them."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save(Path(folder))
+        self.save_settings(Path(folder))
+
+    def save_settings(self, folder: Path) -> None:
+        """How pictures are prepared and messages written: what an adapter has beside it."""
         # transformers counts (S // patch)² + 1 placeholders, less one for strategy "default": it drops CLS
         side = math.isqrt(self.tokens_per_image)
         strategy = "default" if side * side == self.tokens_per_image else "full"
@@ -187,9 +194,8 @@ class Processor:
             "vision_feature_select_strategy": strategy,
             "num_additional_image_tokens": 1,
             "image_token": MARK,
-            "llava_min_template": self.template_name,
+            RECORD: self.template_name,
         }
-        self.tokenizer.save(folder)
         image = {"processor_class": "LlavaProcessor"} | self.image_config.to_hf()
         write_json(folder / "preprocessor_config.json", image)
         write_json(folder / "processor_config.json", config)
@@ -243,10 +249,20 @@ def _listed(images: Pictures) -> list:
     return images
 
 
+def _gathered(talks: list[list[dict]], images: Pictures) -> list:
+    """The pictures of conversations: those given beside them, or those that stand in their image parts."""
+    for talk in talks:
+        check(talk)
+    contents = [m["content"] for talk in talks for m in talk if isinstance(m.get("content"), list)]
+    inside = [part["image"] for content in contents for part in content if isinstance(part, dict) and part.get("image") is not None]
+    if inside and images is not None:
+        raise UserError("images: were given, and the messages hold pictures, too; give them in one place")
+    return inside or _listed(images)
+
+
 def _count(messages: list[dict], images: list) -> int | None:
     """How many pictures a conversation asks for: its image parts, else the marks in its users' strings,
     else unknown."""
-    check(messages)
     if not images:  # without pictures a written mark is text
         return _parts(messages)
     return _parts(messages) or sum(map(_marks, messages)) or None

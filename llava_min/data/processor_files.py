@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llava_min.cli import UserError, note, printable, short
 from llava_min.config import LlavaConfig
-from llava_min.data.chat import choose
+from llava_min.data.chat import RECORD, choose, template as find_template
 from llava_min.data.image import ASPECTS, ImageConfig
 from llava_min.data.processor import MARK, Processor
 from llava_min.data.tokenizer import Tokenizer
@@ -61,6 +61,16 @@ def pick_template(folder: Path, tokenizer: Tokenizer) -> str:
     return choose(read_json(folder / "config.json"), recorded, text, tokenizer)
 
 
+def read_settings(folder: Path) -> tuple[str | None, str | None]:
+    """The aspect and the template that an adapter's folder records (`Processor.save_settings`), None for what it does not."""
+    path = folder / "preprocessor_config.json"
+    aspect = ImageConfig.from_hf(read_json(path), str(path)).aspect if path.exists() else None
+    name = read_optional(folder / "processor_config.json").get(RECORD)
+    if name is not None:
+        find_template(name)  # an error, if there is none of that name
+    return aspect, name
+
+
 def read_processor(folder: Path, config: LlavaConfig, clip_folder: Path | None, aspect: str | None,
                    template: str | None) -> Processor:
     """`clip_folder`: of the original layout's tower. `aspect`, `template`: the caller's, None for what the folder says."""
@@ -80,4 +90,4 @@ def read_processor(folder: Path, config: LlavaConfig, clip_folder: Path | None, 
                             "correct one of them")
     images = read_image_config(folder, config, clip_folder, aspect)
     template = pick_template(folder, tokenizer) if template is None else template
-    return Processor(tokenizer, images, template, config.image_token_id, config.tokens_per_image)
+    return Processor(tokenizer, images, template, config.image_token_id, config.tokens_per_image, config.text.eos_token_ids)

@@ -59,6 +59,11 @@ def text_of(message: dict) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
+def earlier(record: "Record") -> str:
+    """What was said before the last question, a line each."""
+    return "\n".join(f"{message['role']}: {text_of(message)}" for message in record.messages[:-2])
+
+
 def from_raw(raw: object, number: str, root: Path) -> Record:
     """`number`: its id if it says none. Raises Bad."""
     if not isinstance(raw, dict):

@@ -98,6 +98,8 @@ class Files:
     def __init__(self, root: Path):
         self.root, self.names = root, {}
         self.asked, self.found, self.first = 0, 0, None
+        self.folded: dict[str, Path] = {}
+        self.alike: tuple[Path, Path] | None = None  # the first two whose names differ in upper and lower case alone
 
     def have(self, path: Path) -> bool:
         folder, name = os.path.split(path)
@@ -107,6 +109,8 @@ class Files:
             except OSError:
                 self.names[folder] = set()
         self.asked += 1
+        if (other := self.folded.setdefault(str(path).casefold(), path)) != path:
+            self.alike = self.alike or (other, path)
         self.first = self.first or path
         self.found += name in self.names[folder]
         return name in self.names[folder]
@@ -178,6 +182,9 @@ def read_file(path: Path, image_folder: str | os.PathLike | None, skips: Skips |
         skips.lines |= dict.fromkeys(f"{path}: {line}" for line in bad)
         if bad:
             warn(f"{path}: {len(bad)} of {n} records are bad and left out: {told(bad)}")
+    if files.alike:
+        warn(f"{path}: the pictures {' and '.join(short(p, 200) for p in files.alike)} are told apart by upper and lower case alone; "
+             "some disks do not keep them apart")
     if headless:
         warn(f"{path}: {headless} records begin with an answer, which is left out, as LLaVA does")
     if fields:
@@ -217,13 +224,17 @@ def read_records(data: str | os.PathLike, image_folder: str | os.PathLike | None
 
 
 def hash_records(records: Sequence[Record]) -> str:
-    """sha256 over what the data files alone do not tell: which records are there, in which order, the names of their pictures
-    and, as a look into each would take minutes, the sizes and beginnings of some. The folder of the pictures may be another."""
-    digest, files = hashlib.sha256(), []
+    """sha256 over what the data files alone do not tell: which records are there, in which order, and the names of their
+    pictures. The folder of the pictures may be another."""
+    digest = hashlib.sha256()
     for r in records:
-        paths = [p for p in r.images if isinstance(p, Path)]
-        digest.update(repr((r.id, [str(p).removeprefix(str(r.root)) for p in paths])).encode())
-        files += paths
+        digest.update(repr((r.id, [str(p).removeprefix(str(r.root)) for p in r.images if isinstance(p, Path)])).encode())
+    return digest.hexdigest()
+
+
+def hash_pictures(records: Sequence[Record]) -> str:
+    """sha256 over the sizes and beginnings of some pictures: a look into each would take minutes."""
+    digest, files = hashlib.sha256(), [p for r in records for p in r.images if isinstance(p, Path)]
     for p in files[:: -(-len(files) // SAMPLE) or 1]:
         if p.is_file() and os.access(p, os.R_OK):
             with open(p, "rb") as f:

@@ -22,7 +22,7 @@ def need(metric: str, module: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as e:  # the package, or one that it needs
-        raise UserError(f"--metrics {metric}: needs {package} ({printable(e)}); pip install {package}") from None
+        raise UserError(f"--metrics {metric}: needs {package} ({printable(e)}); pip install 'llava_min[metrics]'") from None
 
 
 def need_model(metric: str, repository: str) -> str:

@@ -76,7 +76,8 @@ function example(row) {
   put(data.compare ? "Tuned" : "Answer", answer(row.a, row.s));
   const [question, ...more] = row.q.split("\n");  // what follows is often the same in every example, or words read in the picture
   const asked = el("p", "question", bdi(question), ...more.length ? [el("span", "more", "\n", bdi(more.join("\n")))] : []);
-  const words = el("div", "words", el("div", "top", el("p", "id", bdi(row.id)), chips(row)), asked, texts);
+  const words = el("div", "words", el("div", "top", el("p", "id", bdi(row.id)), chips(row)),
+    ...row.e ? [el("p", "earlier", bdi(row.e))] : [], asked, texts);
   const card = el("article", "example");
   if (row.p) {
     const pictures = el("div", "pictures");
@@ -163,7 +164,7 @@ const ORDER = {
   file: ["as in the file", () => 0],
 };
 const fold = (s) => s.normalize("NFKC").toLowerCase();
-const haystack = (r) => r.hay ??= fold([r.id, r.q, r.a, r.b || "", ...r.r.map((x) => x[0])].join("\n"));
+const haystack = (r) => r.hay ??= fold([r.id, r.e || "", r.q, r.a, r.b || "", ...r.r.map((x) => x[0])].join("\n"));
 
 function limit(id) {
   const text = $(id).value.trim().replace(",", "."), x = Number(text);

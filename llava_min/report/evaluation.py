@@ -19,7 +19,8 @@ def write_eval_report(path: str | os.PathLike, rows: Sequence[dict], table: dict
     """Write `path`, an HTML page of the scores, the settings and the examples, worst first.
 
     rows: {"id", "prompt", "prediction", "references": [str], "scores": {metric: float}}, and where there are any
-        "images": [path, record's embedded picture or PIL image] and "logprob": the answer's mean log-probability;
+        "earlier": what was said before the prompt, "images": [path, record's embedded picture or PIL image] and "logprob":
+        the answer's mean log-probability;
         with `compare` also "base_prediction" and "base_scores"
     table: {metric: {"score", "low", "high", "n"}}; the name `metric group` is a row under its metric
     settings: what made the numbers (model, data, prompt, template, decoding …), shown in their order; `remarks`, a list of
@@ -59,6 +60,8 @@ def write_eval_report(path: str | os.PathLike, rows: Sequence[dict], table: dict
         out = {"id": cut(row["id"], 200), "q": cut(row["prompt"], limit), "a": cut(row["prediction"], limit),
                "r": [[cut(t, limit), n] for t, n in references[:10]] + more,
                "s": [finite(row.get("scores", {}).get(m)) for m in metrics]}
+        if row.get("earlier"):
+            out["e"] = cut(row["earlier"], limit)
         if row.get("images"):
             out["p"] = [pictures.place(p) for p in row["images"]]
         if finite(row.get("logprob")) is not None:
@@ -113,7 +116,7 @@ def scores_table(table: dict[str, dict], scales: dict, compare: dict | None) -> 
                      change(difference.get(name), 3 if ends[1] <= 1 else 1) if compare else "",
                      f'<td class="num muted n">{m.get("n", 0):,}</td>']
             out += f'<tr{" class=group" if group else ""}>{"".join(cells)}</tr>'
-    names = ["Metric", "Base", "Score", "", "95 % interval", "Change (95 %)", "n"]
+    names = ["Metric", "Base", "Tuned" if compare else "Score", "", "95 % interval", "Change (95 %)", "n"]
     names = names if compare else [n for n in names if n not in ("Base", "Change (95 %)")]
     head = "".join(f'<th class="num">{n}</th>' if i else f"<th>{n}</th>" for i, n in enumerate(names))
     return (f'<div class="card"><table class="scores{" pair" if compare else ""}"><thead><tr>{head}</tr></thead>'

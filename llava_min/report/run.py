@@ -5,6 +5,7 @@ import math
 import os
 from pathlib import Path
 
+from llava_min.data.parquet import Embedded
 from llava_min.report.curves import curve, figures
 from llava_min.report.page import LONGEST, cut, escape, finite, heading, notes_list, number, page, settings_list, write
 from llava_min.report.pictures import PICTURES, Thumbnails
@@ -16,7 +17,8 @@ def write_run_report(folder: str | os.PathLike) -> None:
     """Write `folder`/report.html: the curves of metrics.jsonl, the answers of samples.jsonl over time, config.json.
 
     metrics.jsonl: {"step", "loss", "lr", …} and {"step", "eval_NAME"} a line; of a step that was done again after a
-        resume the last value counts. samples.jsonl: {"step", "id", "prompt", "reference", "prediction", "image"}.
+        resume the last value counts. samples.jsonl: {"step", "id", "earlier", "prompt", "reference", "prediction",
+        "images": [path, or path, group, row and index of a picture in a parquet file]}.
     What is absent or half written is left out, and the page counts the lines that could not be read: a report never
     stops a run for its contents. Raises UserError when the file cannot be written.
     """
@@ -92,28 +94,41 @@ def samples_section(folder: Path, samples: list[dict]) -> str:
     chosen, notes = list(groups.items())[:SAMPLES], []
     if len(groups) > SAMPLES:
         notes.append(f"The first {SAMPLES} of {len(groups):,} questions; samples.jsonl has all.")
-    images = {i: folder / s["image"] for i, g in chosen for s in g.values() if isinstance(s.get("image"), str)}
-    pictures = Thumbnails(images.values(), PICTURES // 4)
+    images = {i: found(folder, g[max(g)].get("images")) for i, g in chosen}
+    pictures = Thumbnails((p for places in images.values() for p in places), PICTURES // 4)
     cards = ""
     for i, group in chosen:
         steps = sorted(group)
         last = group[steps[-1]]
-        place = pictures.place(images.get(i))
-        picture = f'<img src="{pictures.urls[place]}" alt="">' if place is not None else ""
+        places = [place for p in images[i] if (place := pictures.place(p)) is not None]
+        picture = "".join(f'<img src="{pictures.urls[place]}" alt="">' for place in places)
         if len(steps) > TIMES:  # the first, the last, and even steps between
             steps = [steps[round(k * (len(steps) - 1) / (TIMES - 1))] for k in range(TIMES)]
-        prompt, reference = (escape(cut(last.get(k, ""), LONGEST)) for k in ("prompt", "reference"))
-        answers, before = "", None
+        before, prompt, reference = (escape(cut(last.get(k, ""), LONGEST)) for k in ("earlier", "prompt", "reference"))
+        before = before and f'<p class="earlier"><bdi>{before}</bdi></p>'
+        answers, last_answer = "", None
         for step in steps:
             answer = str(group[step].get("prediction", ""))
+            said = f"<bdi>{escape(cut(answer, LONGEST))}</bdi>" if answer else '<i class="muted">empty</i>'
             right = answer.strip() == str(last.get("reference", "")).strip()
-            answers += (f'<tr class="{"right" if right else "again" if answer == before else ""}">'
-                        f'<th scope="row">{step:,.0f}</th><td><bdi>{escape(cut(answer, LONGEST))}</bdi></td></tr>')
-            before = answer
+            answers += (f'<tr class="{"right" if right else "again" if answer == last_answer else ""}">'
+                        f'<th scope="row">{step:,.0f}</th><td>{said}</td></tr>')
+            last_answer = answer
         cards += (f'<article class="example">{f"<div class=pictures>{picture}</div>" if picture else ""}<div class="words">'
-                  f'<p class="id"><bdi>{escape(cut(i, 200))}</bdi></p><p class="question"><bdi>{prompt}</bdi></p>'
+                  f'<p class="id"><bdi>{escape(cut(i, 200))}</bdi></p>{before}<p class="question"><bdi>{prompt}</bdi></p>'
                   f'<dl class="texts"><dt>Reference</dt><dd><bdi>{reference}</bdi></dd></dl>'
                   '<table class="times"><thead><tr><th>Step</th><td>Answer</td></tr></thead>'
                   f"<tbody>{answers}</tbody></table></div></article>")
     notes += pictures.notes()
     return f'<section><h2>Answers over time</h2>{notes_list(notes)}<div class="list">{cards}</div></section>'
+
+
+def found(folder: Path, places: object) -> list[Path | Embedded]:
+    """Where samples.jsonl says that pictures are."""
+    out = []
+    for p in places if isinstance(places, list) else ():
+        if isinstance(p, str):
+            out.append(folder / p)
+        elif isinstance(p, list) and [type(x) for x in p] == [str, int, int, int]:
+            out.append(Embedded(folder / p[0], *p[1:]))
+    return out
