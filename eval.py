@@ -194,7 +194,6 @@ def answers(knobs: Knobs, records: list, world: Any, folder: Path | None, way: d
     locked for as long as `held` is open."""
     import torch
 
-    from llava_min.dist import gather
     from llava_min.evaluate import predict
     from llava_min.load import load
 

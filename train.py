@@ -154,7 +154,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     from llava_min.data.dataset import Dataset, loader
     from llava_min.data.records import Skips, read_records
     from llava_min.data.sampler import plan as make_plan, records_of
-    from llava_min.dist import agree, any_of, full_state, gather, shard, total
+    from llava_min.dist import agree, any_of, gather, total
     from llava_min.evaluate import check_room, on_held_out
     from llava_min.files import new_folder, write_json
     from llava_min.load import prepare, write_model
@@ -163,6 +163,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     from llava_min.optim import LossScale, clip, make_optimizer, parameter_groups, rate_factor
     from llava_min.packed import widen
     from llava_min.report import write_run_report
+    from llava_min.shard import full_state, shard
     from llava_min.step import (compile_blocks, largest_batch, neftune, no_memory, recompute_blocks, row_length, supervised_in,
                                 try_step)
     from llava_min.trainable import check_gradients, choose, table

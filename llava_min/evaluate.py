@@ -28,11 +28,12 @@ from llava_min.data.parquet import Embedded
 from llava_min.data.processor import Processor
 from llava_min.data.record import Bad, Record, check_text, text_of
 from llava_min.data.records import told
-from llava_min.dist import World, gather, total, uneven
+from llava_min.dist import World, gather, total
 from llava_min.generate import generate
 from llava_min.llava import Llava
 from llava_min.log import clock
 from llava_min.metrics import Rule, find, interval, measure, resampled
+from llava_min.shard import uneven
 from llava_min.step import supervised_in
 
 EVERY = 2.0  # seconds between two lines of progress

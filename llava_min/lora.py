@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from llava_min.cli import UserError, printable
 from llava_min.config import LINEARS
-from llava_min.dist import local, own_rows, split
 from llava_min.layouts import WRITE, translate
 from llava_min.packed import dense
+from llava_min.shard import local, own_rows, split
 from llava_min.weights import PIECE
 
 # Our prefix -> the module path in transformers of today, which PEFT's keys repeat.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_min.cli import UserError, printable
-from llava_min.dist import split
+from llava_min.shard import split
 
 ADAM = (0.9, 0.999)  # the betas where none are asked for
 

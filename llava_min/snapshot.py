@@ -26,8 +26,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from llava_min.cli import UserError, printable
-from llava_min.dist import World, gather, local, own_rows, split
+from llava_min.dist import World, gather
 from llava_min.files import sync
+from llava_min.shard import local, own_rows, split
 
 FORMAT = 1
 KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from llava_min.cli import UserError, printable
-from llava_min.dist import local
 from llava_min.lora import LoRAConfig, add_lora
 from llava_min.optim import check_optimizer, parameter_groups
+from llava_min.shard import local
 
 VISION, PROJECTOR, LANGUAGE, HEAD = "vision_tower", "multi_modal_projector", "language_model", "lm_head"
 

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llava_min.cli import UserError, printable
-from llava_min.dist import local, own_rows, split
 from llava_min.files import write_json
 from llava_min.layouts import FLOATS, WRITE, Entry, open_file, translate
 from llava_min.packed import dense
+from llava_min.shard import local, own_rows, split
 
 PIECE = 1 << 19  # elements read at once: they stay in a core's cache while they are checked and converted
 REOPEN = 32 << 20  # bytes read of a `.bin` through one mapping: its pages count as ours until it is closed

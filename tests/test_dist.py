@@ -1,4 +1,4 @@
-"""dist.py: two ranks are one process in loss, gradients, weights and answers; a rank that fails ends the job.
+"""dist.py and shard.py: two ranks are one process in loss, gradients, weights and answers; a rank that fails ends the job.
 
 Each job below runs in processes of its own, started as torchrun or SLURM would, and asserts by itself.
 """
@@ -20,12 +20,12 @@ from conftest import IMAGE, hf_config, pixels, rows, write_processor
 from llava_min import weights
 from llava_min.cli import UserError
 from llava_min.config import LlavaConfig
-from llava_min.dist import (World, agree, any_of, first_host, full_state, gather, local, own_rows, read_ranks, shard, start, total,
-                            uneven, use_cores)
+from llava_min.dist import World, agree, any_of, first_host, gather, read_ranks, start, total, use_cores
 from llava_min.generate import generate
 from llava_min.llava import IGNORE
 from llava_min.load import fresh, prepare
 from llava_min.lora import LoRAConfig, add_lora, init_lora
+from llava_min.shard import full_state, local, own_rows, shard, uneven
 from llava_min.trainable import select
 from llava_min.weights import save_weights
 
