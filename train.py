@@ -135,7 +135,7 @@ def main(argv: list[str]) -> int | None:
                 out, resumed = gather(world, found)[0]
                 if knobs.resume != "never" and (Path(out, "adapter").exists() or Path(out, "model").exists()):
                     check_finished(Path(out), knobs, argv, world.size)
-                    return note(f"{out}: already finished; its result is in {out}/{'adapter' if Path(out, 'adapter').exists() else 'model'}")
+                    return note(f"{out}: already finished") if world.rank == 0 else None
                 check_begun(Path(out), knobs)
                 with checkpoint.run_folder(Path(out), world):
                     return train(knobs, world, signals, Path(out), Path(resumed) if resumed else None)
@@ -174,7 +174,15 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
-    # ---- the data: whatever is wrong with it is found before weights are read
+    # ---- the model, without its weights: what is wrong with it or with the data is found before they are read
+    ready = prepare(knobs.model, image_aspect_ratio=knobs.image_aspect_ratio, template=knobs.template)
+    model, processor = ready.model, ready.processor
+    lora = choose(model, knobs, device)
+    knobs.max_length = row_length(knobs.max_length, model.config.text.context)
+    if world.rank == 0:
+        print(table(model), file=sys.stderr)
+
+    # ---- the data
     data, eval_data, images = knobs.data, knobs.eval_data, knobs.image_folder
     if data.startswith("toy:"):
         if world.rank == 0 and not (out / "data").exists():
@@ -184,14 +192,6 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     skips = Skips(out / "skipped.txt" if world.rank == 0 else None) if knobs.skip_bad else None
     records = read_records(data, images, skips)
     held_out = read_records(eval_data, images) if eval_data else []
-
-    # ---- the model: what is frozen in the compute dtype, what is trained in fp32
-    ready = prepare(knobs.model, image_aspect_ratio=knobs.image_aspect_ratio, template=knobs.template)
-    model, processor = ready.model, ready.processor
-    lora = choose(model, knobs, device)
-    knobs.max_length = row_length(knobs.max_length, model.config.text.context)
-    if world.rank == 0:
-        print(table(model), file=sys.stderr)
 
     # ---- the order of the data, and the rate at each step
     options = {"max_length": knobs.max_length, "exif": knobs.exif, "too_long": knobs.too_long}
@@ -209,7 +209,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     identity = checkpoint.identity_of(ready, data, records, knobs, rows * world.size, len(plan))
     agree(world, "code, data or model", identity)
 
-    # ---- the weights, and what is put on them
+    # ---- the weights, what is frozen in the compute dtype and what is trained in fp32, and what is put on them
     shard(model, world, compute=compute, full=knobs.train in ("full", "freeze_vision"), cpu_offload=knobs.cpu_offload)
     ready.fill(compute, device, offload=knobs.cpu_offload)
     init_lora(model, knobs.seed)
