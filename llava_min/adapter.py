@@ -230,6 +230,9 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict[str, 
             if str(tensor.dtype) not in FLOATS or not is_finite(tensor):
                 raise UserError(f"{where} holds {tensor.dtype}, NaN or infinity; the file is damaged")
             tensors[name], stored[name] = tensor, theirs
+    if "language_model.embed_tokens.weight" in tensors and "lm_head.weight" not in want:
+        raise UserError(f"{folder}: has embeddings of its own, and the base ties its head to them, which PEFT then does not; merge it "
+                        "into the base with peft")
     paths = lora_paths(tensors)
     ends = ("lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] if config.dora else []))
     if missing := sorted({f"{path}.{end}" for path in paths for end in ends} - tensors.keys()):

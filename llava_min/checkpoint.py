@@ -219,6 +219,10 @@ def place(out: str | None, resume: str, runs: Path, name: str) -> tuple[str, str
             raise UserError(f"{folder}: holds a run; go on with the same command and --resume auto, or give another --out")
         if not (folder / LOCK).exists():
             check_free(folder)
+        for link in (folder / "last", folder / "best"):
+            if link.is_dir() and not link.is_symlink():
+                raise UserError(f"{link}: a folder, expected a link into checkpoints, as when a run is copied without its links; "
+                                "remove it: the checkpoints have all")
         found = find(folder / "checkpoints") if resume == "auto" else None
         if resume == "auto" and found is None:
             note(f"{folder}: no checkpoint to go on from; starting fresh")
@@ -231,6 +235,8 @@ def place(out: str | None, resume: str, runs: Path, name: str) -> tuple[str, str
         raise UserError(f"--resume {printable(resume)}: no checkpoint there; give a folder checkpoints/step-…, a run's folder, "
                         "or auto")
     verify(path)
+    if not out and not (path.parent.name == "checkpoints" and (path.parent.parent / LOCK).exists()):
+        raise UserError(f"--resume {printable(resume)}: lies in no run's folder; give --out, too")
     folder = Path(out) if out else path.parent.parent
     if folder.resolve() != path.parent.parent:
         check_free(folder)

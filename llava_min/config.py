@@ -78,6 +78,7 @@ class VisionConfig:
     @classmethod
     def from_hf(cls, f: Fields) -> "VisionConfig":
         f.only("model_type", "clip_vision_model")
+        f.only("quantization_config")
         f.only("hidden_act", "quick_gelu", "gelu")
         f.only("attention_dropout", 0.0)
         f.only("num_channels", 3)

@@ -43,10 +43,6 @@ def read_json(path: Path) -> dict:
     return data
 
 
-def write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def replace(path: Path, text: str, errors: str = "strict") -> None:
     """`path` is the old file or the new one, never half of it: written aside, synced, renamed. OSError when it cannot be."""
     aside = path.with_name(f".tmp-{path.name}")
@@ -56,6 +52,10 @@ def replace(path: Path, text: str, errors: str = "strict") -> None:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    replace(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def check_free(target: Path) -> None:

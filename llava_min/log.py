@@ -105,7 +105,7 @@ def rewind(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # splitlines would cut at U+2028, too
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
@@ -117,7 +117,7 @@ def rewind(path: Path, step: int) -> None:
 def show_samples(folder: Path, last: int) -> None:
     """Print the answers before the first step and after step `last`, one above the other."""
     path = folder / "samples.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
     before, after = ({row["id"]: row for row in rows if row["step"] == step} for step in (0, last))
     for name, row in after.items():
         print(f"\n{printable(name)}: {printable(row['prompt'])}")

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from llava_min.files import sync
 from llava_min.shard import local, own_rows, split
 
 FORMAT = 1
+PARTS = {"format", "step", "ranks", "optimizer", "run", "scalars", "shapes", "rows", "rng"}  # of state.json
 KINDS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
          torch.int32: "I32", torch.uint8: "U8"}  # safetensors' names
 
@@ -209,8 +211,13 @@ def verify(folder: Path) -> dict[str, Any]:
         if isinstance(e, Damaged):
             raise
         raise Damaged(f"{path}: is damaged ({type(e).__name__})") from None
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
+        raise Damaged(f"{folder / 'state.json'}: is not the state of a run")
     if state["format"] > FORMAT:
         raise UserError(f"{folder}: a checkpoint of format {state['format']}, made by a newer version; update llava_min")
+    ranks = {name for name in listed if re.fullmatch(r"rank-\d+\.safetensors", name)}
+    if not PARTS <= state.keys() or ranks != {f"rank-{k}.safetensors" for k in range(len(ranks))} or len(ranks) != state["ranks"]:
+        raise Damaged(f"{folder}: lacks parts of a run's state")
     return state
 
 

@@ -200,7 +200,7 @@ BAD = [  # (key, what is refused)
     *(("dtype", value) for value in ("float64", "int8", "half", 16, ["float16"])),
     ("torch_dtype", "float8_e4m3fn"),
     ("quantization_config", {"quant_method": "awq", "bits": 4}),
-    ("text_config.quantization_config", {"load_in_4bit": True}),
+    ("text_config.quantization_config", {"load_in_4bit": True}), ("vision_config.quantization_config", {"load_in_4bit": True}),
     ("auto_map", {"AutoConfig": "modeling.Evil"}),
     *((key, value) for key in ("text_config", "vision_config") for value in ([], "llama", 0, False)),
 ]

@@ -46,6 +46,15 @@ def test_a_resumed_run_takes_back_what_came_after_its_step(tmp_path):
     assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 2
 
 
+def test_marks_that_unicode_calls_line_ends_end_no_line(tmp_path, capsys):
+    text = "One.\u2028Two.\u2029Three.\x85"
+    row = {"step": 0, "id": "a", "prompt": "Say.", "prediction": text, "reference": text}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    Log(tmp_path, total=5, start=2)
+    show_samples(tmp_path, 0)
+    assert capsys.readouterr().out.count("Three.") == 3
+
+
 def test_times_are_short():
     assert [clock(x) for x in (5, 65, 3661)] == ["0:05", "1:05", "1:01:01"]
 

@@ -47,6 +47,19 @@ def saved(folder: Path, model, config: LoRAConfig = LoRAConfig(4, 10)) -> Path:
     return folder
 
 
+def test_embeddings_of_an_adapter_over_a_tied_head_are_refused(tmp_path):
+    for kind, tied in (("qwen2", True), ("llama", False)):
+        model = taught(kind)
+        model.language_model.embed_tokens.requires_grad_()
+        folder = saved(tmp_path / kind, model)
+        base = our_model(their_model(kind))
+        if tied:
+            with pytest.raises(UserError, match="ties its head to them"):
+                read_adapter(base, folder)
+        else:
+            assert "language_model.embed_tokens.weight" in read_adapter(base, folder)[1]
+
+
 def far(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (a - b).abs().max() > 0.05
 

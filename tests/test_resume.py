@@ -286,6 +286,30 @@ def test_a_damaged_checkpoint_is_passed_over_and_only_damaged_ones_are_an_error(
         run(home, out, *base, "--resume", "auto")
 
 
+def test_a_checkpoint_that_was_copied(home, tmp_path):
+    """Out of its run it needs an --out; with its links followed, the links are told."""
+    base = ("--batch-size", "6", "--max-steps", "2", "--save-every", "1")
+    run(home, tmp_path / "run", *base)
+    mine = tmp_path / "mine"
+    (mine / "sub").mkdir(parents=True)
+    shutil.copytree(tmp_path / "run" / "last", mine / "sub" / "step-000002")
+    shutil.copytree(tmp_path / "run" / "last", mine / "ckpt")
+    for folder in ("sub/step-000002", "ckpt"):
+        flags = argv(home, "", *base, "--resume", str(mine / folder))
+        del flags[flags.index("--out") : flags.index("--out") + 2]
+        with pytest.raises(UserError, match="lies in no run's folder; give --out"):
+            train.main(flags)
+    assert sorted(p.name for p in mine.iterdir()) == ["ckpt", "sub"] and [p.name for p in (mine / "sub").iterdir()] == ["step-000002"]
+    followed = tmp_path / "followed"
+    shutil.copytree(tmp_path / "run", followed)
+    shutil.rmtree(followed / "adapter")
+    with pytest.raises(UserError, match="followed/last: a folder, expected a link"):
+        run(home, followed, *base, "--resume", "auto")
+    shutil.rmtree(followed / "last")
+    run(home, followed, *base, "--resume", "auto")
+    assert final(followed) == final(tmp_path / "run")
+
+
 def damage(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4

@@ -87,6 +87,23 @@ def test_two_hundred_flipped_bits(tmp_path):
     snapshot.verify(path)
 
 
+@pytest.mark.parametrize("state", [{}, [], {"format": "x"}, {"step": 7}, ("rng",), ("run",), {"ranks": 2}], ids=str)
+def test_a_state_that_lacks_parts_is_damaged_whatever_the_manifest_says(tmp_path, state):
+    """A tuple names what is taken out; a dict of some keys changes them; {} and [] are the whole file."""
+    path = snapshot.save(tmp_path, 7, *trained(), ALONE, {"identity": {}})
+    whole, listed = json.loads((path / "state.json").read_bytes()), json.loads((path / "manifest.json").read_bytes())
+    if isinstance(state, tuple):
+        state = {k: v for k, v in whole.items() if k not in state}
+    elif state and "step" not in state:
+        state = whole | state
+    data = snapshot.as_json(state)
+    (path / "state.json").write_bytes(data)
+    listed["state.json"] = {"bytes": len(data), "sha256": snapshot.sha256(path / "state.json")}
+    (path / "manifest.json").write_bytes(snapshot.as_json(listed))
+    with pytest.raises(snapshot.Damaged):
+        snapshot.verify(path)
+
+
 def test_other_trainable_tensors_are_an_error(tmp_path):
     path = write(tmp_path)
     model, optimizer = trained(steps=0)

@@ -24,7 +24,7 @@ import llava_min
 from llava_min import weights
 from llava_min.cli import UserError
 from llava_min.config import LlavaConfig
-from llava_min.files import new_folder, replace
+from llava_min.files import new_folder, replace, write_json
 from llava_min.layouts import READ, WRITE, check_entries, translate
 from llava_min.llava import Llava
 from llava_min.load import collect_entries, on_meta, read_config, save, stored_rows
@@ -332,6 +332,9 @@ def test_a_file_is_replaced_by_a_whole_one_or_stays(tmp_path, events):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path] and events == []
     replace(path, "new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(UnicodeEncodeError):
+        write_json(path, "half\ud800")
+    assert path.read_text() == "new"
     assert events == [str(tmp_path / ".tmp-x.json"), "renamed"]
 
 
