@@ -104,21 +104,17 @@ def main(argv: list[str]) -> int | None:
         # ---- what they are worth
         for side in sides:
             weigh(side, knobs, records)
-        if knobs.compare:
-            print(printable(sides[0].name))
-        show(sides[0].scores)
         base, tuned, change = None, sides[0], None
         if knobs.compare:
             base, tuned = sides
             if knobs.adapter and not tuned.settings["adapter"]:  # the side with an adapter is the tuned one
                 base, tuned = tuned, base
             change = difference(base.found, tuned.found, knobs.seed)
-            show_change(change, base.name, tuned.name)
-        for side in sides:
-            for line in side.settings["remarks"]:
-                note(f"{side.name}: {line}")
+            for value, members in groups(knobs, records, tuned.found).items():
+                found = difference(base.found, tuned.found, knobs.seed, members)
+                change |= {f"{name} {value}": m for name, m in found.items()}
 
-        # ---- the folder
+        # ---- the folder first: what is printed may find nobody who reads
         if out:
             with writing(out):
                 for folder, side in zip(folders, sides):
@@ -127,11 +123,20 @@ def main(argv: list[str]) -> int | None:
                 if change is not None:
                     put(out / "compare.json", [change], indent=2)
             write_report(out / "report.html", records, tuned, base, change)
+        if base:
+            print(printable(sides[0].name))
+        show(sides[0].scores)
+        if base:
+            show_change(change, base.name, tuned.name)
+        for side in sides:
+            for line in side.settings["remarks"]:
+                note(f"{side.name}: {line}")
+        if out:
             note(f"wrote {out}")
         failed = [name for name in find(knobs.metrics) if any(name not in side.found.parts for side in sides)]
         if failed:
-            raise UserError(f"--metrics: {', '.join(failed)} failed, as the warnings above say; correct it and start again "
-                            "with the same --out, which keeps the answers")
+            again = " and start again with the same --out, which keeps the answers" if out else ""
+            raise UserError(f"--metrics: {', '.join(failed)} failed, as the warnings above say; correct it{again}")
     return None
 
 
@@ -155,12 +160,17 @@ def weigh(side: Side, knobs: Knobs, records: list) -> None:
 
     side.found = measure_all(side.rows, knobs.metrics)
     side.scores = table(side.found, knobs.seed)
-    groups: dict[str, list[int]] = {}
-    for i in side.found.rows.tolist():
-        groups.setdefault(str(records[i].extra.get(knobs.by)), []).append(i)
-    for value, members in sorted(groups.items()) if knobs.by else ():
+    for value, members in groups(knobs, records, side.found).items():
         side.scores |= {f"{name} {value}": m for name, m in table(side.found, knobs.seed, members).items()}
     side.settings["remarks"] = remarks(side.rows)
+
+
+def groups(knobs: Knobs, records: list, found: Any) -> dict[str, list[int]]:
+    """The scored rows of each value of --by."""
+    out: dict[str, list[int]] = {}
+    for i in found.rows.tolist() if knobs.by else ():
+        out.setdefault(str(records[i].extra.get(knobs.by)), []).append(i)
+    return dict(sorted(out.items()))
 
 
 # ---- answers

@@ -251,7 +251,7 @@ def turn(model: Any, processor: Any, image: Any, talk: list[dict], question: str
     try:
         say(model, processor.chat(asked, [image]), processor, ids, cache=cache, **options)
     except UserError as e:
-        note(f"error: {e}")
+        note(f"error: {e}" + ("; /reset forgets what was said" if talk else ""))
         return talk
     except KeyboardInterrupt:
         note("stopped; what was said so far is kept")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from llava_min.cli import UserError, is_quick, is_regex, printable, warn
+from llava_min.cli import UserError, is_quick, is_regex, printable, short, warn
 from llava_min.config import LINEARS
 from llava_min.files import read_json, write_json
 from llava_min.layouts import FLOATS, READ, WRITE, open_file, translate
@@ -192,6 +192,8 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict[str, 
         raise UserError(f"{folder}: the model has an adapter already; load the base anew")
     data = read_json(path := folder / "adapter_config.json")
     config = lora_config(path, data)
+    base = data.get("base_model_name_or_path")
+    made = f", made for {short(base, 200)}" if isinstance(base, str) else ""
     files = [folder / f"adapter_model.{end}" for end in ("safetensors", "bin")]
     files = [p for p in files if p.exists()][:1]
     if not files:
@@ -221,12 +223,12 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict[str, 
             name = translate(theirs, READ)
             where = f"{file}: {printable(key)[:200]}"
             if name not in want:
-                raise UserError(f"{where} has no home in this model; the adapter belongs to another base")
+                raise UserError(f"{where} has no home in this model; the adapter belongs to another base{made}")
             if name in tensors:
                 raise UserError(f"{where} stands twice; the file is damaged")
             if tensor.shape != want[name]:
                 raise UserError(f"{where} is {list(tensor.shape)}, expected {list(want[name])}; "
-                                "the adapter has another rank or base")
+                                f"the adapter has another rank or base{made}")
             if str(tensor.dtype) not in FLOATS or not is_finite(tensor):
                 raise UserError(f"{where} holds {tensor.dtype}, NaN or infinity; the file is damaged")
             tensors[name], stored[name] = tensor, theirs

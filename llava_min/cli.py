@@ -76,7 +76,7 @@ def short(x: object, n: int = 60) -> str:
 
 def note(text: str) -> None:
     """One line for the person, on stderr."""
-    print(printable(text)[:MAX_LINE], file=sys.stderr, flush=True)
+    print(printable(text)[:MAX_LINE] + "\n", end="", file=sys.stderr, flush=True)  # in one piece, whoever else writes
 
 
 def warn(text: str) -> None:

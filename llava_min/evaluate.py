@@ -315,10 +315,12 @@ def overall(parts: dict[str, tuple[np.ndarray, Rule]], seed: int) -> dict[str, t
     return out
 
 
-def difference(base: Measured, tuned: Measured, seed: int = 0) -> dict[str, dict]:
-    """What `tuned` scores more than `base` on the rows that both have, with the interval of a paired bootstrap:
-    {name: {"base", "tuned", "score", "low", "high", "n"}}, `score` being the difference."""
-    _, i, j = np.intersect1d(base.rows, tuned.rows, return_indices=True)
+def difference(base: Measured, tuned: Measured, seed: int = 0, among: Sequence[int] | None = None) -> dict[str, dict]:
+    """What `tuned` scores more than `base` on the rows that both have, or on those `among` them, with the interval of a paired
+    bootstrap: {name: {"base", "tuned", "score", "low", "high", "n"}}, `score` being the difference."""
+    rows, i, j = np.intersect1d(base.rows, tuned.rows, return_indices=True)
+    if among is not None:
+        i, j = i[keep := np.isin(rows, among)], j[keep]
     names = [name for name in base.parts if name in tuned.parts] if len(i) else []
     a = overall({name: (base.parts[name][0][i], base.parts[name][1]) for name in names}, seed)
     b = overall({name: (tuned.parts[name][0][j], tuned.parts[name][1]) for name in names}, seed)

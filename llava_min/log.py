@@ -48,7 +48,7 @@ class Log:
 
     def samples(self, step: int, rows: Sequence[dict], records: Sequence[Record]) -> None:
         """Answers of the model on the way, each a row of evaluate.py, with where the pictures of its record are."""
-        place = lambda p: str(p) if isinstance(p, Path) else [str(p.path), p.group, p.row, p.index]
+        place = lambda p: str(p) if isinstance(p, Path) else [str(p.path.absolute()), p.group, p.row, p.index]
         for row, record in zip(rows, records) if self.folder else ():
             self.append("samples.jsonl", {"step": step, "id": row["id"], "earlier": earlier(record), "prompt": row["prompt"],
                                           "prediction": row["prediction"], "reference": next(iter(row["references"]), ""),

@@ -132,6 +132,13 @@ def test_a_setting_that_one_of_them_does_not_know_is_named(tmp_path):
             checkpoint.resume(path, identity, *trained(steps=0), ALONE, 0)
 
 
+def test_other_pictures_are_a_warning_and_the_same_are_none(tmp_path, capsys):
+    path = write(tmp_path, identity={"lr": 0.1, checkpoint.PICTURES: "a"})
+    for now, lines in (("a", 0), ("b", 1)):
+        checkpoint.resume(path, {"lr": 0.1, checkpoint.PICTURES: now}, *trained(steps=0), ALONE, 0)
+        assert capsys.readouterr().err.count("some pictures are not what they were") == lines
+
+
 def test_on_other_ranks_the_random_streams_are_those_of_seed_step_and_rank(tmp_path, monkeypatch):
     path, drawn = write(tmp_path), []
     monkeypatch.setattr(checkpoint, "restore", lambda *a: False)

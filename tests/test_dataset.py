@@ -18,6 +18,7 @@ import sentencepiece
 import torch
 from conftest import hf_config
 from PIL import Image
+from test_processor import bytes_folder
 from test_records import GOOD, IMAGE, images, png, record, refused, written  # noqa: F401  images: a fixture
 
 from llava_min.config import LlavaConfig
@@ -101,6 +102,15 @@ def test_the_bound_that_spares_counting_tokens_is_one(processor, template):
             messages = [{"role": "user", "content": text + "?"}, {"role": "assistant", "content": text + "!"}] * turns
             d = Dataset([Record("x", messages)], p, max_length=10**6)
             assert d.tokens(d.records[0], 0) == len(p.training(messages)["input_ids"]) <= d.tokens(d.records[0], 10**6)
+
+
+def test_the_bound_holds_where_nfc_makes_text_longer(tmp_path):
+    folder = bytes_folder(tmp_path)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(spec | {"normalizer": {"type": "NFC"}}))
+    p = Processor(Tokenizer.load(folder), ImageConfig(28, (0.5,) * 3, (0.5,) * 3, "pad"), "chatml", 500, 4)
+    d = Dataset([Record("x", [{"role": "user", "content": "\U0001d160" * 40}, {"role": "assistant", "content": "a"}])], p, max_length=10**6)
+    assert 480 < d.tokens(d.records[0], 0) <= d.tokens(d.records[0], 10**6)
 
 
 def test_pictures_in_memory(processor):
@@ -375,15 +385,15 @@ def test_workers_are_a_bounded_number_of_batches_ahead_and_deaf_to_signals(image
     batches = loader(data, [[(i,)] for i in range(80)], 2)
     next(batches)
     assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL and len(pids() - before) == 2
-    for pid in pids() - before:
-        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            os.kill(pid, s)
-    for _ in range(100):  # until they rest
+    for _ in range(400):  # until they rest
         made = Slow.made.value
         time.sleep(0.05)
         if made == Slow.made.value and made >= 5:
             break
     assert 5 <= made <= 1 + 2 * 2 + 1
+    for pid in pids() - before:
+        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(pid, s)
     assert len(list(batches)) == 79 and Slow.made.value == 80 and pids() == before
 
 

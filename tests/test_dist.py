@@ -429,6 +429,7 @@ def test_offload_works_in_one_process(environment):
     plain, model = (build("llama", "full", torch.float32) for _ in range(2))
     with start("cpu") as world:
         shard(model, world, compute=torch.float32, full=True, cpu_offload=True)
+        assert all(p.to_local().device.type == "cpu" for p in model.parameters())
         for one in (plain, model):
             one.loss(**batch((1, 0), 0, torch.float32)).backward()
         want, got = gradients(plain), gradients(model)

@@ -8,11 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import load_script
+from test_snapshot import ALONE
 
 from llava_min import evaluate
 from llava_min.cli import UserError
@@ -373,6 +375,13 @@ def test_records_that_differ_by_picture_or_earlier_turns_alone_keep_their_own_an
     assert lines(out / "predictions.jsonl") == first
 
 
+def test_what_cannot_be_printed_is_written_all_the_same(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "show", lambda scores: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe")))
+    with pytest.raises(BrokenPipeError):
+        run(data, "--out", str(tmp_path / "out"))
+    assert {"predictions.jsonl", "settings.json", "metrics.json", "report.html"} <= {p.name for p in (tmp_path / "out").iterdir()}
+
+
 def test_a_model_and_an_adapter_of_it_are_compared(data, tmp_path, capsys):
     from llava_min.adapter import save_adapter
     from llava_min.lora import LoRAConfig, add_lora
@@ -394,6 +403,12 @@ def test_a_model_and_an_adapter_of_it_are_compared(data, tmp_path, capsys):
     mean = lambda rows: sum(r["scores"]["exact_match"] for r in rows) / 18
     assert (m["base"], m["tuned"], m["score"]) == pytest.approx((mean(base), mean(tuned), mean(tuned) - mean(base)))
     assert m["low"] <= m["score"] <= m["high"] and "change" in said and max(map(len, said.splitlines())) <= 80
+    run(data, "--compare", str(tmp_path / "adapter"), "--by", "kind", "--out", str(out))
+    found = json.loads((out / "compare.json").read_text())
+    kinds = {name.removeprefix("exact_match "): x for name, x in found.items() if " " in name}
+    assert found["exact_match"] == m and sum(x["n"] for x in kinds.values()) == 18 and len(kinds) > 2
+    assert sum(x["n"] * x["score"] for x in kinds.values()) == pytest.approx(18 * m["score"])
+    base, tuned = lines(out / "predictions.jsonl"), lines(out / "compare" / "predictions.jsonl")
     before = {p: p.read_bytes() for p in out.rglob("*.*")}
     with pytest.raises(UserError, match="holds a comparison"):
         run(data, "--out", str(out))
@@ -476,6 +491,22 @@ def test_mistakes_are_found_before_anything_is_answered(data, flag, value, names
     monkeypatch.setattr(evaluate, "predict", lambda *a, **k: pytest.fail("a model answered"))
     with pytest.raises(UserError, match=names):
         run(data, flag, value)
+
+
+def test_how_an_adapter_is_asked_is_looked_at_before_anything_is_answered(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "predict", lambda *a, **k: pytest.fail("a model answered"))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "processor_config.json").write_text('{"llava_min_template": "poem"}')
+    with pytest.raises(UserError, match="template: poem"):
+        run(data, "--compare", str(tmp_path))
+
+
+def test_a_folder_whose_answers_cannot_be_read_stays_as_it_was(data, tmp_path):
+    (tmp_path / "settings.json").write_text('{"seed": 0}')
+    (tmp_path / "predictions.jsonl").write_text("[]\n{}\n")
+    with pytest.raises(UserError, match="predictions.jsonl:1: is no answer"), ExitStack() as held:
+        script.open_answers(tmp_path, {"seed": 0, "batch_size": 3}, read_records(data), ALONE, held)
+    assert (tmp_path / "settings.json").read_text() == '{"seed": 0}' and (tmp_path / "predictions.jsonl").read_text() == "[]\n{}\n"
 
 
 def test_a_path_that_is_not_utf8_is_kept_in_the_settings(data, tmp_path):

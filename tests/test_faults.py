@@ -345,6 +345,17 @@ def test_a_picture_that_is_damaged_on_the_way_loses_nothing(home, tmp_path, worl
     assert final(tmp_path / "run") == final(tmp_path / "never")
 
 
+@pytest.mark.parametrize("call, every", [(8, "9"), (14, "0")], ids=["before the first step", "without checkpoints"])
+def test_a_damaged_picture_saves_nothing_where_nothing_is_to_be_saved(home, tmp_path, monkeypatch, call, every):
+    def damaged():
+        raise UserError("record 7: a.png: is damaged")
+
+    at_call(monkeypatch, Dataset, "__getitem__", call, damaged)  # 6 of them are the early look
+    with pytest.raises(UserError, match="record 7"):
+        run(home, tmp_path / "run", "--batch-size", "6", "--max-steps", "4", "--lora-r", "2", "--save-every", every)
+    assert not checkpoint.steps(tmp_path / "run" / "checkpoints")
+
+
 def test_when_a_rank_dies_the_job_ends(home, tmp_path):
     def work(rank):
         if rank:

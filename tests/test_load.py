@@ -133,6 +133,14 @@ def test_a_folder_of_train_is_no_model_though_it_has_a_config(folder):
         llava_min.load(folder, device="cpu")
 
 
+def test_what_is_trained_is_read_in_fp32(folder):
+    model = (ready := prepare(str(folder))).model
+    model.multi_modal_projector.requires_grad_(True)
+    ready.fill(torch.bfloat16, torch.device("cpu"))
+    for name, p in model.named_parameters():
+        assert p.requires_grad == name.startswith("multi_modal_projector.") and p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
+
+
 def test_dtypes(folder):
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16),
                         (torch.float16, torch.float16), ("auto", torch.float32)):
@@ -401,6 +409,10 @@ EARLY = {
                 "processor_config.json: patch_size is 7 but 14 in config.json"),
     "strategy": (lambda f: (f / "processor_config.json").write_text('{"vision_feature_select_strategy": "full"}'), {},
                  "processor_config.json: vision_feature_select_strategy is full but default in config.json"),
+    "size of pictures": (lambda f: change(f / "preprocessor_config.json", size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}), {},
+                         "pictures are made 56 pixels wide but image_size in config.json is"),
+    "a larger tokenizer": (lambda f: change(f / "tokenizer_config.json", added_tokens_decoder={"9999": {"content": "<x>", "special": True}}), {},
+                           "tokens but vocab_size is 384; the tokenizer belongs to another model"),
     "dtype": (lambda f: None, {"dtype": "int3"}, "dtype"),
     "device": (lambda f: None, {"device": "tpu9"}, "device"),
     "adapter": (lambda f: None, {"adapter": "/no/such/adapter"},

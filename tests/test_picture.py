@@ -48,6 +48,7 @@ BAD = {  # name: (bytes, what the message must say)
     "23 psd": (b"8BPS\0\1" + bytes(20), "Photoshop"),
     "23 ppm": (b"P6 2 2 255\n" + bytes(12), "JPEG, PNG"),
     "24 svg": (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"></svg>', "SVG"),
+    "24 svg behind a comment": (b"<!-- drawn\nby hand -->\n<svg></svg>", "SVG"),
     "26 compressed text": (png(4, 4, IDAT4, extra=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))),
                            "damaged"),
     "heic": (b"\0\0\0\x18ftypheic" + bytes(20), "HEIC"),
@@ -182,6 +183,17 @@ def test_of_several_frames_the_first_is_taken_and_said(kind, says, tmp_path, cap
     err = capsys.readouterr().err
     assert says in err and str(tmp_path / "f") in err
     assert im.convert("RGB").getpixel((3, 3)) == (255, 0, 0)
+
+
+def test_values_that_are_not_finite_are_no_picture(tmp_path):
+    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "f", "TIFF")
+    assert "NaN or infinite" in refusal(tmp_path / "f")
+
+
+def test_previews_of_a_camera_are_no_further_pictures(tmp_path, capsys):
+    big, small = (Image.new("RGB", (n, n), "red") for n in (32, 16))
+    big.save(tmp_path / "f", "MPO", save_all=True, append_images=[small])
+    assert open_image(tmp_path / "f").size == (32, 32) and capsys.readouterr().err == ""
 
 
 def test_exif_orientation(tmp_path, capsys):

@@ -16,6 +16,7 @@ from llava_min.data.chat import render
 from llava_min.data.image import ImageConfig, to_pixels
 from llava_min.data.processor import Processor
 from llava_min.data.tokenizer import Tokenizer
+from llava_min.load import TINY
 
 CONFIG = ImageConfig(28, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), "pad")
 WORDS = ["A cat", "two  dogs", "it's 3", "no", "Ünïcode 猫", "x\ny", "(a, b)", " lead", "trail ", "1.5%",
@@ -276,7 +277,7 @@ def test_ways_to_give_pictures(folder):
 @pytest.mark.parametrize("prompts, images, says", [
     ("<image> x", None, "0 given"), ("x", 1, "1 given"), ("<image><image> x", 1, "1 given"),
     (["<image> x", "y"], 2, "2 given"),
-    (["<image> x", "y"], [0, 1], "prompt 0 marks 1"), (["<image> x", "y"], [1], "1 lists for 2 prompts"),
+    (["<image> x", "y"], [0, 1], "prompt 0 marks 1"), (["<image> x", "y"], [2, 0], "2 given, but prompt 0 marks 1"), (["<image> x", "y"], [1], "1 lists for 2 prompts"),
     ("", None, "empty"), (" \n\t", None, "empty"), (["x", ""], None, "empty"), ([], None, "prompts"),
     (3, None, "prompts"),
     (["x", 3], None, "prompts"), ("<image> x", "path.jpg", "str"), ("<image> x", ["path.jpg"], "str"),
@@ -364,6 +365,9 @@ def test_one_picture_is_the_first_users(folder):
     later = talk[:2] + [{"role": "user", "content": "<image>\nWhy?"}]
     first, second = (p.chat(m, picture(0))["input_ids"][0].tolist() for m in (talk, later))
     assert first.index(p.image_token_id) < second.index(p.image_token_id)
+    assert first.count(p.image_token_id) == second.count(p.image_token_id) == p.tokens_per_image
+    with pytest.raises(UserError, match="2 for 3 conversations that mark none"):
+        p.chat([talk] * 3, [picture(0)] * 2)
 
 
 def test_pictures_may_stand_in_the_messages(folder):
@@ -374,7 +378,12 @@ def test_pictures_may_stand_in_the_messages(folder):
                                    ([ask({"image": b}), ask(), ask({"image": a})], [ask({}), ask(), ask({})], [b, a])):
         ours, theirs = p.chat(inside), p.chat(beside, images)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-    for talk, images, says in ((ask({"image": a}), [a], "in one place"), (ask({"image": a}, {}), None, "1 given, but the prompt marks 2"),
+    said = [{"role": "assistant", "content": "a square"}]
+    ours, theirs = p.training(ask({"image": a}) + said), p.training(ask({}) + said, a)
+    assert ours["labels"] == theirs["labels"] and torch.equal(ours["pixel_values"], theirs["pixel_values"])
+    assert torch.equal(p.chat(ask({"image": None}), a)["pixel_values"], p.chat(ask({}), a)["pixel_values"])  # as tables fill what is absent
+    for talk, images, says in ((ask({"image": a}), [a], "in one place"), (ask({"image": a}), [], "in one place"), ([3], None, "expected a non-empty list"),
+                               ([{"role": "user", "content": ["x"]}], None, "unknown part x"), (ask({"image": a}, {}), None, "1 given, but the prompt marks 2"),
                                (ask({"image": "a.png"}), None, "str among them")):
         with pytest.raises(UserError, match=says):
             p.chat(talk, images)
@@ -441,9 +450,16 @@ def test_stop_ids(sp_model, tmp_path):
     for name in ("vicuna_v1", "llava_hf", "mistral"):
         assert processor(path, name).stop_ids == [2]
     assert processor(path, "plain").stop_ids == [t.encode("a cat\n")[-1], 2]
+    assert processor(TINY, "plain").stop_ids == [Tokenizer.load(TINY).token_id("<0x0A>"), 2]  # as Llama spells it
     (tmp_path / "b").mkdir()
     p = processor(bytes_folder(tmp_path / "b"), "llama3")
     assert p.stop_ids == [p.tokenizer.token_id("<|eot_id|>"), p.tokenizer.token_id("<|endoftext|>")]
+
+
+def test_rows_that_are_no_text_are_silent(folder):
+    p = processor(folder, "llava_hf")
+    n = len(p.tokenizer)
+    assert p.silent_ids(n) == [p.image_token_id] and p.silent_ids(n + 2) == [p.image_token_id, n, n + 1]
 
 
 def test_construction_refuses_what_cannot_work(sp_model, tmp_path):

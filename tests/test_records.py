@@ -132,10 +132,15 @@ def test_warnings(tmp_path, images, capsys):
 def test_fields_that_are_not_used_are_counted_in_one_line(tmp_path, capsys):
     weighed = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho", "weight": 0, "loss": None}]
     called = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho", "tool_calls": [{}], "weight": 1}]
-    data = [record("Hi", "Ho", system="Be kind.", source="web"), {"id": "r2", "system": "Be kind.", "conversations": weighed}, {"id": "r3", "messages": called}]
+    data = [record("Hi", "Ho", system="Be kind.", source="web"), {"id": "r2", "system": "Be kind.", "tools": [{}], "conversations": weighed}, {"id": "r3", "messages": called}]
     read_records(written(tmp_path / "x.json", data))
     (line,) = capsys.readouterr().err.splitlines()
-    assert "x.json: fields that are not used: system (2 times), weight (2 times), tool_calls (1 times); " in line and line.endswith("a message of role system")
+    assert "x.json: fields that are not used: system (2 times), weight (2 times), tools (1 times), tool_calls (1 times); " in line and line.endswith("a message of role system")
+
+
+def test_the_length_of_a_record_is_its_words_and_256_a_picture(tmp_path, images):
+    (r,) = read_records(written(tmp_path / "x.json", [record("<image>\n<image>\nTwo words?", "Yes.", image=["a.png", "sub/c.png"])]), images)
+    assert r.length == 3 + 2 * 256
 
 
 def test_what_a_mixture_is_told_by(tmp_path, images):

@@ -19,11 +19,13 @@ import pytest
 from PIL import Image
 
 from llava_min.cli import UserError
+from llava_min.data.parquet import Embedded
 from llava_min.data.record import Record
 from llava_min.log import Log
 from llava_min.report import curves, evaluation, write_eval_report, write_run_report
 from llava_min.report.page import escape, shown
 from llava_min.report.pictures import PICTURES, Thumbnails
+from llava_min.report.run import found, read_lines
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">'\"&\u2028\u2029\x1b]0;x\x07\u202e<!--<script </script "
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -165,12 +167,20 @@ def test_pages_show_all_pictures_and_what_was_said_before(tmp_path):
     record = Record("r", [{"role": role, "content": text} for role, text in turns], [Path(f) for f in files], tmp_path)
     said = "user: Three.\n\nassistant: Yes <b>."
     Log(tmp_path, total=1).samples(0, [{"id": "r", "prompt": "How many?", "prediction": "", "references": ["3"]}], [record])
+    assert json.loads((tmp_path / "samples.jsonl").read_text())["earlier"] == said
     write_run_report(tmp_path)
     page = Page(tmp_path / "report.html")
     assert sum(tag == "img" for tag, _ in page.tags) == 3 and said in page.text and "empty" in page.text
     row = rows_of(1)[0] | {"earlier": said, "images": files}
     write_eval_report(tmp_path / "r.html", [row], TABLE, {})
     assert Page(tmp_path / "r.html").data["rows"][0]["e"] == said
+
+
+def test_where_pictures_are_comes_back(tmp_path):
+    record = Record("r", [{"role": role, "content": "x"} for role in ("user", "assistant")], [tmp_path / "a.png", Embedded(tmp_path / "b.parquet", 1, 2, 3)])
+    Log(tmp_path, total=1).samples(0, [{"id": "r", "prompt": "x", "prediction": "", "references": []}], [record])
+    (row,) = read_lines(tmp_path / "samples.jsonl", [])
+    assert found(tmp_path, row["images"]) == found(tmp_path, ["a.png", ["b.parquet", 1, 2, 3], ["b.parquet", "1", 2, 3]]) == record.images
 
 
 def test_the_worst_of_a_comparison_are_what_became_worse(tmp_path, monkeypatch):

@@ -6,13 +6,14 @@ import random
 import shutil
 import signal
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from training import argv, child, final, lines, make_home, run, train
 
 from llava_min import checkpoint, settings, snapshot
-from llava_min.cli import UserError
+from llava_min.cli import UserError, parse
 
 STEPS = 12  # of 6 rows: three epochs of 24 records
 LORA = ("--train", "lora", "--lora-dropout", "0.2", "--lora-r", "4")
@@ -189,6 +190,30 @@ def test_what_a_resumed_run_may_not_change():
     assert settings.FREE <= names and names - settings.FREE == set("""skip_bad train train_projector train_vision lora_r lora_alpha lora_dropout lora_targets dora rslora lr
         projector_lr vision_lr optimizer weight_decay betas warmup_ratio warmup_steps schedule max_grad_norm epochs max_steps max_length too_long group_by_length packing
         precision neftune_alpha image_aspect_ratio template exif seed eval_metrics best_metric""".split())
+
+
+def test_what_a_finished_run_may_be_asked_for_again(tmp_path):
+    """With 16 rows a step, on two ranks."""
+    knobs = lambda argv: parse(train.Knobs, ["--data", "a.json", *argv], "A test.")
+    (tmp_path / "config.json").write_text(json.dumps(vars(knobs([])) | {"out": "runs/a", "ranks": 2}))
+    ask = lambda ranks, *typed: settings.check_finished(tmp_path, knobs(typed), typed, ranks)
+    for ranks, *typed in ((2,), (1,), (1, "--batch-size", "16"), (2, "--batch-size", "4", "--grad-accum", "2"), (2, "--out", "runs/a/"),
+                          (2, "--resume", "auto"), (2, "--eval-metrics", "exact_match"), (2, "--log-every", "3")):
+        ask(ranks, *typed)
+    for ranks, rows in ((1, 8), (4, 32)):
+        with pytest.raises(UserError, match=f"with 16 rows a step and not {rows};"):
+            ask(ranks, "--grad-accum", "1")
+
+
+def test_a_run_goes_on_with_toy_data_or_without(tmp_path):
+    def ask(was, now, resume="auto"):
+        (tmp_path / "config.json").write_text(json.dumps({"data": was}))
+        settings.check_begun(tmp_path, SimpleNamespace(data=now, resume=resume))
+
+    ask("a.json", "moved/a.json"), ask("toy:captions", "toy:captions"), ask("a.json", "toy:captions", "never")
+    for was, now in (("a.json", "toy:captions"), ("toy:captions", "a.json")):
+        with pytest.raises(UserError, match=f"was started with --data {was} and not {now}"):
+            ask(was, now)
 
 
 def test_the_best_of_another_folder_stays_there(home, tmp_path, monkeypatch):

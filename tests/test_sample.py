@@ -176,6 +176,8 @@ def test_an_adapter_changes_the_answer(ask, model_folder, pictures, tmp_path):
     for folder in ("adapter", "."):  # a run's folder has one
         with pytest.raises(UserError, match="holds no config.json.* give the base model, and .*adapter as adapter"):
             sample.main([pictures[0], "--model", str(tmp_path / folder)])
+    with pytest.raises(UserError, match=f"another rank or base, made for {model_folder}"):
+        sample.main([pictures[0], "--adapter", str(tmp_path / "adapter")])  # the model was forgotten
 
 
 def test_every_flag_of_the_answer_reaches_it(ask, pictures, monkeypatch):

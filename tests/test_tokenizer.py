@@ -421,6 +421,51 @@ def test_merge_equals_the_textbook():
         assert bpe.merge(ids, pairs) == slow
 
 
+def test_a_pair_that_changed_waits_for_its_own_rank():
+    """a b c d: b+c goes first, and then bc+d, though a+b, whose b is gone, was to be the second."""
+    pairs = {(1, 2): (0, 4), (0, 1): (1, 5), (4, 3): (2, 6), (0, 4): (3, 7)}
+    assert bpe.merge([0, 1, 2, 3], pairs) == [0, 6]
+
+
+def test_words_that_are_remembered_have_a_bound():
+    words = bpe.Words(len)
+    assert [words[str(i)] for i in range(70_000)] == [len(str(i)) for i in range(70_000)] and len(words) <= 1 << 16
+    assert words["x" * 65] == 65 and "x" * 65 not in words
+
+
+@pytest.mark.parametrize("fuse, ids", [(True, [1, 0, 1]), (False, [1, 0, 0, 1])])
+def test_unknown_characters_are_one_token_where_the_file_says_so(fuse, ids):
+    assert bpe.SentencePieceBPE({"<unk>": 0, "a": 1}, {}, byte_fallback=False, unk_id=0, fuse_unk=fuse, strip=False).encode("aéèa") == ids
+
+
+def test_a_piece_may_reach_over_a_space():
+    vocab = {"a": 0, "▁": 1, "b": 2, "a▁": 3, "a▁b": 4}
+    whole = bpe.SentencePieceBPE(vocab, {(0, 1): (0, 3), (3, 2): (1, 4)}, byte_fallback=False, unk_id=None, fuse_unk=True, strip=False)
+    assert whole.encode("a▁b") == [4]
+
+
+def test_no_dummy_space_where_the_config_says_so(tmp_path, tiny_model):
+    folder = make("tiny", tmp_path, tiny_model)
+    spaced = Tokenizer.load(folder)
+    edit(folder, "tokenizer_config.json", lambda config: config.update(add_prefix_space=False))
+    t = Tokenizer.load(folder)
+    assert t.encode("USER") == spaced.encode("USER", at="inside") and t.decode(t.encode(" USER")) == " USER"
+
+
+def test_llavas_own_rule_has_its_dummy_space_though_the_tokenizer_has_none(tmp_path, tiny_model):
+    never, first = (Tokenizer.load(make(f"tiny {scheme}", tmp_path / scheme, tiny_model)) for scheme in ("never", "first"))
+    assert never.encode("USER") != never.encode_prefixed("USER") == first.encode_prefixed("USER") == first.encode("USER")
+
+
+def test_ids_may_have_gaps(tmp_path, tiny_model, capsys):
+    t = Tokenizer.load(make("tiny", tmp_path, tiny_model))
+    n = len(t)
+    t.add_special("<far>", n + 5)
+    assert len(t) == n + 6
+    t.save(tmp_path / "to")
+    assert f"some ids below {n + 6} have no token" in capsys.readouterr().err
+
+
 def test_words_join_up():
     text = "I'LL say\n\n\xa0Ünï12   ٣e\u0301!?\n \x1c"
     for split in bpe.SPLITS.values():
@@ -463,6 +508,7 @@ def set_(*keys_and_value):
 
 
 REFUSED = [
+    ("tiny first", lambda spec: spec["post_processor"]["single"].extend([{"SpecialToken": {"id": "</s>", "type_id": 0}}] * 2), "at most one token"),
     ("tiny qwen", set_("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex", r"\p{L}"), "regex is .*L"),
     ("tiny qwen", set_("pre_tokenizer", "pretokenizers", 0, "behavior", "Removed"), "pre_tokenizer.*Removed"),
     ("tiny qwen", set_("pre_tokenizer", "pretokenizers", 0, "invert", True), "pre_tokenizer"),

@@ -20,6 +20,7 @@ from llava_min.cli import UserError, parse
 from llava_min.config import SIZES
 from llava_min.data import toy
 from llava_min.data.dataset import Dataset, collate
+from llava_min.data.processor_files import read_settings
 from llava_min.data.records import read_records
 from llava_min.data.sampler import pack
 from llava_min.llama import Block, Llama
@@ -394,6 +395,14 @@ def test_checkpoints_are_written_at_the_ends_of_epochs_and_only_where_they_fit(h
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
     with pytest.raises(UserError, match="two checkpoints take"):
         training.run(home, tmp_path / "b", *shape, "epoch")
+
+
+def test_an_adapter_says_how_it_was_asked(home, tmp_path):
+    training.run(home, tmp_path / "run", "--batch-size", "24", "--warmup-steps", "1", "--template", "vicuna_v1", "--image-aspect-ratio", "crop")
+    assert read_settings(tmp_path / "run" / "adapter") == ("crop", "vicuna_v1")
+    training.run(home, tmp_path / "plain", "--batch-size", "24", "--warmup-steps", "1")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert (config["image_aspect_ratio"], config["template"]) == read_settings(tmp_path / "plain" / "adapter") == ("pad", "llava_hf")
 
 
 def test_the_rows_of_a_step_are_at_most_what_the_model_holds():

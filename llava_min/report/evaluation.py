@@ -124,7 +124,7 @@ def scores_table(table: dict[str, dict], scales: dict, compare: dict | None) -> 
 
 
 def change(d: dict | None, digits: int) -> str:
-    """The difference to the base; coloured only when its interval leaves zero out. Groups have none."""
+    """The difference to the base; coloured only when its interval leaves zero out."""
     if d is None:
         return '<td class="change"></td>'
     score, low, high = (finite(d.get(k)) for k in ("score", "low", "high"))
