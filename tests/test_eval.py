@@ -445,15 +445,19 @@ def test_half_precision_says_what_was_checked(data, tmp_path):
 
 def test_two_ranks_answer_as_one(data, tmp_path):
     run(data, "--out", str(tmp_path / "one"))
+    (tmp_path / "begun").mkdir()  # by one rank, which had answered some of them
+    shutil.copy(tmp_path / "one" / "settings.json", tmp_path / "begun")
+    (tmp_path / "begun" / "predictions.jsonl").write_bytes(b"".join((tmp_path / "one" / "predictions.jsonl").read_bytes().splitlines(True)[2:9]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "eval.py"),
-               "--data", str(data), "--max-new-tokens", "8", "--device", "cpu", "--batch-size", "4", "--out", str(tmp_path / "two")]
+               "--data", str(data), "--max-new-tokens", "8", "--device", "cpu", "--batch-size", "4", "--out"]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=one_thread, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("exact_match") == 1
-    assert {p.name for p in (tmp_path / "two").iterdir()} == {"predictions.jsonl", "metrics.json", "settings.json", "report.html"}
-    for name in ("predictions.jsonl", "metrics.json"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    for out in (tmp_path / "two", tmp_path / "begun"):
+        done = subprocess.run([*command, str(out)], capture_output=True, text=True, env=one_thread, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("exact_match") == 1 and ("goes on after 7 of 18 answers" in done.stderr) == (out.name == "begun")
+        assert {p.name for p in out.iterdir()} == {"predictions.jsonl", "metrics.json", "settings.json", "report.html"}
+        for name in ("predictions.jsonl", "metrics.json"):
+            assert (tmp_path / "one" / name).read_bytes() == (out / name).read_bytes()
 
 
 @pytest.mark.parametrize("argv, named", [

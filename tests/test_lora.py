@@ -15,7 +15,7 @@ import llava_min
 from llava_min.cli import UserError
 from llava_min.config import LlavaConfig
 from llava_min.load import on_meta, save
-from llava_min.adapter import PEFT, adapter_names, load_adapter, read_adapter, save_adapter
+from llava_min.adapter import PEFT, adapter_names, is_target, load_adapter, read_adapter, save_adapter
 from llava_min.lora import LINEARS, LoRAConfig, LoRALinear, add_lora, init_lora, to_transformers
 from llava_min.packed import pack
 from llava_min.trainable import check_gradients, select
@@ -45,6 +45,16 @@ def saved(folder: Path, model, config: LoRAConfig = LoRAConfig(4, 10)) -> Path:
     folder.mkdir()
     save_adapter(model, config, folder, "base")
     return folder
+
+
+def test_what_an_adapter_config_leaves_out_is_as_peft_has_it(tmp_path):
+    folder = saved(tmp_path / "a", taught())
+    data = json.loads((folder / "adapter_config.json").read_text())
+    del data["lora_alpha"]
+    (folder / "adapter_config.json").write_text(json.dumps(data))
+    assert read_adapter(our_model(their_model("mistral")), folder)[0].alpha == 8
+    every = {"target_modules": "all-linear"}
+    assert is_target("model.layers.0.self_attn.q_proj", every) and not is_target("lm_head", every) and not is_target("model.lm_head", every)
 
 
 def test_embeddings_of_an_adapter_over_a_tied_head_are_refused(tmp_path):

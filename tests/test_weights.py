@@ -116,6 +116,12 @@ def test_every_llava_hf_layout(theirs, spm, tmp_path, layout, store):
     assert ours.keys() == expected.keys() and all(torch.equal(ours[n], x) for n, x in expected.items())
 
 
+def test_safetensors_are_read_where_there_are_both(theirs, spm, tmp_path):
+    folder = write_folder(tmp_path / "m", spm, theirs)
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    bare(folder)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_decoder_loads(kind, spm, tmp_path):
     theirs = their_model(kind)
