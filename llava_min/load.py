@@ -5,6 +5,7 @@ between: `prepare`, change the model on meta (LoRA, what is trained, who holds w
 """
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -161,16 +162,16 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Llava:
     return model.eval()
 
 
-def read_dtype(dtype: str | torch.dtype, known: str) -> torch.dtype:
+def read_dtype(dtype: str | torch.dtype, known: str, good: Collection[torch.dtype] = NAMES) -> torch.dtype:
     dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if not isinstance(dtype, torch.dtype) or dtype not in NAMES:
+    if not isinstance(dtype, torch.dtype) or dtype not in good:
         raise UserError(f"dtype: {printable(dtype)[:100]!r} is not one of {known}; choose one")
     return dtype
 
 
 def pick_dtype(dtype: str | torch.dtype, model: Llava, device: torch.device) -> torch.dtype:
     if not isinstance(dtype, str) or dtype != "auto":
-        return read_dtype(dtype, "auto, fp32, bf16, fp16")
+        return read_dtype(dtype, "auto, fp32, bf16, fp16 or torch.float64", {*NAMES, torch.float64})
     if device.type == "cpu":
         return torch.float32 if sum(p.numel() for p in model.parameters()) <= SMALL else torch.bfloat16
     return DTYPES[model.config.dtype or "float16"]
@@ -182,7 +183,7 @@ def load(source: str, *, dtype: str | torch.dtype = "auto", device: str | torch.
     """A ready model and its processor.
 
     source: a folder in the layout of llava-hf or of the original LLaVA-1.5, a hub id, or "tiny", the bundled
-    one. dtype: "auto", "fp32", "bf16", "fp16" or a torch.dtype; auto is what the checkpoint stores, but on
+    one. dtype: "auto", "fp32", "bf16", "fp16" or a torch.dtype (float64, too, to compare); auto is what the checkpoint stores, but on
     CPU fp32 for small models and bf16 for large ones. device: "auto" takes the GPU where there is one.
     quantize: None; no other is built yet. adapter: a PEFT folder, applied unmerged. image_aspect_ratio ("pad",
     "crop") and template (a name of data/chat.py): None for what the adapter records, or else the checkpoint.
@@ -229,6 +230,6 @@ def write_model(model: Llava, processor: Processor, folder: Path, dtype: torch.d
 def save(model: Llava, processor: Processor, target: str | Path,
          dtype: str | torch.dtype | None = None) -> None:
     """Write `model` and all that goes with it as a llava-hf folder; `target` must not exist."""
-    dtype = model.dtype if dtype is None else read_dtype(dtype, "fp32, bf16, fp16")
+    dtype = read_dtype(model.dtype if dtype is None else dtype, "fp32, bf16, fp16")
     with new_folder(Path(target)) as folder:
         write_model(model, processor, folder, dtype)

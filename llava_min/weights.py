@@ -70,7 +70,7 @@ class Reader:
             else:
                 self.read(part, entry, row)
             if not is_finite(part):
-                raise UserError(f"{entry} holds NaN, infinity or numbers too large for {NAMES[out.dtype]}; "
+                raise UserError(f"{entry} holds NaN, infinity or numbers too large for {str(out.dtype).removeprefix('torch.')}; "
                                 "load it in another dtype, or download it again")
 
     def read(self, part: Tensor, entry: Entry, row: int) -> None:

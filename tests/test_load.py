@@ -152,7 +152,15 @@ def test_dtypes(folder):
     on_gpu = [pick_dtype("auto", on_meta(LlavaConfig.from_hf(hf_config(dtype=d))), torch.device("cuda"))
               for d in ("float32", "bfloat16", None)]
     assert on_gpu == [torch.float32, torch.bfloat16, torch.float16]  # as stored
-    for bad in ("fp8", "int8", "", None, 16, torch.float64, torch.int8, ["fp32"]):
+    exact, processor = llava_min.load(folder, dtype=torch.float64, device="cpu")
+    batch = processor("USER: <image>\nwhat? ASSISTANT:", Image.new("RGB", (30, 20), "red"))
+    with torch.no_grad():
+        a, b = exact(**batch), llava_min.load(folder, dtype="fp32", device="cpu")[0](**batch)
+    assert a.dtype == torch.float64 and 0 < (a - b).abs().max() < 1e-4
+    assert llava_min.generate(exact, batch, max_new_tokens=5)
+    with pytest.raises(UserError, match="dtype: 'torch.float64' is not one of fp32, bf16, fp16"):
+        save(exact, processor, folder / "saved")
+    for bad in ("fp8", "int8", "", None, 16, torch.int8, torch.complex64, ["fp32"]):
         with pytest.raises(UserError, match="dtype: .*auto, fp32, bf16, fp16"):
             llava_min.load(folder, dtype=bad, device="cpu")
 
