@@ -6,6 +6,7 @@ help. Nothing heavy is imported here, so `--help` and a mistyped flag answer at 
 """
 
 import argparse
+import atexit
 import dataclasses
 import difflib
 import errno
@@ -135,6 +136,11 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         if e.errno != errno.EPIPE:
             note(f"error: the output cannot be written ({e.strerror}); free space")
             code = 2
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # gloo's threads may hold a tensor still, and the end of the interpreter would abort them (pytorch#179291, #190489)
+        atexit._run_exitfuncs()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

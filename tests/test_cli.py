@@ -70,6 +70,15 @@ def test_what_the_system_does_not_let_through_is_one_line(tmp_path, monkeypatch,
     assert e.value.code == 2 and capsys.readouterr().err == "error: /locked/\\x1bx: cannot be reached (Permission denied); check the path and its permissions\n"
 
 
+@pytest.mark.parametrize("size", ["1", "2"])
+def test_a_rank_ends_in_order_but_for_the_interpreter(size):
+    """Output, exit code and what was registered for the end are there; torch's threads are not waited for."""
+    code = ("import atexit, os, sys\nfrom llava_min.cli import run\nclass Last:\n    def __del__(self, write=os.write): write(1, b'interpreter ')\n"
+            "last = Last()\natexit.register(lambda: os.write(1, b'registered '))\nrun(lambda argv: print('said', end=' ') or 3)\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "WORLD_SIZE": size})
+    assert done.returncode == 3 and done.stdout.split() == ["said", "registered", *(["interpreter"] if size == "1" else [])], done
+
+
 def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
     (tmp_path / "mine.toml").write_text('lr = 0.5\nbatch_size = 2\nbetas = [0.1, 0.2]\nshuffle = false\n')
     k = read("--recipe", "mine", "--lr", "0.25", "--shuffle", recipes=tmp_path)
