@@ -319,7 +319,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
                 micros, faults = zip(*(next(todo) for _ in step[world.rank]))
             bad, due = sum(faults, []), world.rank == 0 and saver.due(at.step)
             supervised, stop, due, n_bad = total(world, sum(map(supervised_in, micros)), signals.asked, due, len(bad))
-            if due or n_bad and not skips and 0 < at.step != saver.saved and knobs.save_every != "0":
+            if due or n_bad and not skips and at.step > 0 and saver.lacks(at.step):
                 save()
             if stop:
                 raise Interrupted
@@ -349,7 +349,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
                 at.lost = 0
             elif not scale.searching or not math.isfinite(loss):
                 at.skipped += 1
-                at.lost += 1  # since the last good one
+                at.lost += 1
             scale.update(finite)
             optimizer.zero_grad(set_to_none=True)
             at.step += 1
@@ -372,7 +372,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
                 tokens, pictures, busy = 0, 0, 0.0
             if evaluation_due():
                 evaluate()
-        if knobs.save_every != "0" and saver.saved != at.step:
+        if saver.lacks(at.step):
             save()
     except Interrupted:
         if saver.saved != at.step:

@@ -186,8 +186,11 @@ def check_whole(file: Path, data: dict, names: list[str], tensors: dict[str, Ten
                             "modules_to_save names; the file is damaged")
 
 
-def read_adapter(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
-    """The adapter of `folder`, our name -> tensor, checked against `model`, which may still be on meta."""
+def read_adapter(model: nn.Module, folder: Path, source: str | Path | None = None) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """The adapter of `folder`, our name -> tensor, checked against `model`, which may still be on meta.
+
+    source: what the model is called; a warning where the adapter was made for another.
+    """
     if lora_layers(model):
         raise UserError(f"{folder}: the model has an adapter already; load the base anew")
     data = read_json(path := folder / "adapter_config.json")
@@ -250,6 +253,8 @@ def read_adapter(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict[str, 
         raise UserError(f"{projector}: {missing[0]} is missing, and the original LLaVA trains the whole projector; "
                         "the file is damaged")
     check_layers(path, data, layers, paths, namings)
+    if source is not None and isinstance(base, str) and Path(base).name != Path(source).name:
+        warn(f"{folder}: was made for {base}, and is applied to {source}")
     return config, tensors
 
 

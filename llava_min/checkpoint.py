@@ -119,10 +119,14 @@ class Saver:
         if world.rank == 0:
             settle(out, keep, saved, best_step)  # a kill may have come before
 
+    def lacks(self, step: int) -> bool:
+        """Whether `step` has no checkpoint, and the run writes any."""
+        return self.every != "0" and step != self.saved
+
     def due(self, step: int) -> bool:
         if self.every.endswith("m"):
             return time.perf_counter() - self.clock >= 60 * int(self.every[:-1])
-        if step == self.saved or self.every == "0":
+        if not self.lacks(step):
             return False
         return step in self.epochs if self.every == "epoch" else step > 0 and step % int(self.every) == 0
 

@@ -126,16 +126,17 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         note("stopped")
         code = 130
     except OSError as e:
+        code = 2
         if e.filename is not None and e.errno in UNREACHABLE:
             note(f"error: {short(e.filename, 400)}: cannot be reached ({e.strerror}); check the path and its permissions")
-            sys.exit(2)
-        if e.filename is not None or e.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        elif e.filename is None and e.errno in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more on its way out
+            if e.errno == errno.EPIPE:
+                code = 141
+            else:
+                note(f"error: the output cannot be written ({e.strerror}); free space")
+        else:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more on its way out
-        code = 141
-        if e.errno != errno.EPIPE:
-            note(f"error: the output cannot be written ({e.strerror}); free space")
-            code = 2
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # gloo's threads may hold a tensor still, and the end of the interpreter would abort them (pytorch#179291, #190489)
         atexit._run_exitfuncs()

@@ -14,7 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from llava_min.adapter import apply_adapter, read_adapter
-from llava_min.cli import UserError, printable, warn
+from llava_min.cli import UserError, printable
 from llava_min.config import Fields, LlavaConfig, VisionConfig, read_eos
 from llava_min.data.processor import Processor
 from llava_min.data.processor_files import read_processor, read_settings
@@ -146,8 +146,9 @@ def prepare(source: str, *, adapter: str | None = None, image_aspect_ratio: str 
     if adapter is not None:
         if not isinstance(adapter, (str, os.PathLike)) or not str(adapter):
             raise UserError(f"adapter: {adapter!r:.100}, expected the folder of a PEFT adapter")
-        recorded = read_settings(Path(adapter))
-        image_aspect_ratio, template = image_aspect_ratio or recorded[0], template or recorded[1]
+        aspect, name = read_settings(Path(adapter))
+        image_aspect_ratio = aspect if image_aspect_ratio is None else image_aspect_ratio
+        template = name if template is None else template
     folder = TINY if str(source) == "tiny" else find_folder(str(source), revision)
     config, clip_folder = read_config(folder)
     processor = read_processor(folder, config, clip_folder, image_aspect_ratio, template)
@@ -196,10 +197,7 @@ def load(source: str, *, dtype: str | torch.dtype = "auto", device: str | torch.
     model, device = ready.model, pick_device(device)
     dtype = pick_dtype(dtype, model, device)
     if adapter is not None:
-        lora = read_adapter(model, Path(adapter))
-        base = read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
-        if isinstance(base, str) and Path(base).name != Path(str(source)).name:
-            warn(f"{adapter}: was made for {base}, and is applied to {source}")
+        lora = read_adapter(model, Path(adapter), source)
     ready.fill(dtype, device)
     if adapter is not None:
         apply_adapter(model, *lora)

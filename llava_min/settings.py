@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_min.cli import UserError, is_quick, is_regex, printable
-from llava_min.data.toy import TASKS
 from llava_min.files import read_json
-
 
 # What a resumed run may change, and a finished one may be asked for again with: how the same numbers are computed and shown.
 HOW = set("""batch_size auto_batch_size grad_accum gradient_checkpointing compile cpu_offload workers deterministic device timeout
@@ -52,6 +50,8 @@ def check_finished(folder: Path, k: Any, argv: Sequence[str], ranks: int) -> Non
 
 def check_settings(k: Any, argv: Sequence[str]) -> None:
     """`k`: train.py's knobs; `argv`: what of them was typed. Raises UserError."""
+    from llava_min.data.toy import TASKS  # and Pillow, which --help need not wait for
+
     toy, saved = (k.data or "").startswith("toy:"), k.save_every != "0"
     tasks = [f"toy:{task}" for task in TASKS]
     faults = {

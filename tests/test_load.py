@@ -201,6 +201,9 @@ def test_an_adapter_is_asked_as_it_was_trained(folder, tmp_path):
     assert ways() == ("llava_hf", "crop")  # as other tools write them: what the base says
     trained.save_settings(tmp_path / "adapter")
     assert ways() == ("vicuna_v1", "pad") and ways(template="plain", image_aspect_ratio="crop") == ("plain", "crop")
+    for empty in ({"template": ""}, {"image_aspect_ratio": ""}):  # a mistake, and not the record
+        with pytest.raises(UserError, match="template|image_aspect_ratio"):
+            ways(**empty)
     processor = llava_min.load(folder, adapter=str(tmp_path / "adapter"))[1]
     assert (processor.template_name, processor.image_config.aspect) == ("vicuna_v1", "pad")
     change(tmp_path / "adapter" / "processor_config.json", llava_min_template="poem")
