@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -69,6 +70,7 @@ def main(argv: list[str]) -> int | None:
     from llava_min.dist import start
     from llava_min.evaluate import difference, references
     from llava_min.metrics import find
+    from llava_min.metrics.blind import told
 
     if knobs.benchmark:  # what it sets, flags may set otherwise
         benchmark = read_benchmark(knobs.benchmark)
@@ -128,6 +130,10 @@ def main(argv: list[str]) -> int | None:
         show(sides[0].scores)
         if base:
             show_change(change, base.name, tuned.name)
+            before = told(sides[0].scores)
+            for line in told(sides[1].scores):
+                if line not in before:
+                    show_remark(f"{sides[1].name}: {line}")
         for side in sides:
             for line in side.settings["remarks"]:
                 note(f"{side.name}: {line}")
@@ -156,13 +162,15 @@ class Side:
 
 def weigh(side: Side, knobs: Knobs, records: list) -> None:
     """Scores of every row, of all rows together, and of those of each value of --by."""
-    from llava_min.evaluate import measure_all, table
+    from llava_min.evaluate import cut_answers, measure_all, table
 
     side.found = measure_all(side.rows, knobs.metrics)
     side.scores = table(side.found, knobs.seed)
     for value, members in groups(knobs, records, side.found).items():
         side.scores |= {f"{name} {value}": m for name, m in table(side.found, knobs.seed, members).items()}
-    side.settings["remarks"] = remarks(side.rows)
+    other = ", with another --out" if knobs.out else ""
+    cut = [line + other for line in cut_answers(side.rows, knobs.max_new_tokens)]
+    side.settings["remarks"] = remarks(side.rows) + cut
 
 
 def groups(knobs: Knobs, records: list, found: Any) -> dict[str, list[int]]:
@@ -394,7 +402,8 @@ def write_report(path: Path, records: list, tuned: Side, base: Side | None, chan
 
     rows = [row | {"images": record.images, "earlier": earlier(record)} for row, record in zip(tuned.rows, records, strict=True)]
     if base:
-        rows = [row | {"base_prediction": old["prediction"], "base_scores": old["scores"]}
+        rows = [row | {"base_prediction": old["prediction"], "base_scores": old["scores"],
+                       "base_stopped": old.get("stopped")}
                 for row, old in zip(rows, base.rows, strict=True)]
     compare = base and {"name": base.name, "table": base.scores, "difference": change}
     write_eval_report(path, rows, tuned.scores, tuned.settings, compare)
@@ -418,10 +427,19 @@ def remarks(rows: list[dict]) -> list[str]:
 
 
 def show(scores: dict[str, dict]) -> None:
+    """The table, and under it what its metrics do not measure."""
+    from llava_min.metrics.blind import told
+
     print(f"{'metric':<28}{'score':>8}{'95 % interval':>20}{'n':>8}")
     for name, m in scores.items():
         interval = f"{m['low']:.3f} to {m['high']:.3f}"
         print(f"{printable(name):<28.28}{m['score']:>8.3f}{interval:>20}{m['n']:>8}")
+    for line in told(scores):
+        show_remark(line)
+
+
+def show_remark(line: str) -> None:
+    print(textwrap.fill(printable(line), 79, subsequent_indent="  ", break_on_hyphens=False))
 
 
 def show_change(change: dict[str, dict], base: str, tuned: str) -> None:

@@ -277,11 +277,17 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     def evaluate() -> None:
         """Loss, answers and metrics on the held-out records; with --best-metric, a checkpoint if they are the best so far."""
         with signals.at_once(alone and not knobs.cpu_offload), autocast():
-            scores, rows = on_held_out(model, validation, held_out, loss_of, world, knobs.eval_metrics, knobs.eval_batch_size,
-                                       lambda: signals.asked, num_beams=knobs.num_beams, max_new_tokens=knobs.max_new_tokens)
-        log.write(step=at.step, **{f"eval_{name}": value for name, value in scores.items()})
+            scores, rows, said = on_held_out(
+                model, validation, held_out, loss_of, world, knobs.eval_metrics,
+                knobs.eval_batch_size, lambda: signals.asked, num_beams=knobs.num_beams,
+                max_new_tokens=knobs.max_new_tokens)
+        log.write(step=at.step, **{f"eval_{name}": value for name, value in scores.items()},
+                  eval_cut_answers=sum(row.get("stopped") == "limit" for row in rows),
+                  **({"remarks": said} if said else {}))
         told = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
         log.say(f"step {at.step}: {told} on {len(rows)} held-out records")
+        for line in said:
+            log.say(f"step {at.step}: {line}")
         log.samples(at.step, rows[: knobs.samples], held_out)
         if world.rank == 0:
             write_run_report(out)

@@ -2,9 +2,10 @@
 
     records -> predict -> rows -> score -> {"exact_match": {"score", "low", "high", "n"}, …}
 
-A row is {id, prompt, prediction, references, record, scores}; `record` is a hash of the whole conversation and of its
-pictures' names and sizes. A row whose pictures cannot be read has an empty prediction and an `error`; it is never scored,
-and neither is one without references.
+A row is {id, prompt, prediction, references, record, scores}; `record` is a hash of the whole
+conversation and of its pictures' names and sizes. `stopped` is "limit" in the row of an answer that
+was cut at max_new_tokens. A row whose pictures cannot be read has an empty prediction and an `error`;
+it is never scored, and neither is one without references.
 """
 
 import hashlib
@@ -32,7 +33,8 @@ from llava_min.dist import World, gather, total
 from llava_min.generate import generate
 from llava_min.llava import Llava
 from llava_min.log import clock
-from llava_min.metrics import Rule, find, interval, measure, resampled
+from llava_min.metrics import Rule, blind, find, interval, measure, resampled
+from llava_min.options import Options
 from llava_min.shard import uneven
 from llava_min.step import supervised_in
 
@@ -117,8 +119,10 @@ def check_metrics(names: Sequence[str], best: str | None) -> None:
 
 
 def on_held_out(model: Llava, dataset: Dataset, records: Sequence[Record], loss_of: Callable[[dict], Tensor], world: World,
-                metrics: Sequence[str], batch_size: int, asked: Callable[[], int], **options) -> tuple[dict[str, float], list[dict]]:
-    """{"loss": per supervised token, and each of `metrics`} of the held-out `records`, which the ranks share; and their rows.
+                metrics: Sequence[str], batch_size: int, asked: Callable[[], int],
+                **options) -> tuple[dict[str, float], list[dict], list[str]]:
+    """{"loss": per supervised token, and each of `metrics`} of the held-out `records`, which the
+    ranks share; their rows; and what the scores do not tell, a line each.
 
     dataset: the training view of the records. loss_of: a batch -> its loss, summed. The rest as in `predict`.
     """
@@ -132,7 +136,9 @@ def on_held_out(model: Llava, dataset: Dataset, records: Sequence[Record], loss_
     rows = predict(model, dataset.processor, records, batch_size, dataset.exif, world=world, asked=asked, **options)
     model.train()
     nll, tokens = total(world, nll, tokens)
-    return {"loss": nll / tokens} | {name: m["score"] for name, m in score(rows, metrics).items()}, rows
+    scores = score(rows, metrics)
+    said = blind.told(scores) + cut_answers(rows, options["max_new_tokens"])
+    return {"loss": nll / tokens} | {name: m["score"] for name, m in scores.items()}, rows, said
 
 
 def batch_of(processor: Processor, records: list[Record], exif: bool) -> tuple[list[dict], dict[str, Tensor] | None]:
@@ -170,11 +176,23 @@ def answer(model: Llava, processor: Processor, rows: list[dict], batch: dict[str
            options: dict) -> None:
     rows = [row for row in rows if "error" not in row]
     answers = generate(model, batch, **options)
+    most = options.get("max_new_tokens", Options.max_new_tokens)
     for row, ids in zip(rows, answers, strict=True):
         row["prediction"] = processor.decode(ids).strip()
+        if len(ids) == most:  # an end token is one of the `most` and not among the ids
+            row["stopped"] = "limit"
     if logprob:
         for row, value in zip(rows, mean_logprobs(model, batch, answers), strict=True):
             row["logprob"] = value
+
+
+def cut_answers(rows: Sequence[dict], max_new_tokens: int) -> list[str]:
+    """A line about the answers that stopped at the limit, if there are any."""
+    cut = [row["id"] for row in rows if row.get("stopped") == "limit"]
+    if not cut:
+        return []
+    return [f"{len(cut)} of {len(rows)} answers were cut at --max-new-tokens {max_new_tokens}, "
+            f"before their end: {told(map(short, cut), ', ')}; raise it"]
 
 
 def references(record: Record) -> list[str]:
@@ -255,14 +273,16 @@ def read_answers(folder: Path, records: Sequence[Record]) -> dict[int, dict]:
 
 class Measured(NamedTuple):
     """What every metric found: the indices of the rows that are scored, and per metric their statistics (N, K) and the
-    rule that makes overall scores of their sums."""
+    rule that makes overall scores of their sums, and which of them it does not measure."""
 
     rows: np.ndarray
     parts: dict[str, tuple[np.ndarray, Rule]]
+    unseen: dict[str, blind.Found]
 
 
 def score(rows: list[dict], metrics: Sequence[str], seed: int = 0) -> dict[str, dict]:
-    """{name: {"score", "low", "high", "n"}} with 95 % intervals; every row gets its own `scores`.
+    """{name: {"score", "low", "high", "n"}} with 95 % intervals, and `remarks`, a list of lines, where
+    a metric does not measure some of the examples; every row gets its own `scores`.
 
     A metric that fails is named in a warning and has no entry. Raises UserError where no row can be scored.
     """
@@ -277,7 +297,7 @@ def measure_all(rows: list[dict], metrics: Sequence[str]) -> Measured:
     for row in rows:
         row["scores"] = {}
     predictions, right = [rows[i]["prediction"] for i in scored], [rows[i]["references"] for i in scored]
-    parts = {}
+    parts, unseen = {}, {}
     for name, metric in find(metrics).items():
         try:
             scores, statistics, rule = measure(metric, predictions, right)
@@ -285,10 +305,10 @@ def measure_all(rows: list[dict], metrics: Sequence[str]) -> Measured:
             kind = "" if isinstance(e, UserError) else f"{type(e).__name__}: "
             warn(f"metric {name} failed and is left out: {kind}{printable(e)}")
             continue
-        parts[name] = statistics, rule
+        parts[name], unseen[name] = (statistics, rule), blind.unseen(name, predictions, right)
         for i, value in zip(scored, scores):
             rows[i]["scores"][name] = value
-    return Measured(np.array(scored), parts)
+    return Measured(np.array(scored), parts, unseen)
 
 
 def table(found: Measured, seed: int = 0, among: Sequence[int] | None = None) -> dict[str, dict]:
@@ -297,6 +317,8 @@ def table(found: Measured, seed: int = 0, among: Sequence[int] | None = None) ->
     out = {}
     for name, (values, n) in overall({name: (s[keep], rule) for name, (s, rule) in found.parts.items()}, seed).items():
         out[name] = interval(values, n)
+        if lines := blind.remarks(found.unseen.get(name, ()), keep):
+            out[name]["remarks"] = lines
     return out
 
 

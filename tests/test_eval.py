@@ -21,7 +21,9 @@ from llava_min.cli import UserError
 from llava_min.data import toy
 from llava_min.data.records import read_records
 from llava_min.evaluate import difference, measure_all, predict, read_answers, score
+from llava_min.generate import beam_search, columns
 from llava_min.load import TINY, load
+from llava_min.options import read_options
 
 script = load_script("eval")
 ROOT = Path(__file__).parent.parent
@@ -97,6 +99,58 @@ def test_an_answer_is_text_and_nothing_around_it(data, tiny, monkeypatch):
     monkeypatch.setattr(type(processor), "decode", lambda self, ids: " red\n")
     assert predict(model, processor, read_records(data)[:1], max_new_tokens=2)[0]["prediction"] == "red"
     assert processor.image_token_id in asked["suppress_tokens"] and processor.tokenizer.eos_id in asked["eos_token_id"]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "length_penalty": 3.0}])
+def test_an_answer_is_cut_where_no_end_token_came(data, tiny, options):
+    """Of any batch; an answer whose end token is the last one that there was room for is whole."""
+    (model, processor), records = tiny, read_records(data)[:9]
+    ends, silent = processor.stop_ids, processor.silent_ids(model.config.text.vocab_size)
+    seen = set()
+    for most in range(1, 6):
+        rows = predict(model, processor, records, batch_size=4, max_new_tokens=most, **options)
+        o = read_options({"max_new_tokens": most, "eos_token_id": ends, "suppress_tokens": silent, **options})
+        for record, row in zip(records, rows, strict=True):
+            batch, _, _ = evaluate.evaluation_batch([record], processor)
+            raw = beam_search(model, batch, o)[0].tolist() if options else list(map(int, columns(model, batch, o)))
+            ended = [i for i, id in enumerate(raw) if id in ends]
+            assert row.get("stopped") == (None if ended else "limit"), (most, raw)
+            seen.add(ended[0] == most - 1 if ended else None)
+    assert seen == {None, True, False}  # cut, ended at the limit itself, ended before
+
+
+def test_cut_answers_are_counted_and_named_with_the_mend(data, tmp_path, capsys):
+    cut = ["--data", str(data), "--device", "cpu", "--max-new-tokens", "1"]
+    script.main(cut)
+    said = capsys.readouterr().err
+    assert "18 of 18 answers were cut at --max-new-tokens 1, before their end: questions-val-000000, " in said and said.endswith("; raise it\n")
+    script.main([*cut, "--out", str(tmp_path / "one"), "--compare", "tiny"])
+    assert capsys.readouterr().err.count("18 of 18 answers were cut at --max-new-tokens 1") == 2
+    for folder in (tmp_path / "one", tmp_path / "one" / "compare"):
+        assert all(row["stopped"] == "limit" for row in lines(folder / "predictions.jsonl"))
+        remarks = json.loads((folder / "settings.json").read_text())["remarks"]
+        assert "18 of 18 answers were cut" in remarks[-1] and remarks[-1].endswith("; raise it, with another --out")
+    page = (tmp_path / "one" / "report.html").read_text(encoding="utf-8")
+    assert page.count('"x":true') == page.count('"y":true') == 18 and "18 of 18 answers were cut" in page
+    script.main([*cut, "--out", str(tmp_path / "one"), "--compare", "tiny"])  # answers that are kept keep their mark
+    assert "18 of 18 answers were cut" in capsys.readouterr().err
+
+
+def test_what_a_metric_does_not_measure_stands_beside_its_score(data, tmp_path, capsys):
+    pytest.importorskip("sacrebleu", reason="what computes this metric; pip install -e '.[metrics]'")
+    records = [r for r in json.loads(data.read_text()) if len(r["conversations"][-1]["value"].split()) < 3]
+    (data.parent / "short.json").write_text(json.dumps(records))
+    n, out = len(records), tmp_path / "out"
+    run(data.parent / "short.json", "--metrics", "exact_match,bleu", "--by", "kind", "--out", str(out))
+    said, table = capsys.readouterr(), json.loads((out / "metrics.json").read_text())
+    line = f"bleu: {n} of {n} examples have fewer than 4 words"
+    assert said.out.count("fewer than 4 words") == 1 and line in said.out and max(map(len, said.out.splitlines())) < 80
+    assert table["bleu"]["score"] == 0 and set(table["exact_match"]) == {"score", "low", "high", "n"}
+    assert f"bleu: {table['bleu']['remarks'][0]}".startswith(line)
+    assert (out / "report.html").read_text(encoding="utf-8").count("fewer than 4 words") == 1
+    run(data.parent / "short.json", "--metrics", "bleu", "--compare", "tiny", "--out", str(tmp_path / "two"))
+    assert capsys.readouterr().out.count("fewer than 4 words") == 1
+    assert (tmp_path / "two" / "report.html").read_text(encoding="utf-8").count("fewer than 4 words") == 1
 
 
 def test_logprob_is_that_of_the_answer_token_by_token(data, tiny):

@@ -87,6 +87,21 @@ def test_letters():
         == ["B", "C", "D", "A", "B", None, None]
 
 
+@pytest.mark.parametrize("text, expected", [
+    ("B\nBecause it is red.", "B"), ("\nb \r\nIt is.", "B"), ("Answer:\nB", "B"), ("a\u00a0\n", "A"),
+    ("C）", "C"), ("（C）", "C"), ("Ｃ．两只狗", "C"), ("C、两只狗", "C"), ("**B**", "B"), ("**Answer:** B", "B"),
+    ("The correct option is C.", "C"), ("The best of them is C", "C"), ("The one that fits is (c).", "C"),
+    ("The ring is red.\nAnswer: D", "D"), ("I think the answer is B, since A is small.", "B"),
+    ("The answer is not A, it is B.", "B"), ("The answer to question A is: B", "B"), ("B, not A", "B"),
+    # an article, a pronoun, an initial, a denial, several letters
+    ("A cat", None), ("The answer is A cat.", None), ("It shows A dog.", None), ("A cat is a pet", None),
+    ("It is a", None), ("It is C. elegans", None), ("The painter is C. Monet.", None),
+    ("The answer is not B.", None), ("A and B", None), ("(A) or (B)", None), ("The answer is A or B.", None),
+    ("A, B and C", None), ("The first is A.\nThe last is B.", None), ("Two dogs: A and a B.", None)])
+def test_a_letter_is_chosen_where_the_text_ends_with_it_and_not_where_it_is_a_word(text, expected):
+    assert letter(text) == expected
+
+
 def test_pope_by_hand():
     answers = ["Yes, there is.", "No", "yes", "There is not one.", "no. Yes", "I see nothing", "Nope"]
     assert [says_yes(a) for a in answers] == [True, False, True, False, False, True, True]

@@ -123,6 +123,22 @@ def test_groups_stand_under_their_metric_and_remarks_under_the_scores(tmp_path):
     assert "There is no score." in Page(tmp_path / "r.html").text
 
 
+def test_cut_answers_are_marked(tmp_path):
+    rows = with_base(rows_of(4))
+    rows[1]["stopped"] = rows[2]["base_stopped"] = "limit"
+    write_eval_report(tmp_path / "r.html", rows, TABLE, {}, {"name": "base"})
+    assert [(r.get("x"), r.get("y")) for r in Page(tmp_path / "r.html").data["rows"]] == [(None, None), (True, None), (None, True), (None, None)]
+
+
+def test_what_metrics_do_not_measure_stands_once_under_the_scores(tmp_path):
+    remark, other = "3 of 12 examples see <nothing>; use eyes", "1 of 12 examples are odd; use even"
+    table = {name: m | {"remarks": [remark]} for name, m in TABLE.items()}
+    base = {name: m | {"remarks": [remark] + [other] * (name == "f1")} for name, m in TABLE.items()}
+    write_eval_report(tmp_path / "r.html", with_base(rows_of(12)), table, {"remarks": ["lost"]}, {"name": "the base", "table": base})
+    assert ('<ul class="notes"><li>exact_match, f1: 3 of 12 examples see &lt;nothing&gt;; use eyes</li>'
+            '<li>the base: f1: 1 of 12 examples are odd; use even</li><li>lost</li></ul></section>') in Page(tmp_path / "r.html").source
+
+
 def test_references_scales_and_lost_scores(tmp_path):
     rows = [{"id": 1, "prompt": "p", "prediction": "red", "references": ["red"] * 7 + ["blue"] * 3, "scores": {"vqa": 100.0}},
             {"id": 2, "prompt": "p", "prediction": "", "references": ["x"], "scores": {"vqa": math.nan}, "logprob": math.nan}]
@@ -198,13 +214,13 @@ def test_a_change_is_coloured_only_when_its_interval_leaves_zero_out():
 
 
 def test_tiles_tell_the_best_and_the_last(tmp_path):
-    values = {"loss": (3, 1, 2), "eval_loss": (2, 1.5, 1.75), "eval_bleu": (10, 90, 50)}
+    values = {"loss": (3, 1, 2), "eval_loss": (2, 1.5, 1.75), "eval_bleu": (10, 90, 50), "eval_cut_answers": (3, 1, 2)}
     (tmp_path / "metrics.jsonl").write_text("".join(
         json.dumps({"step": step, **{name: v[i] for name, v in values.items()}}) + "\n" for i, step in enumerate((1, 5, 10))))
     write_run_report(tmp_path)
     tiles = re.findall("<dt>(.*?)</dt><dd>(.*?)</dd><dd class=.muted.>(.*?)</dd>", (tmp_path / "report.html").read_text(encoding="utf-8"))
     assert tiles == [("steps", "10", ""), ("loss", "2.000", "best 1.000 at step 5"), ("eval loss", "1.750", "best 1.500 at step 5"),
-                     ("bleu", "50.0", "best 90.0 at step 5")]
+                     ("bleu", "50.0", "best 90.0 at step 5"), ("cut_answers", "2.000", "best 1.000 at step 5")]
 
 
 def test_what_is_not_finite_breaks_the_line():
@@ -492,11 +508,12 @@ def test_browser_runs_no_script_but_ours(browser, tmp_path):
 
 def test_browser_compare(browser, tmp_path):
     rows = with_base(rows_of(24))
+    rows[1]["stopped"] = rows[2]["base_stopped"] = "limit"
     write_eval_report(tmp_path / "r.html", rows, TABLE, {"model": "tiny"}, {"name": "base", "table": TABLE, "difference": TABLE})
     browser.open(tmp_path / "r.html")
     change = [r["scores"]["exact_match"] - r["base_scores"]["exact_match"] for r in rows]
     for name, n in (("better", sum(c > 0 for c in change)), ("worse", sum(c < 0 for c in change)), ("same", sum(c == 0 for c in change)),
-                    ("changed", sum(r["prediction"] != r["base_prediction"] for r in rows))):
+                    ("changed", sum(r["prediction"] != r["base_prediction"] for r in rows)), ("cut", 2)):
         assert n and browser.run(f"document.querySelector('#show [value={name}] span').textContent") == str(n), name
     assert browser.run("[...document.querySelectorAll('.texts')].every((t) => t.textContent.includes('Base') && t.textContent.includes('Tuned'))")
     assert not browser.faults

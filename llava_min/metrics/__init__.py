@@ -3,6 +3,7 @@
 A metric is a function `metric(predictions, references) -> scores`: N strings and N lists of strings in, N numbers out;
 the overall score is their mean. Where a field has another rule (BLEU, POPE), the metric is a `Corpus`. `text`, `vqa`
 and `yes_no` are ours, `library` holds those that a package computes; yours is named `module:function`.
+`blind` says which examples a metric does not measure.
 """
 
 import functools

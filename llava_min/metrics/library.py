@@ -7,12 +7,12 @@ The packages are extras, and no model is downloaded: what is missing is one line
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
 from llava_min.cli import UserError, printable
+from llava_min.metrics.words import words
 
 BERT, BERT_LAYERS = "FacebookAI/roberta-large", 17  # bert-score's default for English, and the layer it reads
 NLI = "FacebookAI/roberta-large-mnli"
@@ -81,22 +81,16 @@ def by_sacrebleu(corpus, sentence) -> tuple[Callable, Callable]:
 
 
 def rouge(kind: str) -> Callable:
-    """0 to 1: the F-measure of rouge-score, against the best reference, without stemming. rougeLsum takes each line
-    for a sentence."""
-    scorer = need(kind, "rouge_score.rouge_scorer", "rouge-score").RougeScorer([kind], tokenizer=words_of_rouge())
+    """0 to 1: the F-measure of rouge-score, against the best reference, without stemming, of words in
+    any script. rougeLsum takes each line for a sentence."""
+    tokenizer = SimpleNamespace(tokenize=lambda text: list(words(text)))
+    rouge_scorer = need(kind, "rouge_score.rouge_scorer", "rouge-score")
+    scorer = rouge_scorer.RougeScorer([kind], tokenizer=tokenizer)
 
     def metric(predictions: list[str], references: list[list[str]]) -> list[float]:
         return [scorer.score_multi(rs, p)[kind].fmeasure for p, rs in zip(predictions, references, strict=True)]
 
     return metric
-
-
-@lru_cache(1)
-def words_of_rouge():
-    """rouge-score's tokenizer, which the four kinds would run four times on every text."""
-    tokenizer = importlib.import_module("rouge_score.tokenizers").DefaultTokenizer()
-    tokenizer.tokenize = lru_cache(100_000)(tokenizer.tokenize)
-    return tokenizer
 
 
 def bertscore() -> Callable:

@@ -5,6 +5,7 @@ Each gives a prediction its best score against any of its references.
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 
@@ -95,8 +96,12 @@ def number(text: str) -> float | None:
 def multiple_choice(predictions: list[str], references: list[list[str]]) -> list[float]:
     """1 where the chosen letter, or else the whole text, is the right one.
 
-    A letter is chosen by "B", "b", "(B)", "B.", "B) two dogs", "Answer: B", "The answer is (B)." and the like; "A dog" and
-    "A or B" choose none. LLaVA's rule for ScienceQA is the part of it with capitals, "B. …" and "The answer is B."
+    A letter is chosen by "B", "b", "(B)", "B.", "B) two dogs", "B" on a line of its own, "Answer: B",
+    "The answer is (B).", "The best of them is B." and the like, also in full width; "A dog" and "A or B"
+    choose none, and neither do two such sentences that differ. LLaVA's rule for ScienceQA is the part of
+    it with capitals, "B. …" and "The answer is B." VLMEvalKit (can_infer_option) takes any text with
+    one capital among its last words, which makes a choice of "It shows A dog.": ours asks for an end
+    behind the letter, and for "is" or "answer" before one that the text does not begin with.
     """
     return best(chosen, predictions, references)
 
@@ -106,7 +111,20 @@ def chosen(predicted: str, right: str) -> bool:
     return a == b if a and b else words(predicted) == words(right) != []
 
 
+NOUN = r"(?:answer|option|choice)"
+END = r"(?=[.):,;、。]|[^\S\n]*(?:\n|$))"  # behind a letter: a mark, or the end of the line
+AND = r"\s*(?:[,/&]|or\b|and\b)\s*"
+MORE = rf"(?!{AND}(?:\([A-Za-z]\)|(?-i:[A-Z])(?={AND}|[.\s]*$)))"  # "(A) or (B)" chooses none
+BEGIN = re.compile(rf"\s*(?:the\s+)?(?:(?:correct\s+)?{NOUN}(?:\s+is)?\s*:?\s+)?"
+                   rf"(?:\(([a-z])\)|([a-z]){END}){MORE}", re.IGNORECASE)
+CONCLUSION = re.compile(
+    rf"\b(?i:{NOUN})\b[^.\n]*?(?:\bis|:)\s*:?\s*(?:\(([A-Za-z])\)|([A-Z]){END}){MORE}"
+    rf"|\bis:?\s+(?:\(([A-Za-z])\)|([A-Z]))[.!]?[^\S\n]*(?:\n|$)")
+
+
 def letter(text: str) -> str | None:
-    found = re.match(r"\s*(?:the\s+)?(?:(?:correct\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s+)?"
-                     r"(?:\(([a-z])\)|([a-z])(?=[.):,]|\s*$))", text, re.IGNORECASE)
-    return (found[1] or found[2]).upper() if found else None
+    text = unicodedata.normalize("NFKC", text).replace("*", "")  # full width; bold in Markdown
+    if found := BEGIN.match(text):
+        return (found[1] or found[2]).upper()
+    letters = {next(filter(None, m.groups())).upper() for m in CONCLUSION.finditer(text)}
+    return letters.pop() if len(letters) == 1 else None

@@ -63,17 +63,18 @@ function example(row) {
   const best = row.r.map(([text]) => [text, compare(row.a, text)])
     .reduce((x, y) => !x || (y[1] && (!x[1] || y[1].common > x[1].common)) ? y : x, null);
   const plain = perfect(row.s) || !best || !best[1];
-  const answer = (text, scores) => {
+  const answer = (text, scores, cut) => {
     const c = best && !perfect(scores) && compare(text, best[0]);
-    return text === "" ? el("i", "muted", "empty") : c ? marked(c.left, "extra") : bdi(text);
+    return [text === "" ? el("i", "muted", "empty") : c ? marked(c.left, "extra") : bdi(text),
+      ...cut ? [el("span", "cut", "cut at the limit")] : []];
   };
   const texts = el("dl", "texts");
   const put = (label, ...inside) => texts.append(el("dt", "", label), el("dd", "", ...inside));
   const references = row.r.map(([text, n]) => el("span", "reference",
     !plain && text === best[0] ? marked(best[1].right, "missing") : bdi(text), ...(n > 1 ? [el("span", "muted", " ×" + n)] : [])));
   put(row.r.length > 1 ? "References" : "Reference", ...references);
-  if (data.compare) put("Base", answer(row.b, row.t));
-  put(data.compare ? "Tuned" : "Answer", answer(row.a, row.s));
+  if (data.compare) put("Base", ...answer(row.b, row.t, row.y));
+  put(data.compare ? "Tuned" : "Answer", ...answer(row.a, row.s, row.x));
   const [question, ...more] = row.q.split("\n");  // what follows is often the same in every example, or words read in the picture
   const asked = el("p", "question", bdi(question), ...more.length ? [el("span", "more", "\n", bdi(more.join("\n")))] : []);
   const words = el("div", "words", el("div", "top", el("p", "id", bdi(row.id)), chips(row)),
@@ -149,6 +150,7 @@ const SHOW = {
     better: ["Better", (r) => change(r) > 0], worse: ["Worse", (r) => change(r) < 0], same: ["Same score", (r) => change(r) === 0],
     changed: ["Changed", (r) => r.d],
   }),
+  ...(data.rows.some((r) => r.x || r.y) && { cut: ["Cut at the limit", (r) => r.x || r.y] }),
 };
 if (!data.metrics.length) { delete SHOW.wrong; delete SHOW.right; delete SHOW.better; delete SHOW.worse; delete SHOW.same; }
 const low = (x) => x === null || x === undefined ? -Infinity : x;

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from llava_min.metrics.blind import told
 from llava_min.report.page import (LONGEST, asset, cut, escape, finite, heading, notes_list, number, page, settings_list, shown,
                                    write)
 from llava_min.report.pictures import Thumbnails
@@ -19,10 +20,11 @@ def write_eval_report(path: str | os.PathLike, rows: Sequence[dict], table: dict
     """Write `path`, an HTML page of the scores, the settings and the examples, worst first.
 
     rows: {"id", "prompt", "prediction", "references": [str], "scores": {metric: float}}, and where there are any
-        "earlier": what was said before the prompt, "images": [path, record's embedded picture or PIL image] and "logprob":
-        the answer's mean log-probability;
-        with `compare` also "base_prediction" and "base_scores"
-    table: {metric: {"score", "low", "high", "n"}}; the name `metric group` is a row under its metric
+        "earlier": what was said before the prompt, "images": [path, record's embedded picture or PIL image], "logprob":
+        the answer's mean log-probability, and "stopped": "limit" for an answer that was cut;
+        with `compare` also "base_prediction", "base_scores" and "base_stopped"
+    table: {metric: {"score", "low", "high", "n"}}; the name `metric group` is a row under its
+        metric; `remarks`, a list of lines, stands under the scores
     settings: what made the numbers (model, data, prompt, template, decoding …), shown in their order; `remarks`, a list of
         lines, stands under the scores
     compare: {"name": the base's, "table": its scores as above, "difference": {metric: {"score", "low", "high"}}},
@@ -66,7 +68,11 @@ def write_eval_report(path: str | os.PathLike, rows: Sequence[dict], table: dict
             out["p"] = [pictures.place(p) for p in row["images"]]
         if finite(row.get("logprob")) is not None:
             out["l"] = round(row["logprob"], 4)
+        if row.get("stopped") == "limit":
+            out["x"] = True
         if compare:
+            if row.get("base_stopped") == "limit":
+                out["y"] = True
             out["b"] = cut(row.get("base_prediction", ""), limit)
             out["d"] = row.get("base_prediction", "") != row["prediction"]
             out["t"] = [finite(row.get("base_scores", {}).get(m)) for m in metrics]
@@ -78,8 +84,13 @@ def write_eval_report(path: str | os.PathLike, rows: Sequence[dict], table: dict
     name = settings.get("adapter") or settings.get("model") or "Evaluation"
     under = [*([f"against {compare.get('name', 'the base')}"] if compare else []),
              *([settings["data"]] if settings.get("data") else []), f"{total:,} examples"]
+    remarks = told(table)
+    if compare:
+        remarks += [f"{compare.get('name', 'the base')}: {line}" for line in told(compare.get("table", {}))
+                    if line not in remarks]
+    remarks += settings.get("remarks", ())
     body = "\n".join((heading("Comparison" if compare else "Evaluation", name, under),
-                      f"<section><h2>Scores</h2>{scores_table(table, scales, compare)}{notes_list(settings.get('remarks', ()))}</section>",
+                      f"<section><h2>Scores</h2>{scores_table(table, scales, compare)}{notes_list(remarks)}</section>",
                       settings_list({k: v for k, v in settings.items() if k != "remarks"}, "Settings"),
                       asset("examples.html").replace("<!--notes-->", notes_list(notes))))
     write(Path(path), page(f"{name} – evaluation", body, data, "eval.js"))

@@ -16,8 +16,8 @@ SAMPLES, TIMES = 40, 20  # questions, and answers to each
 def write_run_report(folder: str | os.PathLike) -> None:
     """Write `folder`/report.html: the curves of metrics.jsonl, the answers of samples.jsonl over time, config.json.
 
-    metrics.jsonl: {"step", "loss", "lr", …} and {"step", "eval_NAME"} a line; of a step that was done again after a
-        resume the last value counts. samples.jsonl: {"step", "id", "earlier", "prompt", "reference", "prediction",
+    metrics.jsonl: {"step", "loss", "lr", …} and {"step", "eval_NAME", "remarks": [text]} a line; of a step that was done again after a
+        resume the last value counts. samples.jsonl: {"step", "id", "earlier", "prompt", "reference", "prediction", "stopped",
         "images": [path, or path, group, row and index of a picture in a parquet file]}.
     What is absent or half written is left out, and the page counts the lines that could not be read: a report never
     stops a run for its contents. Raises UserError when the file cannot be written.
@@ -40,6 +40,9 @@ def write_run_report(folder: str | os.PathLike) -> None:
             if name not in ("step", "seconds") and isinstance(value, (int, float)) and not isinstance(value, bool):
                 series.setdefault(name, {})[step] = float(value)
     order = sorted(series, key=lambda n: (n != "loss", not n.startswith("eval_")))
+    last = next((line for line in reversed(metrics) if any(n.startswith("eval_") for n in line)), {})
+    if isinstance(lines := last.get("remarks"), list):
+        notes += [f"Last evaluation: {line}" for line in lines]
     curves = [curve(name, series[name]) for name in order]
     name = folder.resolve().name
     drawn = figures(curves) or '<p class="empty">No step has been logged yet.</p>'
@@ -76,7 +79,8 @@ def tiles(series: dict[str, dict[float, float]]) -> str:
         values = {step: v for step, v in series[name].items() if math.isfinite(v)}
         if not values or not (name == "loss" or name.startswith("eval_")):
             continue
-        best = (min if "loss" in name or "perplexity" in name else max)(values, key=values.get)
+        least = any(word in name for word in ("loss", "perplexity", "cut_answers"))
+        best = (min if least else max)(values, key=values.get)
         items.append((name.removeprefix("eval_") if name != "eval_loss" else "eval loss", number(values[max(values)]),
                       f"best {number(values[best])} at step {best:,.0f}"))
     cells = "".join(f'<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd class="muted">{escape(under)}</dd></div>'
@@ -110,6 +114,8 @@ def samples_section(folder: Path, samples: list[dict]) -> str:
         for step in steps:
             answer = str(group[step].get("prediction", ""))
             said = f"<bdi>{escape(cut(answer, LONGEST))}</bdi>" if answer else '<i class="muted">empty</i>'
+            if group[step].get("stopped") == "limit":
+                said += '<span class="cut">cut at the limit</span>'
             right = answer.strip() == str(last.get("reference", "")).strip()
             answers += (f'<tr class="{"right" if right else "again" if answer == last_answer else ""}">'
                         f'<th scope="row">{step:,.0f}</th><td>{said}</td></tr>')
