@@ -52,8 +52,7 @@ class Log:
         for row, record in zip(rows, records) if self.folder else ():
             self.append("samples.jsonl", {"step": step, "id": row["id"], "earlier": earlier(record), "prompt": row["prompt"],
                                           "prediction": row["prediction"], "reference": next(iter(row["references"]), ""),
-                                          "images": [place(p) for p in record.images],
-                                          **{k: row[k] for k in ("stopped",) if k in row}})
+                                          "images": [place(p) for p in record.images]})
 
     def append(self, name: str, values: dict[str, Any]) -> None:
         path = self.folder / name

@@ -366,9 +366,8 @@ def test_what_the_scores_of_an_evaluation_do_not_tell(home, tmp_path, capsys):
     assert [x["eval_cut_answers"] for x in found] == [6, 6] and f"step 1: {cut}" in said and "raise it" in said
     assert all(x["remarks"][0].startswith("bleu: 6 of 6 examples have fewer than 4 words") for x in found)
     assert f"step 0: {found[0]['remarks'][0]}\n" in said
-    assert all(row["stopped"] == "limit" for row in lines(tmp_path / "run", "samples.jsonl"))
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert f"Last evaluation: {cut}" in page and "eval_cut_answers" in page and page.count("cut at the limit") >= 6
+    assert f"Last evaluation: {cut}" in page and ">eval_cut_answers<" in page
     log = training.run(home, tmp_path / "all", "--eval-data", home / "data" / "val.json", "--batch-size", "24", "--max-steps", "1",
                        "--warmup-steps", "1", "--max-new-tokens", "3")
     assert "bleu" not in capsys.readouterr().err and len([x for x in log if "eval_loss" in x][0]["remarks"]) == 1

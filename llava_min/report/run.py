@@ -17,7 +17,7 @@ def write_run_report(folder: str | os.PathLike) -> None:
     """Write `folder`/report.html: the curves of metrics.jsonl, the answers of samples.jsonl over time, config.json.
 
     metrics.jsonl: {"step", "loss", "lr", …} and {"step", "eval_NAME", "remarks": [text]} a line; of a step that was done again after a
-        resume the last value counts. samples.jsonl: {"step", "id", "earlier", "prompt", "reference", "prediction", "stopped",
+        resume the last value counts. samples.jsonl: {"step", "id", "earlier", "prompt", "reference", "prediction",
         "images": [path, or path, group, row and index of a picture in a parquet file]}.
     What is absent or half written is left out, and the page counts the lines that could not be read: a report never
     stops a run for its contents. Raises UserError when the file cannot be written.
@@ -114,8 +114,6 @@ def samples_section(folder: Path, samples: list[dict]) -> str:
         for step in steps:
             answer = str(group[step].get("prediction", ""))
             said = f"<bdi>{escape(cut(answer, LONGEST))}</bdi>" if answer else '<i class="muted">empty</i>'
-            if group[step].get("stopped") == "limit":
-                said += '<span class="cut">cut at the limit</span>'
             right = answer.strip() == str(last.get("reference", "")).strip()
             answers += (f'<tr class="{"right" if right else "again" if answer == last_answer else ""}">'
                         f'<th scope="row">{step:,.0f}</th><td>{said}</td></tr>')
