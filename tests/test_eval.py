@@ -145,6 +145,7 @@ def test_what_a_metric_does_not_measure_stands_beside_its_score(data, tmp_path, 
     said, table = capsys.readouterr(), json.loads((out / "metrics.json").read_text())
     line = f"bleu: {n} of {n} examples have fewer than 4 words"
     assert said.out.count("fewer than 4 words") == 1 and line in said.out and max(map(len, said.out.splitlines())) < 80
+    assert "use chrf, exact_match or token_f1" in " ".join(said.out.split())  # folded, and none of it lost
     assert table["bleu"]["score"] == 0 and set(table["exact_match"]) == {"score", "low", "high", "n"}
     assert f"bleu: {table['bleu']['remarks'][0]}".startswith(line)
     assert (out / "report.html").read_text(encoding="utf-8").count("fewer than 4 words") == 1
