@@ -89,7 +89,8 @@ CHECKS: dict[str, tuple[Check, ...]] = {
         Check(lambda p, rs: not any(letter(r) or squad_words(r) for r in rs),
               "have no letter and no word in any reference and score 0; use exact_match")),
     "pope": (
-        Check(neither, "say neither yes nor no and count as yes, as POPE has it; ask for yes or no"),),
+        Check(neither,
+              "say neither yes nor no and count as yes, as POPE has it; ask for yes or no"),),
     "bleu": (
         Check(lost(lambda text: bleu_words(text) >= 4),
               f"have fewer than 4 words {SIDE} and so no 4-gram that can be right; BLEU is 0 where "

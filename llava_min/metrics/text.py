@@ -97,11 +97,11 @@ def multiple_choice(predictions: list[str], references: list[list[str]]) -> list
     """1 where the chosen letter, or else the whole text, is the right one.
 
     A letter is chosen by "B", "b", "(B)", "B.", "B) two dogs", "B" on a line of its own, "Answer: B",
-    "The answer is (B).", "The best of them is B." and the like, also in full width; "A dog" and "A or B"
-    choose none, and neither do two such sentences that differ. LLaVA's rule for ScienceQA is the part of
-    it with capitals, "B. …" and "The answer is B." VLMEvalKit (can_infer_option) takes any text with
-    one capital among its last words, which makes a choice of "It shows A dog.": ours asks for an end
-    behind the letter, and for "is" or "answer" before one that the text does not begin with.
+    "The answer is (B).", "The best of them is B." and the like, also in full width; "A dog" and
+    "A or B" choose none, and neither do two such sentences that differ. LLaVA's rule for ScienceQA is
+    the part of it with capitals, "B. …" and "The answer is B." VLMEvalKit (can_infer_option) takes
+    the one option letter among the last four words, which makes a choice of "It shows A dog.": ours
+    asks for an end behind the letter, and for "is" or "answer" before one inside the text.
     """
     return best(chosen, predictions, references)
 
