@@ -1,8 +1,9 @@
 """Parquet files with the images inside → raw records whose images are read when they are asked for.
 
-Below record.py and formats.py. A column `image` or `images` holds images: {bytes, path} as `datasets` writes it, or bytes
-alone, one or a list of them; it is known by its types, as every writer names the elements of a list differently. All other
-columns are the raw record's. pyarrow is imported when there is a file to read.
+Below record.py and formats.py. A column `image` or `images` holds images: {bytes, path} as `datasets`
+writes it, or bytes alone, one or a list of them. It is known by its types, as every writer names the
+elements of a list differently. All other columns are the raw record's. pyarrow is imported when there
+is a file to read.
 """
 
 import math
@@ -63,7 +64,8 @@ def _open_parquet(path: Path, *_: int):
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """The column of the images. `bytes`, `path`: its leaves, as the file spells them (`images.list.element.bytes`)."""
+    """The column of the images. `bytes`, `path`: its leaves, as the file spells them
+    (`images.list.element.bytes`)."""
 
     name: str
     many: bool  # a list in every row
@@ -78,7 +80,8 @@ class Column:
 
 @lru_cache(maxsize=32)
 def image_column(f) -> Column | None:
-    """None where no column holds the bytes of images. Raises LookupError: one does, in a way that is not known."""
+    """None where no column holds the bytes of images. Raises LookupError: one does, in a way that is
+    not known."""
     found = [name for name in NAMES if name in f.schema_arrow.names]
     columns = [c for name in found if (c := column_of(f, name, f.schema_arrow.field(name).type))]
     if len(columns) > 1:
@@ -92,7 +95,8 @@ def column_of(f, name: str, type) -> Column | None:
     type = type.value_type if many else type
     paths = [f.schema.column(i).path for i in range(len(f.schema))]
     leaves = [p for p in paths if p == name or p.startswith(name + ".")]
-    leaf = lambda key: min((p for p in leaves if p.endswith("." + key)), key=len)  # the shortest is no grandchild's
+    # the shortest, as a field beside it may have fields of that name
+    leaf = lambda key: min((p for p in leaves if p.endswith("." + key)), key=len)
     if kind(type) in BINARY:
         return Column(name, many, leaves[0], None)
     if kind(type) != "struct":
@@ -110,7 +114,8 @@ def column_of(f, name: str, type) -> Column | None:
 
 @lru_cache(maxsize=4)
 def row_pictures(f, group: int, row: int) -> list[bytes | None]:
-    """The image files of one row. A row group is read from its start: small ones (100 rows, as datasets writes) are quick."""
+    """The image files of one row. A row group is read from its start: small ones (100 rows, as
+    datasets writes) are quick."""
     for found in islice(group_bytes(f, group), row, None):
         return found
     raise LookupError("the row is gone")
@@ -125,16 +130,18 @@ def group_bytes(f, group: int) -> Iterator[list[bytes | None]]:
 
 
 def parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, row) with the images as `Embedded`, as the path of an image whose bytes are null, or as None."""
+    """(where, row) with the images as `Embedded`, as the path of an image whose bytes are null, or as
+    None."""
     try:
         f = open_parquet(path)
         try:
             column = image_column(f)
         except LookupError:
             leaves = ", ".join(f.schema.column(i).path for i in range(len(f.schema)))
-            raise UserError(f"{path}: has the columns {short(leaves, 300)}; expected image or images, not both, as "
-                            "{bytes (binary), path (text)}, bytes, or a list of them") from None
-        n, others = 0, [name for name in f.schema_arrow.names if column is None or name != column.name]
+            raise UserError(f"{path}: has the columns {short(leaves, 300)}; expected image or images, "
+                            "not both, as {bytes (binary), path (text)}, bytes, or a list of them") from None
+        names = f.schema_arrow.names
+        n, others = 0, [name for name in names if column is None or name != column.name]
         for g in range(f.num_row_groups):
             check_group(path, f.metadata.row_group(g), g, column)
             rows = f.read_row_group(g, columns=others, use_threads=False).to_pylist()
@@ -167,8 +174,8 @@ def check_group(path: Path, group, g: int, images: Column | None) -> None:
 
 
 def group_pictures(f, path: Path, g: int, column: Column) -> list[list]:
-    """Per row of a group what its images are. Where there are paths, the bytes are not read, unless the file's own statistics
-    say that some image has none, or there are no statistics."""
+    """Per row of a group what its images are. Where there are paths, the bytes are not read, unless
+    the file's own statistics say that some image has none, or there are no statistics."""
     rows = f.metadata.row_group(g).num_rows
     paths, nulls = [None] * rows, math.inf
     if column.path:
@@ -176,13 +183,15 @@ def group_pictures(f, path: Path, g: int, column: Column) -> list[list]:
         paths = [column.images(value) for value in values]
         nulls = bytes_that_are_null(f, g, column)
         if nulls <= sum(not found for found in paths):  # a row without images counts as a null
-            return [[Embedded(path, g, row, i) for i in range(len(found))] for row, found in enumerate(paths)]
-    return [[Embedded(path, g, row, i) if data is not None else names and names[i] for i, data in enumerate(found)]
+            return [[Embedded(path, g, row, i) for i in range(len(found))]
+                    for row, found in enumerate(paths)]
+    return [[Embedded(path, g, row, i) if data is not None else names and names[i]
+             for i, data in enumerate(found)]
             for row, (found, names) in enumerate(zip(group_bytes(f, g), paths, strict=True))]
 
 
 def bytes_that_are_null(f, g: int, column: Column) -> float:
     group = f.metadata.row_group(g)
-    chunk = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == column.bytes)
-    counts = chunk.statistics
+    chunks = map(group.column, range(group.num_columns))
+    counts = next(c for c in chunks if c.path_in_schema == column.bytes).statistics
     return counts.null_count if counts is not None and counts.has_null_count else math.inf

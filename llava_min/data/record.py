@@ -1,7 +1,7 @@
 """One record: a conversation that ends in an answer, checked, and where its images are.
 
-formats.py makes records of what files say; below it, here, is what every format shares. A record keeps where its images are
-and opens them when asked: nothing of an image file is in memory before.
+formats.py makes records of what files say; below it, here, is what every format shares. A record keeps
+where its images are and opens them when asked: nothing of an image file is in memory before.
 """
 
 import os
@@ -25,7 +25,8 @@ class Bad(Exception):
 @dataclass(slots=True)
 class Record:
     id: str
-    messages: list[dict]  # role/content, an image being a part {"type": "image"}; "loss": False in an answer not to be learnt
+    # role/content, an image being a part {"type": "image"}; "loss": False in an answer not to be learnt
+    messages: list[dict]
     images: list[Path | Embedded | Encoded | Image.Image] = field(default_factory=list)  # in reading order
     root: Path | None = None  # the folder that no picture's path may leave
     extra: dict = field(default_factory=dict)  # what else the record said
@@ -37,8 +38,9 @@ class Record:
 
     def pictures(self, exif: bool = False) -> list[Image.Image]:
         try:
-            return [p if isinstance(p, Image.Image) else open_image(p, root=self.root, exif=exif) if isinstance(p, Path)
-                    else p.open(exif) for p in self.images]
+            return [p if isinstance(p, Image.Image) else
+                    open_image(p, root=self.root, exif=exif) if isinstance(p, Path) else
+                    p.open(exif) for p in self.images]
         except UserError as e:
             raise UserError(f"record {short(self.id)}: {e}") from None
 

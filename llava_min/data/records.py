@@ -14,7 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from llava_min.cli import UserError, short, warn
-from llava_min.data.formats import FORMATS, from_raw, told_of
+from llava_min.data.formats import from_raw, is_container, told_of
 from llava_min.data.parquet import parquet_records
 from llava_min.data.record import Bad, Record
 from llava_min.data.sampler import MOST
@@ -156,14 +156,6 @@ def told(lines: Iterable[str], between: str = " | ") -> str:
 
 def times(names: Counter) -> str:
     return told((f"{short(name)} ({n} times)" for name, n in names.most_common()), ", ")
-
-
-def is_container(raw: object) -> bool:
-    """Whether an object that is a whole file is no record, but holds some."""
-    if not isinstance(raw, dict) or any(f.keys[0] in raw for f in FORMATS):
-        return False
-    inside = [x for value in raw.values() for x in (value if isinstance(value, list) else [value])]
-    return not raw or any(isinstance(x, dict) for x in inside)
 
 
 def with_images(records: Sequence[Record]) -> str:
