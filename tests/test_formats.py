@@ -176,6 +176,8 @@ def test_parquet_by_structure(tmp_path, parquet, images):
                               ("images", pa.list_(pa.struct({"path": pa.string()})), [{"path": "a.png"}]), ("image", both, {"bytes": None, "path": "a.png"})):
         path = parquet(tmp_path / "x.parquet", [{"conversations": talk("<image>", "x"), name: value}], pa.schema({"conversations": conversations, name: kind}))
         assert read_records(path, images)[0].images == [images / "a.png"]
+    rows = [{"conversations": talk("Hi", "Ho"), "image": {"bytes": None, "path": None}}]
+    assert not read_records(parquet(path, rows, pa.schema({"conversations": conversations, "image": both})))[0].images
     pq.write_table(pa.table({"image": pa.array([png(0)])}), path)  # the images alone
     refused(lambda: read_records(path), "row 0: messages or conversations is missing (its keys: image)")
 

@@ -18,7 +18,8 @@ FILE = re.compile(rf"data:(image|video|audio)/|.{{1,1000}}\.({ENDINGS})$", re.I)
 # ms-swift and XTuner; LLaMA-Factory's and TRL's preference data; OpenAI; Axolotl; ms-swift
 MARKERS = ("loss", "label", "weight", "train", "loss_scale")
 FIELDS = ("tools", "weight", "loss", "loss_scale")  # of a record
-HINTS = ("detail", "min_pixels", "max_pixels", "resized_height", "resized_width")  # of an image part
+# of an image part: sizes, which the vision tower fixes
+HINTS = ("detail", "min_pixels", "max_pixels", "resized_height", "resized_width")
 TURN = ("from", "value", "role", "content")
 MARK = "<(image|video|audio)>"
 
@@ -53,7 +54,8 @@ def media_keys(raw: dict, read: tuple[str, ...]) -> list[str]:
     """The keys of a record and of its turns that name media, but those that are `read`."""
     said = [(key, value) for key, value in raw.items() if key not in read]
     for turn in turns_of(raw, read):
-        said += [(key, value) for key, value in turn.items() if key not in TURN]
+        if len(turn) > 2:  # than who speaks and what
+            said += [(key, value) for key, value in turn.items() if key not in TURN]
     return [key for key, value in said if is_media(key, value)]
 
 
@@ -61,6 +63,8 @@ def placeholder(question: str) -> str | None:
     """The kind of media that a mark in a question stands for, where LLaVA, LLaMA-Factory and
     ms-swift put them: at its beginning, or at its end behind a line or a sentence. Elsewhere
     (`the <video> tag`) it is text."""
+    if "<" not in question:
+        return None
     question = question.strip()
     if (found := re.match(MARK, question)) and f"</{found[1]}>" not in question:
         return found[1]
@@ -88,13 +92,14 @@ def check_media(record: Record, media: list[str]) -> None:
 
 def is_learnt(turn: dict, where: str) -> bool:
     """Whether none of its MARKERS says no. Raises Bad."""
-    for name in MARKERS:
-        value = turn.get(name)
+    said = [name for name in MARKERS if name in turn]
+    for name in said:
+        value = turn[name]
         number = isinstance(value, (bool, int, float))
         if value is not None and not (number and value >= 0):
             came = short(value) if number else kind(value)
             raise Bad(f"{where}: {name} is {came}, expected true or false, 1 or 0")
-    return not any(turn.get(name) == 0 for name in MARKERS)
+    return all(turn[name] != 0 for name in said)
 
 
 def check_learnt(raw: dict, record: Record) -> None:
@@ -118,14 +123,14 @@ def unused(raw: dict, read: tuple[str, ...], record: Record) -> list[str]:
         names += [key for key in raw if key not in (*read, "id") and looks_like_a_file(raw[key])]
     for turn in turns_of(raw, read):
         answer = turn.get("from", turn.get("role")) in ("gpt", "assistant")
-        for name, value in turn.items():
+        for name, value in turn.items() if len(turn) > 2 else ():
             if name in MARKERS:
                 names += [name] * (value not in ((None, 0, 1) if answer else (None, 0)))
             elif name not in TURN and value is not None and not is_media(name, value):
                 names.append(name)
         content = turn.get("content")
         for part in content if isinstance(content, list) else ():
-            names += [name for name in HINTS if part.get(name) is not None]  # the tower's size is fixed
+            names += [name for name in HINTS if part.get(name)] if isinstance(part, dict) else []
     return names
 
 
