@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int | None:
     knobs = parse(Knobs, argv, "Answer a file of questions and score the answers.")
 
     from llava_min.benchmarks import benchmark_records, read_benchmark
-    from llava_min.data.records import read_records
+    from llava_min.data.records import read_records, with_images
     from llava_min.dist import start
     from llava_min.evaluate import difference, references
     from llava_min.metrics import find
@@ -98,6 +98,8 @@ def main(argv: list[str]) -> int | None:
         folders = (out, out / "compare") if out else (None, None)
         compared = [None, knobs.compare] if knobs.compare else [None]
         ways = [check_side(knobs, records, compare) for compare in compared]
+        if world.rank == 0:
+            note(f"{knobs.data}: {with_images(records)}")
         sides = [answers(knobs, records, world, folder, way, compare, held)
                  for folder, way, compare in zip(folders, ways, compared)]
         if world.rank:

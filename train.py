@@ -152,7 +152,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     from llava_min.adapter import adapter_names, save_adapter
     from llava_min.data import toy
     from llava_min.data.dataset import Dataset, loader
-    from llava_min.data.records import Skips, read_records
+    from llava_min.data.records import Skips, read_records, with_images
     from llava_min.data.sampler import plan as make_plan, records_of
     from llava_min.dist import agree, any_of, gather, total
     from llava_min.evaluate import check_room, on_held_out
@@ -254,7 +254,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     if world.rank == 0:
         write_json(out / "config.json", settings)
     log = Log(out if world.rank == 0 else None, len(plan), at.step, knobs.log, settings)
-    log.say(f"data {identity['training data'][:12]}, model {identity['base model'][:12]}: {len(dataset)} records, {len(plan)} steps "
+    log.say(f"data {identity['training data'][:12]}, model {identity['base model'][:12]}: {with_images(dataset.records)}, {len(plan)} steps "
             f"of {rows * world.size} rows, into {out}" + (f", going on from step {at.step}" if resumed else ""))
 
     def export(folder: Path, weights: dict[str, torch.Tensor]) -> None:

@@ -26,6 +26,7 @@ from llava_min.cli import UserError, printable, short, warn
 from llava_min.data.chat import render
 from llava_min.data.dataset import Dataset, evaluation_batch, loader
 from llava_min.data.parquet import Embedded
+from llava_min.data.picture import Encoded
 from llava_min.data.processor import Processor
 from llava_min.data.record import Bad, Record, check_text, text_of
 from llava_min.data.records import told
@@ -164,6 +165,8 @@ def picture_key(p: object, record: Record) -> list:
     """What tells a picture from others, before it is opened: its name in its folder, and the size of its file."""
     if isinstance(p, Embedded):
         return [p.path.name, p.group, p.row, p.index]
+    if isinstance(p, Encoded):
+        return [hashlib.sha256(p.data).hexdigest()]
     if not isinstance(p, Path):
         return []  # it is in memory alone
     try:

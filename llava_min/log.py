@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from llava_min.cli import UserError, note, printable
+from llava_min.data.picture import Encoded
 from llava_min.data.record import Record, earlier
 from llava_min.files import replace
 
@@ -48,7 +49,8 @@ class Log:
 
     def samples(self, step: int, rows: Sequence[dict], records: Sequence[Record]) -> None:
         """Answers of the model on the way, each a row of evaluate.py, with where the pictures of its record are."""
-        place = lambda p: str(p) if isinstance(p, Path) else [str(p.path.absolute()), p.group, p.row, p.index]
+        place = lambda p: (str(p) if isinstance(p, Path) else p.uri if isinstance(p, Encoded) else
+                           [str(p.path.absolute()), p.group, p.row, p.index])
         for row, record in zip(rows, records) if self.folder else ():
             self.append("samples.jsonl", {"step": step, "id": row["id"], "earlier": earlier(record), "prompt": row["prompt"],
                                           "prediction": row["prediction"], "reference": next(iter(row["references"]), ""),

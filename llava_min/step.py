@@ -153,7 +153,8 @@ def show_plan(model: nn.Module, lengths: list[int], knobs: Any, ranks: int) -> N
     if lengths:
         steps = len(plan(lengths, knobs.batch_size, knobs.grad_accum, ranks, knobs.epochs, knobs.max_steps, knobs.seed,
                          group_by_length=knobs.group_by_length))
-        said.append(f"{len(lengths)} records, {'at most ' if knobs.packing else ''}{steps} steps")
+        said.append(f"{len(lengths)} records, {'at most ' if knobs.packing else ''}{steps} steps; "
+                    f"{sum(n > 0 for n in lengths):,} of the records have a picture")
     text, item = model.config.text, DTYPES[knobs.precision].itemsize
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained

@@ -137,13 +137,19 @@ def test_other_columns(tmp_path, parquet):
     import pyarrow as pa
 
     path, text = tmp_path / "x.parquet", pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
-    for fields in ({"text": pa.string()}, {"conversations": text}, {"images": pa.list_(pa.binary())},
-                   *({"messages": text, "images": kind} for kind in (  # paths, or bytes, where both are expected
-                       pa.list_(pa.struct({"bytes": pa.string(), "path": pa.string()})), pa.list_(pa.struct({"bytes": pa.int64(), "path": pa.string()})),
-                       pa.string(), pa.binary(), pa.list_(pa.string()), pa.list_(pa.binary()), pa.struct({"bytes": pa.binary(), "path": pa.string()}),
-                       pa.list_(pa.struct({"path": pa.string()})), pa.list_(pa.struct({"bytes": pa.binary()}))))):
-        message = refused(lambda: read_records(parquet(path, [], schema=pa.schema(fields))), "expected messages, and images as a list of")
-        assert f"{path}: has the columns {next(iter(fields))}" in message
+    both = pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    for fields in ({"messages": text, "images": pa.list_(pa.struct({"bytes": pa.string(), "path": pa.string()}))},
+                   {"messages": text, "images": pa.list_(pa.struct({"bytes": pa.int64(), "path": pa.string()}))},
+                   {"messages": text, "images": pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.int64()}))},
+                   {"messages": text, "images": pa.list_(pa.struct({"data": pa.binary()}))}, {"messages": text, "images": both, "image": pa.binary()}):
+        message = refused(lambda: read_records(parquet(path, [], schema=pa.schema(fields))), "expected image or images, not both")
+        assert f"{path}: has the columns messages.list.element.role" in message
+    for fields, row, words in (
+            ({"text": pa.string()}, {"text": "x"}, "messages or conversations is missing (its keys: text)"),
+            ({"conversations": text}, {"conversations": messages("Hi", "Ho")}, "from is None, expected from human or gpt"),
+            ({"images": both}, {"images": []}, "is missing (its keys: images)"),
+            ({"messages": text, "images": pa.string()}, {"messages": messages("Hi", "Ho"), "images": "a.png"}, "images is text")):
+        refused(lambda: read_records(parquet(path, [row], schema=pa.schema(fields))), "1 of 1 records are bad: row 0: ", words)
     refused(lambda: read_records(parquet(path, [])), "holds no records")
     (r,) = read_records(parquet(path, [{"id": "z", "messages": messages("Hi", "Ho"), "kind": "k"}],
                                 schema=pa.schema({"id": pa.string(), "messages": text, "kind": pa.string()})))

@@ -130,12 +130,13 @@ def test_warnings(tmp_path, images, capsys):
 
 
 def test_fields_that_are_not_used_are_counted_in_one_line(tmp_path, capsys):
-    weighed = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho", "weight": 0, "loss": None}]
-    called = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho", "tool_calls": [{}], "weight": 1}]
-    data = [record("Hi", "Ho", system="Be kind.", source="web"), {"id": "r2", "system": "Be kind.", "tools": [{}], "conversations": weighed}, {"id": "r3", "messages": called}]
+    weighed = [*talk("Hi"), {"from": "gpt", "value": "Ho", "weight": 0, "loss": None}, *talk("Hi"), {"from": "gpt", "value": "Ho", "weight": 0.5}]
+    called = [{"role": "user", "content": "Hi", "loss": True}, {"role": "assistant", "content": "Ho", "tool_calls": [{}], "weight": 1}]
+    data = [record("Hi", "Ho", system="Be kind.", source="web"), {"id": "r2", "system": "Be kind.", "tools": [{}], "conversations": weighed}, {"id": "r3", "weight": 2, "messages": called}]
     read_records(written(tmp_path / "x.json", data))
     (line,) = capsys.readouterr().err.splitlines()
-    assert "x.json: fields that are not used: system (2 times), weight (2 times), tools (1 times), tool_calls (1 times); " in line and line.endswith("a message of role system")
+    assert "x.json: fields that are not used: weight (2 times), tools (1 times), loss (1 times), tool_calls (1 times); " in line
+    assert line.endswith("nothing of them reaches the model: rename, mend or remove them")
 
 
 def test_the_length_of_a_record_is_its_words_and_256_a_picture(tmp_path, images):
@@ -395,7 +396,7 @@ BAD_MESSAGES = {
     "part text": (chat(["Hi"], "x"), "message 0: unknown part"),
     "part null": (chat([None], "x"), "message 0: unknown part"),
     "text null": (chat([{"type": "text", "text": None}], "x"), "message 0: unknown part"),
-    "path in a part": (chat([{"type": "image", "image": "a.png"}], "x"), "an image part has image"),
+    "video in a part": (chat([{"type": "image", "video": "a.mp4"}], "x"), "an image part has video"),
     "unknown role": ({"id": "r1", "messages": messages("Hi", "Ho", roles=("user", "tool"))}, "expected role assistant"),
     "starts with the assistant": ({"id": "r1", "messages": messages("Hi", "Ho", roles=("assistant", "user"))}, "expected role user"),
     "system later": ({"id": "r1", "messages": messages("Hi", "Ho") + [{"role": "system", "content": "x"}]}, "message 2"),
@@ -424,7 +425,7 @@ BAD_MESSAGES = {
     "long": (chat("x" * 1_000_001, "y"), "1000001 characters"),
     "both kinds": ({**chat("Hi", "x"), "conversations": talk("Hi", "x")}, "messages and conversations"),
     "image beside messages": ({**chat("Hi", "x"), "image": "a.png"}, "messages and image"),
-    "images beside conversations": (record("Hi", "x", images=["a.png"]), "conversations and images"),
+    "images beside conversations": (record("Hi", "x", images=["a.png"]), "1 pictures, but the human turns mark 0"),
 }
 
 

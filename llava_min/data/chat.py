@@ -28,7 +28,7 @@ class Piece:
 
     text: str | None = None
     token: str | None = None
-    supervised: bool = False
+    supervised: bool | None = False  # None: of an answer that is not learnt, see `Turn`
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ class Turn:
     pictures: int
     texts: list[str]
     reply: list[str] | None
+    # None where the answer is marked as not to be learnt: it has no labels, but is never joined with what stands
+    # beside it, so that its ids are those of an answer that is learnt, and of the prompt in the evaluation.
+    supervised: bool | None = True
 
     def question(self) -> str:
         """LLaVA's preprocess_multimodal leaves this text beside a picture: stripped, and put after it."""
@@ -75,8 +78,8 @@ def vicuna_v1(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
         yield from _pictures(t)
         yield Piece(t.question() + " ASSISTANT:")
         if t.reply is not None:
-            yield Piece(" " + t.answer(), supervised=True)
-            yield Piece(token="eos", supervised=True)  # nothing between </s> and the next USER
+            yield Piece(" " + t.answer(), supervised=t.supervised)
+            yield Piece(token="eos", supervised=t.supervised)  # nothing between </s> and the next USER
 
 
 def llava_hf(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
@@ -91,8 +94,8 @@ def llava_hf(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
             yield Piece("\n")
         yield Piece("".join(text + " " for text in t.texts) + "ASSISTANT:")
         if t.reply is not None:
-            yield Piece("".join(" " + text for text in t.reply), supervised=True)
-            yield Piece(token="eos", supervised=True)
+            yield Piece("".join(" " + text for text in t.reply), supervised=t.supervised)
+            yield Piece(token="eos", supervised=t.supervised)
 
 
 def plain(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
@@ -103,7 +106,7 @@ def plain(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
     for _ in range(turns[0].pictures):
         yield Piece(token="image")
     if turns[0].reply is not None:
-        yield Piece(turns[0].answer() + "\n", supervised=True)
+        yield Piece(turns[0].answer() + "\n", supervised=turns[0].supervised)
 
 
 def chatml(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
@@ -121,8 +124,8 @@ def chatml(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
         yield Piece(token="<|im_start|>")
         yield Piece("assistant\n")
         if t.reply is not None:
-            yield Piece(t.answer(), supervised=True)
-            yield Piece(token="<|im_end|>", supervised=True)
+            yield Piece(t.answer(), supervised=t.supervised)
+            yield Piece(token="<|im_end|>", supervised=t.supervised)
 
 
 def mistral(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
@@ -135,8 +138,8 @@ def mistral(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
         yield from _pictures(t)
         yield Piece(t.question() + " [/INST]")
         if t.reply is not None:
-            yield Piece(" " + t.answer(), supervised=True)
-            yield Piece(token="eos", supervised=True)
+            yield Piece(" " + t.answer(), supervised=t.supervised)
+            yield Piece(token="eos", supervised=t.supervised)
 
 
 def llama3(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
@@ -158,8 +161,8 @@ def llama3(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
         yield Piece(token="<|eot_id|>")
         yield from header("assistant")
         if t.reply is not None:
-            yield Piece(t.answer().strip(), supervised=True)
-            yield Piece(token="<|eot_id|>", supervised=True)
+            yield Piece(t.answer().strip(), supervised=t.supervised)
+            yield Piece(token="<|eot_id|>", supervised=t.supervised)
 
 
 RECORD = "llava_min_template"  # the key of processor_config.json under which we write a template's name
@@ -213,6 +216,7 @@ def exchanges(messages: list[dict], *, answer: bool) -> tuple[str | None, list[T
     """(system text or None, turns) of messages that alternate user/assistant after an optional system
     message.
 
+    An answer whose message says `"loss": False`, as in ms-swift, is not supervised.
     `answer`: the last message is the assistant's (training); without it the user's (generation). `UserError`
     names the message that breaks the order, has nothing in it, or puts a picture where none can stand.
     """
@@ -240,7 +244,7 @@ def exchanges(messages: list[dict], *, answer: bool) -> tuple[str | None, list[T
                 raise UserError(f"{where}: holds a picture, but only user messages can; move it")
             if blank:  # it would leave nothing to learn from, and in LLaVA voids the whole record
                 raise UserError(f"{where}: the answer is empty; give it text or drop the record")
-            turns.append(Turn(*question, texts))
+            turns.append(Turn(*question, texts, None if m.get("loss") is False else True))
             question = None
     if answer and (question is not None or not turns):
         raise UserError("messages: end without an answer, which training needs; add an assistant message")

@@ -86,7 +86,7 @@ class Dataset(torch.utils.data.Dataset):
             return replace(r, messages=messages, images=r.images[: sum(parts(m)[0] for m in messages)])
 
         n = bisect_right(range(1, len(r.messages) // 2), max_length, key=lambda n: self.tokens(first(n), max_length))
-        return first(n) if n else None
+        return first(n) if n and any(m["role"] == "assistant" and m.get("loss") is not False for m in first(n).messages) else None
 
     def lengths(self, exact: bool = False) -> list[int]:
         """What `sampler.plan` reads, negative where there is no picture: the words and 256 a picture, or the tokens."""

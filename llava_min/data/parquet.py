@@ -1,7 +1,9 @@
-"""Parquet files with the pictures inside → raw records whose pictures are read when they are asked for.
+"""Parquet files with the images inside → raw records whose images are read when they are asked for.
 
-Below record.py and records.py. The layout is that of HuggingFaceH4/llava-instruct-mix-vsft: a column `messages`, and
-`images`, a list of {bytes, path}. pyarrow is imported when there is a file to read.
+Below record.py and formats.py. A column `image` or `images` holds images: {bytes, path} as `datasets`
+writes it, or bytes alone, one or a list of them. It is known by its types, as every writer names the
+elements of a list differently. All other columns are the raw record's. pyarrow is imported when there
+is a file to read.
 """
 
 import math
@@ -17,7 +19,10 @@ from PIL import Image
 from llava_min.cli import UserError, short
 from llava_min.data.picture import MAX_BYTES, decode_image
 
-BYTES, PATH = "images.list.element.bytes", "images.list.element.path"
+NAMES = ("images", "image")
+BINARY = ("binary", "large_binary", "binary_view")
+TEXT = ("string", "large_string", "string_view")
+LISTS = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
 MAX_GROUP = 2**30  # bytes of text in a row group, unpacked
 DAMAGED = (OSError, ValueError, TypeError, LookupError, RuntimeError, MemoryError)  # pyarrow's own exceptions are kinds of these
 
@@ -34,7 +39,7 @@ class Embedded:
     def open(self, exif: bool) -> Image.Image:
         name = f"{self.path}: row group {self.group} row {self.row} picture {self.index}"
         try:
-            data = row_pictures(open_parquet(self.path), self.group, self.row)[self.index]["bytes"]
+            data = row_pictures(open_parquet(self.path), self.group, self.row)[self.index]
         except DAMAGED as e:
             raise UserError(f"{name}: cannot be read ({short(e, 200)}); fetch the file again") from None
         return decode_image(data or b"", name, exif=exif)
@@ -54,38 +59,97 @@ def _open_parquet(path: Path, *_: int):
     return pq.ParquetFile(path, buffer_size=1 << 20)  # buffered: a group is read page by page, not whole
 
 
+# ---- where the images are
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """The column of the images. `bytes`, `path`: its leaves, as the file spells them
+    (`images.list.element.bytes`)."""
+
+    name: str
+    many: bool  # a list in every row
+    bytes: str
+    path: str | None
+
+    def images(self, value: object) -> list:
+        """What a row's value holds: of each image its bytes, its path, or None."""
+        values = value if self.many else [] if value is None else [value]
+        return [next(iter(v.values()), None) if isinstance(v, dict) else v for v in values or []]
+
+
+@lru_cache(maxsize=32)
+def image_column(f) -> Column | None:
+    """None where no column holds the bytes of images. Raises LookupError: one does, in a way that is
+    not known."""
+    found = [name for name in NAMES if name in f.schema_arrow.names]
+    columns = [c for name in found if (c := column_of(f, name, f.schema_arrow.field(name).type))]
+    if len(columns) > 1:
+        raise LookupError("both image and images")
+    return columns[0] if columns else None
+
+
+def column_of(f, name: str, type) -> Column | None:
+    kind = lambda type: str(type).split("<")[0].split("[")[0]
+    many = kind(type) in LISTS
+    type = type.value_type if many else type
+    paths = [f.schema.column(i).path for i in range(len(f.schema))]
+    leaves = [p for p in paths if p == name or p.startswith(name + ".")]
+    # the shortest, as a field beside it may have fields of that name
+    leaf = lambda key: min((p for p in leaves if p.endswith("." + key)), key=len)
+    if kind(type) in BINARY:
+        return Column(name, many, leaves[0], None)
+    if kind(type) != "struct":
+        return None  # paths, or what no record may have
+    fields = {field.name: kind(field.type) for field in type}
+    if "bytes" not in fields and fields.get("path") in TEXT:
+        return None
+    if fields.get("bytes") not in BINARY or fields.get("path", TEXT[0]) not in TEXT:
+        raise LookupError(name)
+    return Column(name, many, leaf("bytes"), leaf("path") if "path" in fields else None)
+
+
+# ---- what is in them
+
+
 @lru_cache(maxsize=4)
-def row_pictures(f, group: int, row: int) -> list[dict]:
-    """[{"bytes"}] of one row. A row group is read from its start: small ones (100 rows, as datasets writes) are quick."""
+def row_pictures(f, group: int, row: int) -> list[bytes | None]:
+    """The image files of one row. A row group is read from its start: small ones (100 rows, as
+    datasets writes) are quick."""
     for found in islice(group_bytes(f, group), row, None):
-        return found.as_py()
+        return found
     raise LookupError("the row is gone")
 
 
-def group_bytes(f, group: int) -> Iterator:
-    """[{"bytes"}] of every row of a group, in pyarrow's form; a few rows are in memory at a time."""
-    for batch in f.iter_batches(8, row_groups=[group], columns=[BYTES], use_threads=False):
-        yield from batch.column(0)
+def group_bytes(f, group: int) -> Iterator[list[bytes | None]]:
+    """The image files of every row of a group; a few rows are in memory at a time."""
+    column = image_column(f)
+    for batch in f.iter_batches(8, row_groups=[group], columns=[column.bytes], use_threads=False):
+        for value in batch.column(0):
+            yield column.images(value.as_py())
 
 
 def parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, row) with the pictures as `Embedded`, as the path of a picture whose bytes are null, or as None."""
+    """(where, row) with the images as `Embedded`, as the path of an image whose bytes are null, or as
+    None."""
     try:
         f = open_parquet(path)
-        leaves = [f.schema.column(i).path for i in range(len(f.schema))]
+        try:
+            column = image_column(f)
+        except LookupError:
+            leaves = ", ".join(f.schema.column(i).path for i in range(len(f.schema)))
+            raise UserError(f"{path}: has the columns {short(leaves, 300)}; expected image or images, "
+                            "not both, as {bytes (binary), path (text)}, bytes, or a list of them") from None
         names = f.schema_arrow.names
-        binary = lambda column: (column.physical_type, column.logical_type.type) == ("BYTE_ARRAY", "NONE")
-        if "messages" not in names or "images" in names and not (
-                {BYTES, PATH} <= set(leaves) and binary(f.schema.column(leaves.index(BYTES)))):
-            raise UserError(f"{path}: has the columns {short(', '.join(leaves), 300)}; expected messages, and images as a "
-                            "list of {bytes (binary), path (text)}, as HuggingFaceH4/llava-instruct-mix-vsft has them")
-        n, others = 0, [name for name in names if name != "images"]
+        n, others = 0, [name for name in names if column is None or name != column.name]
         for g in range(f.num_row_groups):
-            check_group(path, f.metadata.row_group(g), g)
+            check_group(path, f.metadata.row_group(g), g, column)
             rows = f.read_row_group(g, columns=others, use_threads=False).to_pylist()
-            images = group_pictures(f, path, g, leaves) if "images" in names else [[]] * len(rows)
-            for row, found in zip(rows, images, strict=True):
-                yield f"row {n}", {**row, "images": found}
+            images = group_pictures(f, path, g, column) if column else [None] * len(rows)
+            for row, found in zip(rows or [{}] * len(images), images, strict=True):
+                if column:
+                    row = {**row, column.name: found if column.many else next(iter(found), None)}
+                yield f"row {n}", row
                 n += 1
     except UserError:
         raise
@@ -95,12 +159,12 @@ def parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{path}: is not whole or not parquet ({short(e, 200)}); fetch it again") from None
 
 
-def check_group(path: Path, group, g: int) -> None:
-    """What a row group says it unpacks to is bounded: text at once, pictures by the row."""
+def check_group(path: Path, group, g: int, images: Column | None) -> None:
+    """What a row group says it unpacks to is bounded: text at once, images by the row."""
     text = pictures = 0
     for i in range(group.num_columns):
         column = group.column(i)
-        if column.path_in_schema.startswith("images."):
+        if images and column.path_in_schema.split(".")[0] == images.name:
             pictures += column.total_uncompressed_size
         else:
             text += column.total_uncompressed_size
@@ -109,16 +173,25 @@ def check_group(path: Path, group, g: int) -> None:
                         "rows; write the file with smaller row groups")
 
 
-def group_pictures(f, path: Path, g: int, leaves: list[str]) -> list[list]:
-    """Per row of a group what its pictures are. Their bytes are not read, unless the file's own statistics say that some
-    picture has none, or there are no statistics."""
-    paths = f.read_row_group(g, columns=[PATH], use_threads=False).column(0).to_pylist()
-    out = [[Embedded(path, g, row, i) for i in range(len(found or []))] for row, found in enumerate(paths)]
-    counts = f.metadata.row_group(g).column(leaves.index(BYTES)).statistics
-    nulls = counts.null_count if counts is not None and counts.has_null_count else math.inf
-    if nulls > sum(not found for found in out):  # a row without pictures counts as a null
-        for row, pictures in enumerate(group_bytes(f, g)):
-            for i, picture in enumerate(pictures.as_py() or []):
-                if picture is None or picture["bytes"] is None:
-                    out[row][i] = paths[row][i] and paths[row][i]["path"]
-    return out
+def group_pictures(f, path: Path, g: int, column: Column) -> list[list]:
+    """Per row of a group what its images are. Where there are paths, the bytes are not read, unless
+    the file's own statistics say that some image has none, or there are no statistics."""
+    rows = f.metadata.row_group(g).num_rows
+    paths, nulls = [None] * rows, math.inf
+    if column.path:
+        values = f.read_row_group(g, columns=[column.path], use_threads=False).column(0).to_pylist()
+        paths = [column.images(value) for value in values]
+        nulls = bytes_that_are_null(f, g, column)
+        if nulls <= sum(not found for found in paths):  # a row without images counts as a null
+            return [[Embedded(path, g, row, i) for i in range(len(found))]
+                    for row, found in enumerate(paths)]
+    return [[Embedded(path, g, row, i) if data is not None else names and names[i]
+             for i, data in enumerate(found)]
+            for row, (found, names) in enumerate(zip(group_bytes(f, g), paths, strict=True))]
+
+
+def bytes_that_are_null(f, g: int, column: Column) -> float:
+    group = f.metadata.row_group(g)
+    chunks = map(group.column, range(group.num_columns))
+    counts = next(c for c in chunks if c.path_in_schema == column.bytes).statistics
+    return counts.null_count if counts is not None and counts.has_null_count else math.inf

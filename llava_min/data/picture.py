@@ -5,6 +5,8 @@ A picture file is untrusted input: what may be opened is a short list of formats
 before anything is decoded; and a file is good only when all of it has been decoded.
 """
 
+import base64
+import binascii
 import io
 import os
 import re
@@ -13,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -146,3 +149,41 @@ def open_image(path: str | os.PathLike, *, root: str | os.PathLike | None = None
     except (OSError, ValueError) as e:  # ValueError: a NUL byte or a lone surrogate in the name
         raise UserError(f"{name}: cannot be read ({short(getattr(e, 'strerror', None) or e, 200)}); check the path") from None
     return decode_image(data, path, exif=exif)
+
+
+# ---- an image that stands in its record
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An image inside a record: the bytes of its file, out of a data URI (RFC 2397)."""
+
+    data: bytes = field(repr=False)
+    name: str  # for messages
+
+    def open(self, exif: bool = False) -> Image.Image:
+        return decode_image(self.data, self.name, exif=exif)
+
+    @property
+    def uri(self) -> str:
+        return "data:;base64," + base64.b64encode(self.data).decode()
+
+
+def is_data_uri(text: object) -> bool:
+    return isinstance(text, str) and text[:5].lower() == "data:"
+
+
+def from_data_uri(uri: str, name: str) -> Encoded:
+    """`data:image/png;base64,iVBO…` -> the image, not yet decoded. Raises UserError: it is not base64, or is too large."""
+    head, _, data = uri.partition(",")
+    if not head.lower().endswith(";base64"):
+        raise UserError(f"{name}: {short(uri)} is a data URI without base64; expected data:image/png;base64,…")
+    if len(data) > MAX_BYTES * 4 / 3 + 4:
+        raise UserError(f"{name}: is larger than the limit of {MAX_BYTES >> 20} MiB; save it smaller")
+    try:
+        found = base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as e:  # ValueError: characters beyond ASCII
+        raise UserError(f"{name}: {short(uri)} is not whole base64 ({short(e, 80)}); encode it again") from None
+    if not found:
+        raise UserError(f"{name}: is empty (0 bytes); encode it again")
+    return Encoded(found, name)

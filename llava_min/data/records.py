@@ -1,6 +1,6 @@
 """Files of conversations → records, each checked before any weight is read.
 
-First station of training and evaluation: record.py says what a record may be, dataset.py makes batches of them. A file is
+First station of training and evaluation: formats.py says what a record may be, dataset.py makes batches of them. A file is
 known by what it holds, not by its name: JSON (a list, or one object), an object a line, or parquet (parquet.py).
 """
 
@@ -14,8 +14,9 @@ from fractions import Fraction
 from pathlib import Path
 
 from llava_min.cli import UserError, short, warn
+from llava_min.data.formats import from_raw, is_container, told_of
 from llava_min.data.parquet import parquet_records
-from llava_min.data.record import Bad, Record, from_raw, unused
+from llava_min.data.record import Bad, Record
 from llava_min.data.sampler import MOST
 from llava_min.files import check_file
 
@@ -52,7 +53,10 @@ def raw_records(path: Path) -> Iterator[tuple[str, object]]:
         raise UserError(f"{path}: is empty; give a file with at least one conversation")
     if re.match(r"\s*(\[|\{(?!.*\}\s*$))", text, re.M):  # a list, or an object that does not end on its line
         whole = parse(text, path)
-        for i, raw in enumerate(whole if isinstance(whole, list) else [whole]):
+        if not isinstance(whole, list):
+            yield "line 1", whole
+            return
+        for i, raw in enumerate(whole):
             yield f"record {i}", raw
     else:
         for n, line in enumerate(text.split("\n"), 1):
@@ -150,11 +154,20 @@ def told(lines: Iterable[str], between: str = " | ") -> str:
     return between.join(lines[:NAMED] + ["…"] * (len(lines) > NAMED))
 
 
+def times(names: Counter) -> str:
+    return told((f"{short(name)} ({n} times)" for name, n in names.most_common()), ", ")
+
+
+def with_images(records: Sequence[Record]) -> str:
+    """How many there are, for the line at a run's start: a dataset whose images are not read shows here."""
+    return f"{len(records):,} records, {sum(bool(r.images) for r in records):,} with a picture"
+
+
 def read_file(path: Path, image_folder: str | os.PathLike | None, skips: Skips | None, prefix: str) -> list[Record]:
     root = Path(os.path.abspath(path.parent if image_folder is None else image_folder))
     if image_folder is not None and not root.is_dir():
         raise UserError(f"{short(root, 400)}: no such folder; give the folder of the pictures")
-    files, records, bad, headless, fields = Files(root), [], [], 0, Counter()
+    files, records, bad, headless, fields, marks = Files(root), [], [], 0, Counter(), Counter()
     for where, raw in raw_records(path):
         if isinstance(raw, dict) and isinstance(raw.get("id"), (str, int)):
             where += f" (id {short(raw['id'])})"
@@ -164,14 +177,15 @@ def read_file(path: Path, image_folder: str | os.PathLike | None, skips: Skips |
             if missing:
                 raise Bad(f"no picture {short(missing[0], 200)}")
             records.append(record)
-            headless += len(raw.get("conversations") or ()) > len(record.messages)
-            fields.update(unused(raw))
+            headless += (raw.get("conversations") or [{}])[0].get("from") == "gpt"
+            for seen, names in zip((fields, marks), told_of(raw, record)):
+                seen.update(names)
         except Bad as e:
             bad.append(f"{where}: {e}")
     n = len(records) + len(bad)
     if not n:
         raise UserError(f"{path}: holds no records; give a file with at least one conversation")
-    if n == len(bad) == 1 and isinstance(raw, dict) and not {"conversations", "messages"} & raw.keys():
+    if n == len(bad) == 1 and where.startswith("line") and is_container(raw):
         raise UserError(f"{path}: is one JSON object (its keys: {short(', '.join(raw) or 'none', 200)}), expected records, but "
                         "conversations is missing; put the records into a list [ … ] with nothing around it")
     files.check(path)
@@ -188,9 +202,9 @@ def read_file(path: Path, image_folder: str | os.PathLike | None, skips: Skips |
     if headless:
         warn(f"{path}: {headless} records begin with an answer, which is left out, as LLaVA does")
     if fields:
-        unread = told((f"{short(name)} ({n} times)" for name, n in fields.most_common()), ", ")
-        warn(f"{path}: fields that are not used: {unread}; every answer is learnt from alike: take out those that should not be, "
-             "and write a system text as a message of role system")
+        warn(f"{path}: fields that are not used: {times(fields)}; nothing of them reaches the model: rename, mend or remove them")
+    if marks:
+        warn(f"{path}: marks that stand within a question, or beside its image, are text: {times(marks)}")
     return records
 
 

@@ -3,9 +3,12 @@
 import json
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 
+from llava_min.cli import UserError
 from llava_min.data.parquet import Embedded
+from llava_min.data.picture import Encoded, from_data_uri, is_data_uri
 from llava_min.report.curves import curve, figures
 from llava_min.report.page import LONGEST, cut, escape, finite, heading, notes_list, number, page, settings_list, write
 from llava_min.report.pictures import PICTURES, Thumbnails
@@ -127,11 +130,14 @@ def samples_section(folder: Path, samples: list[dict]) -> str:
     return f'<section><h2>Answers over time</h2>{notes_list(notes)}<div class="list">{cards}</div></section>'
 
 
-def found(folder: Path, places: object) -> list[Path | Embedded]:
+def found(folder: Path, places: object) -> list[Path | Embedded | Encoded]:
     """Where samples.jsonl says that pictures are."""
     out = []
     for p in places if isinstance(places, list) else ():
-        if isinstance(p, str):
+        if is_data_uri(p):
+            with suppress(UserError):
+                out.append(from_data_uri(p, "image"))
+        elif isinstance(p, str):
             out.append(folder / p)
         elif isinstance(p, list) and [type(x) for x in p] == [str, int, int, int]:
             out.append(Embedded(folder / p[0], *p[1:]))
