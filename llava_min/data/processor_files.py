@@ -93,4 +93,5 @@ def read_processor(folder: Path, config: LlavaConfig, clip_folder: Path | None, 
         raise UserError(f"{folder / 'processor_config.json'}: {CHUNKS} is {short(chunks)}, expected true or false; correct it")
     images = read_image_config(folder, config, clip_folder, aspect)
     template = pick_template(folder, tokenizer) if template is None else template
-    return Processor(tokenizer, images, template, config.image_token_id, config.tokens_per_image, config.text.eos_token_ids, chunks)
+    return Processor(tokenizer, images, template, config.image_token_id, config.tokens_per_image,
+                     config.text.eos_token_ids, chunks)
