@@ -5,16 +5,21 @@ import io
 import json
 import pathlib
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import llava_min
+from conftest import TEXT, hf_config, their_model, write_folder
 from llava_min.cli import UserError
-from llava_min.data.chat import render
+from llava_min.config import LlavaConfig
+from llava_min.data.chat import LLAVA_HF_JINJA, render
 from llava_min.data.image import ImageConfig, to_pixels
 from llava_min.data.processor import Processor
+from llava_min.data.processor_files import read_processor
 from llava_min.data.tokenizer import Tokenizer
 from llava_min.load import TINY
 
@@ -509,3 +514,272 @@ def test_decode_leaves_special_tokens_out(folder):
     out = p("<image> two dogs", picture(0))
     for ids in (out["input_ids"][0], out["input_ids"][0].tolist()):
         assert p.decode(ids).strip() == "two dogs"
+
+
+# ---- whole folders, of each generation of llava-hf's files
+
+GENERATIONS = ["4.36", "4.44", "4.46", "5"]
+SPACES = ["prepend", "always", "first"]
+ADDED = {"<unk>": 0, "<s>": 1, "</s>": 2, "<image>": 400, "<pad>": 401}
+PARTS = WORDS + ["USER: ", " ASSISTANT:", "</s>", "<s>", "<image>", "<image>\n", " <image> ", "  ", "   ", " ", "</s>USER: ",
+                 "\n", "\n\n", "▁", " ▁", "<unk>", "<pad>"]
+
+
+def tokenizer_spec(model: bytes, spaces: str, merges: type) -> dict:
+    """tokenizer.json as transformers 4 converted it: merges ranked by score."""
+    sp = pytest.importorskip("sentencepiece").SentencePieceProcessor(model_proto=model)
+    vocab = {sp.id_to_piece(i): i for i in range(len(sp))}
+    halves = [(p[:i], p[i:]) for p, id in sorted(vocab.items(), key=lambda x: -sp.get_score(x[1])) if not sp.is_byte(id)
+              for i in range(1, len(p)) if {p[:i], p[i:]} <= vocab.keys()]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    decoders = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    text, bos = ({"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<s>", "type_id": 0}})
+    normalizers = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": spaces, "split": False}
+    return {"version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": [{"id": id, "content": content} | flags for content, id in ADDED.items()],
+            "normalizer": normalizers if spaces == "prepend" else None, "pre_tokenizer": None if spaces == "prepend" else metaspace,
+            "post_processor": {"type": "TemplateProcessing", "single": [bos, text], "pair": [bos, text],
+                               "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}},
+            "decoder": {"type": "Sequence", "decoders": decoders},
+            "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "vocab": vocab,
+                      "merges": [" ".join(pair) for pair in halves] if merges is str else [list(pair) for pair in halves]}}
+
+
+def published(path: pathlib.Path, model: bytes, generation: str, spaces: str, legacy: bool = False) -> pathlib.Path:
+    """All the small files of a llava-hf folder, as transformers of that version left them: config.json, which decides how
+    the others are read, stands beside them. tokenizer.model came with the first alone."""
+    path.mkdir(parents=True)
+    write = lambda name, value: (path / name).write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    text = TEXT | {"vocab_size": 448, "pad_token_id": 401}
+    write("config.json", hf_config(image_token_index=400, pad_token_id=401) | {"text_config": text})
+    write("tokenizer.json", tokenizer_spec(model, spaces, str if generation in ("4.36", "4.44") else list))
+    write("preprocessor_config.json", CONFIG.to_hf() | {"processor_class": "LlavaProcessor"})
+    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    config = names | {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True, "add_eos_token": False,
+                      "clean_up_tokenization_spaces": False, "padding_side": "left", "processor_class": "LlavaProcessor",
+                      "sp_model_kwargs": {}, "model_max_length": 1000000000000000019884624838656,
+                      "use_default_system_prompt": False, "trust_remote_code": False,
+                      "added_tokens_decoder": {str(id): {"content": c, "special": True} | flags for c, id in ADDED.items()}}
+    write("special_tokens_map.json", {name: {"content": content} | flags for name, content in names.items()})
+    write("added_tokens.json", {"<image>": 400, "<pad>": 401})
+    jinja = {"chat_template": LLAVA_HF_JINJA}
+    if generation == "4.36":
+        (path / "tokenizer.model").write_bytes(model)
+    else:
+        config["add_prefix_space"] = None
+        write("chat_template.json", jinja)
+        write("processor_config.json", {"processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": 14,
+                                        "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1})
+    if generation in ("4.46", "5"):
+        (path / "chat_template.jinja").write_text(LLAVA_HF_JINJA)
+        config |= {"image_token": "<image>", "extra_special_tokens": {"image_token": "<image>"}}
+    write("tokenizer_config.json", config)
+    if generation == "5":
+        transformers = pytest.importorskip("transformers", reason="it is to write the folder")
+        transformers.AutoProcessor.from_pretrained(path).save_pretrained(path / "5")
+        assert not (path / "5" / "special_tokens_map.json").exists()
+        (path / "5" / "config.json").write_bytes((path / "config.json").read_bytes())
+        return path / "5"
+    return path
+
+
+def read(folder: pathlib.Path) -> Processor:
+    return read_processor(folder, LlavaConfig.from_hf(json.loads((folder / "config.json").read_text())), None, None, None)
+
+
+def prompts(seed: int, n: int) -> list[str]:
+    rng = random.Random(seed)
+    return ["".join(rng.choices(PARTS, k=rng.randint(1, 10))) + "x" for _ in range(n)]
+
+
+def agree(folder: pathlib.Path, texts: list[str]) -> list[list[int]]:
+    """Ids of `texts`, equal here and in transformers' AutoProcessor, each reading the whole folder."""
+    transformers = pytest.importorskip("transformers", reason="AutoProcessor on the whole folder is the oracle")
+    ours, hf = read(folder), transformers.AutoProcessor.from_pretrained(folder)
+    pictures = [text.count("<image>") for text in texts]
+    ids = [ours._encode_prompt(text, True) for text in texts]
+    expanded = [text.replace("<image>", "<image>" * ours.tokens_per_image) for text in texts]  # as LlavaProcessor does
+    for text, a, b in zip(texts, ids, hf.tokenizer(expanded)["input_ids"]):
+        assert a == b, text
+    if hf.patch_size:  # the oldest folders leave it to the caller
+        for text, n in zip(texts[:50], pictures):
+            images = [picture(i) for i in range(n)]
+            theirs = hf(text=text, images=images or None, return_tensors="pt")["input_ids"]
+            assert torch.equal(ours(text, images, parse_special=True)["input_ids"], theirs), text
+    for text in texts[:200]:
+        theirs = hf.tokenizer(text, split_special_tokens=True)["input_ids"] if "<image>" not in text else None
+        assert theirs in (None, ours._encode_prompt(text, False)), text
+    for row in ids[:200]:
+        assert ours.decode(row) == hf.decode(row, skip_special_tokens=True)
+    return ids
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["modern", "legacy"])
+@pytest.mark.parametrize("spaces", SPACES)
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_a_llavas_tokenizer_json_is_obeyed_as_written(generation, spaces, legacy, sp_model, tmp_path):
+    """Whatever `legacy` says beside it; and what we save reads the same, with its config.json and without."""
+    folder = published(tmp_path / "from", sp_model, generation, spaces, legacy)
+    texts = prompts(1, 300 if legacy else 2000)
+    ids = agree(folder, texts)
+    p = read(folder)
+    p.save(tmp_path / "alone")
+    assert [processor(tmp_path / "alone", "llava_hf")._encode_prompt(text, True) for text in texts] == ids
+    transformers = pytest.importorskip("transformers")
+    alone = transformers.AutoTokenizer.from_pretrained(tmp_path / "alone")
+    for text, row in zip(texts[:300], ids):
+        assert alone(text.replace("<image>", "<image>" * 4)).input_ids == row, text
+    (tmp_path / "alone" / "config.json").write_bytes((folder / "config.json").read_bytes())
+    assert agree(tmp_path / "alone", texts) == ids
+
+
+def test_the_published_folder_has_a_space_on_both_sides_of_a_picture(sp_model, tmp_path):
+    folder = published(tmp_path / "from", sp_model, "4.46", "prepend")
+    p, space = read(folder), Tokenizer.load(folder).token_id("▁")
+    assert p.template_name == "llava_hf"
+    talk = [{"role": "user", "content": [IMAGE, {"type": "text", "text": "What?"}]}]
+    for ids in (p("USER: <image>\nWhat? ASSISTANT:", picture(0)), p.chat(talk, picture(0))):
+        ids = ids["input_ids"][0].tolist()
+        first, newline = ids.index(400), p.tokenizer.token_id("\n")
+        assert ids[first - 1] == space and ids[first + 4:first + 6] == [space, newline]
+    row = p.training(talk + [{"role": "assistant", "content": "no"}], picture(0))["input_ids"]
+    assert row[:len(ids)] == ids
+    end = p.tokenizer.encode("</s>USER", parse_special=True)
+    assert end == [2, *p.tokenizer.encode("USER")] and p.tokenizer.encode("USER") != p.tokenizer.encode("USER", at="inside")
+
+
+@pytest.mark.parametrize("kind", ["prepend", "model"])
+def test_load_and_save_keep_every_id(kind, sp_model, tmp_path):
+    """`llava_min.load` and `llava_min.save` of a whole checkpoint; `model`: a tokenizer.model without tokenizer.json."""
+    theirs = their_model(image_token_index=400, pad_token_id=401, text_config=TEXT | {"vocab_size": 448, "pad_token_id": 401})
+    folder = write_folder(tmp_path / "weights", sp_model, theirs)
+    small = published(tmp_path / "from", sp_model, "4.36", "prepend")
+    for path in small.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    if kind == "model":
+        (folder / "tokenizer.json").unlink()
+    texts = prompts(2, 2000)
+    model, p = llava_min.load(folder, dtype="fp32", device="cpu")
+    ids = [p._encode_prompt(text, True) for text in texts]
+    if kind == "prepend":
+        assert ids == agree(folder, texts)
+    llava_min.save(model, p, tmp_path / "to")
+    assert agree(tmp_path / "to", texts) == ids
+
+
+@pytest.mark.parametrize("model_type", [None, "llava", "mistral", "llama", "llava_llama", "llava_mistral"])
+@pytest.mark.parametrize("spaces", SPACES)
+def test_which_class_reads_a_folder(model_type, spaces, sp_model, tmp_path):
+    """As transformers decides: by config.json's model_type, without one by the class that tokenizer_config.json names."""
+    transformers = pytest.importorskip("transformers", reason="the reference")
+    folder = published(tmp_path / "from", sp_model, "4.44", spaces)
+    (folder / "config.json").unlink()
+    if model_type:
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    ours, theirs = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for text in prompts(3, 300):
+        assert ours.encode(text, parse_special=True) == theirs.encode(text, add_special_tokens=False), text
+    ours.save(tmp_path / "to")  # to stand beside a LLaVA's config.json, as a model that is built from it does
+    (tmp_path / "to" / "config.json").write_text('{"model_type": "llava"}')
+    again, theirs = Tokenizer.load(tmp_path / "to"), transformers.AutoTokenizer.from_pretrained(tmp_path / "to")
+    for text in prompts(4, 300):
+        ids = ours.encode(text, parse_special=True)
+        assert again.encode(text, parse_special=True) == theirs.encode(text, add_special_tokens=False) == ids, text
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_bos_is_what_tokenizer_json_says(says, sp_model, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="the reference")
+    folder = published(tmp_path / "from", sp_model, "4.46", "prepend")
+    spec, config = (json.loads((folder / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json"))
+    config["add_bos_token"] = not says
+    if not says:
+        spec["post_processor"]["single"].pop(0)
+    for name, value in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
+        (folder / name).write_text(json.dumps(value))
+    ids = read(folder)("two dogs")["input_ids"][0].tolist()
+    assert (ids[0] == 1) == says and ids == transformers.AutoProcessor.from_pretrained(folder).tokenizer("two dogs").input_ids
+
+
+def test_no_dummy_space_survives_a_save(sp_model, tmp_path):
+    """add_prefix_space false beside a tokenizer.model, saved beside a LLaVA's config.json: transformers obeys our tokenizer.json."""
+    path = llama_folder(tmp_path, sp_model, "modern")
+    config = json.loads((path / "tokenizer_config.json").read_text()) | {"add_prefix_space": False}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    ids = [processor(path, "llava_hf")._encode_prompt(text, True) for text in prompts(5, 300)]
+    folder = published(tmp_path / "to", sp_model, "4.46", "prepend")
+    for name in ("tokenizer.json", "added_tokens.json", "special_tokens_map.json"):
+        (folder / name).unlink()
+    processor(path, "llava_hf").save(folder)
+    assert agree(folder, prompts(5, 300)) == ids
+    for p in (processor(path, "llava_hf"), read(folder)):
+        assert p.decode(p.tokenizer.encode("  lead")) == "  lead"
+
+
+def test_the_real_tokenizer_through_the_processor(tmp_path):
+    """llama.cpp's vectors and the spaces that SentencePiece keeps apart, from a tokenizer.model alone and from what we save."""
+    assets = pathlib.Path(__file__).parents[2] / "shared" / "assets" / "tokenizers"
+    if not (assets / "llama_tokenizer.model").exists():
+        pytest.skip("needs llama_tokenizer.model in ../shared/assets/tokenizers")
+    transformers = pytest.importorskip("transformers", reason="it is to read what we save")
+    (tmp_path / "tokenizer.model").write_bytes((assets / "llama_tokenizer.model").read_bytes())
+    p = processor(tmp_path, "llava_hf")
+    p.save(tmp_path / "to")
+    q, hf = processor(tmp_path / "to", "llava_hf"), transformers.AutoProcessor.from_pretrained(tmp_path / "to")
+    with open(assets / "ggml-vocab-llama-spm.gguf.inp", encoding="utf-8", newline="") as f:
+        texts = f.read().split("\n__ggml_vocab_test__\n")
+    vectors = [[int(i) for i in line.split()] for line in (assets / "ggml-vocab-llama-spm.gguf.out").read_text().split("\n")]
+    texts, vectors = texts + ["x  cat"], vectors + [[921, 29871, 6635]]
+    for text, ids in zip(texts, vectors):
+        assert hf.tokenizer(text).input_ids == [1] + ids, text
+        for one in (p, q) if text.strip() else ():  # an empty prompt is refused
+            assert one(text)["input_ids"][0].tolist() == [1] + ids, text
+    prompt = "USER: <image>\nWhat? ASSISTANT: A cat.</s>USER: more"
+    ids = q(prompt, picture(0), parse_special=True)["input_ids"][0].tolist()
+    assert ids[:10] == [1, 3148, 1001, 29901, 29871, *[32000] * 4, 29871] and ids[-6:-2] == [29889, 2, 3148, 1001]
+
+
+# ---- the original's layout
+
+ORIGINAL = dict(model_type="llava_mistral", mm_vision_tower="openai/clip-vit-large-patch14-336", mm_projector_type="mlp2x_gelu",
+                image_aspect_ratio="pad", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, vocab_size=400, rms_norm_eps=1e-5, max_position_embeddings=256)
+
+
+@pytest.mark.parametrize("model_type, name", [("llava_mistral", "mistral"), ("llava_llama", "vicuna_v1")])
+def test_the_original_tokenizes_by_chunks_in_every_mode(model_type, name, sp_model, tmp_path):
+    """tokenizer_image_token: SentencePiece on each chunk between pictures, and so it stays in what we save."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    path = llama_folder(tmp_path, sp_model, "modern")
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    for key in ("added_tokens_decoder", "pad_token", "extra_special_tokens"):
+        del config[key]
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    (path / "config.json").write_text(json.dumps(ORIGINAL | {"model_type": model_type}))
+    shape = LlavaConfig.from_hf(json.loads((path / "config.json").read_text()))
+    p = read_processor(path, shape, None, None, None)
+    p.save(tmp_path / "saved")
+    hf = replace(shape, vision_source=None)
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(hf.to_hf()))
+    q = read_processor(tmp_path / "saved", hf, None, None, None)
+    assert p.template_name == q.template_name == name
+    sp = sentencepiece.SentencePieceProcessor(model_proto=sp_model)
+    for seed in range(40):
+        m = talk(random.Random(seed), 1)[:1]
+        chunks = spell(render(name, m, answer=False)).split("<image>")
+        ids = [1]
+        for i, chunk in enumerate(chunks):
+            ids += [400] * (p.tokens_per_image * (i > 0)) + sp.encode(chunk)
+        images = [picture(i) for i in range(len(chunks) - 1)]
+        for one in (p, q):
+            assert one.chat(m, images)["input_ids"][0].tolist() == ids
+    own = read_processor(path, shape, None, None, "llava_hf")  # transformers' rule, whoever trained
+    assert (own.rule, p.rule) == ("own", "chunk") and processor(path, "mistral").rule == "own"
+    (tmp_path / "saved" / "processor_config.json").write_text('{"llava_min_chunks": "yes"}')
+    with pytest.raises(UserError, match="processor_config.json: llava_min_chunks is .*yes.*, expected true or false"):
+        read_processor(tmp_path / "saved", hf, None, None, None)

@@ -56,7 +56,7 @@ class Template:
     """`pieces` renders (system, turns). `stop` is the content of the token that ends an answer. `rule` says
     how text is tokenized beside a picture: "own" = as the checkpoint's tokenizer does after a special token,
     "chunk" = the original's way, each chunk between pictures by itself, so that a `▁` stands on both sides of
-    the picture."""
+    the picture (and what the original trained keeps to it: see processor.py)."""
 
     pieces: Callable[[str | None, list[Turn]], Iterator[Piece]]
     stop: str
@@ -166,6 +166,7 @@ def llama3(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
 
 
 RECORD = "llava_min_template"  # the key of processor_config.json under which we write a template's name
+CHUNKS = "llava_min_chunks"  # and the one that says that the original LLaVA trained this checkpoint
 TEMPLATES = {
     "vicuna_v1": Template(vicuna_v1, "</s>", "chunk"),
     "llava_hf": Template(llava_hf, "</s>", "own"),

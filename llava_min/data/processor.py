@@ -7,6 +7,7 @@ are born one length.
 Two rules of tokenization (ground: transformers' LlavaProcessor, and LLaVA's tokenizer_image_token):
     own    what transformers does with the checkpoint's tokenizer; `processor(prompts)` always follows it
     chunk  LLaVA's: each chunk of text between pictures is encoded by itself, a `▁` on both sides of a picture
+The original does so in every conversation mode, so its checkpoints (`chunks`) keep to it in every template but llava_hf.
 """
 
 import json
@@ -22,7 +23,7 @@ from PIL import Image
 
 from llava_min.cli import UserError, printable, warn
 from llava_min.config import IGNORE
-from llava_min.data.chat import LLAVA_HF_JINJA, RECORD, Piece, check, parts, render, template
+from llava_min.data.chat import CHUNKS, LLAVA_HF_JINJA, RECORD, Piece, check, parts, render, template
 from llava_min.data.image import ImageConfig, to_pixels
 from llava_min.data.tokenizer import Tokenizer
 from llava_min.files import write_json
@@ -34,12 +35,14 @@ Pictures = Image.Image | list[Image.Image] | list[list[Image.Image]] | None
 
 class Processor:
     """`tokens_per_image` is how many placeholders `image_token_id` one picture takes: 576 for
-    CLIP-L/14-336. `ends`: ids that end an answer by the model's config."""
+    CLIP-L/14-336. `ends`: ids that end an answer by the model's config. `chunks`: the checkpoint was trained by
+    the original LLaVA, or from one that was."""
 
     def __init__(self, tokenizer: Tokenizer, image_config: ImageConfig, template_name: str,
-                 image_token_id: int, tokens_per_image: int, ends: Sequence[int] = ()):
-        self.tokenizer, self.image_config, self.ends = tokenizer, image_config, ends
+                 image_token_id: int, tokens_per_image: int, ends: Sequence[int] = (), chunks: bool = False):
+        self.tokenizer, self.image_config, self.ends, self.chunks = tokenizer, image_config, ends, chunks
         self.template_name, self.template = template_name, template(template_name)
+        self.rule = "chunk" if chunks and template_name != "llava_hf" else self.template.rule
         self.image_token_id, self.tokens_per_image = image_token_id, tokens_per_image
         known = tokenizer.token_id(MARK)
         if known is None:
@@ -133,7 +136,7 @@ class Processor:
                 new = self._ids_of(p.token)
                 before = {"bos": "start", "image": "image"}.get(p.token, "special")
             else:
-                if self.template.rule == "chunk":
+                if self.rule == "chunk":
                     new = t.encode_prefixed(p.text, at="start" if before == "image" else before)
                 else:
                     new = t.encode(p.text, at="special" if before == "image" else before)
@@ -195,7 +198,7 @@ class Processor:
             "num_additional_image_tokens": 1,
             "image_token": MARK,
             RECORD: self.template_name,
-        }
+        } | ({CHUNKS: True} if self.chunks else {})
         image = {"processor_class": "LlavaProcessor"} | self.image_config.to_hf()
         write_json(folder / "preprocessor_config.json", image)
         write_json(folder / "processor_config.json", config)

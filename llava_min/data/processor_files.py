@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llava_min.cli import UserError, note, printable, short
 from llava_min.config import LlavaConfig
-from llava_min.data.chat import RECORD, choose, template as find_template
+from llava_min.data.chat import CHUNKS, RECORD, choose, template as find_template
 from llava_min.data.image import ASPECTS, ImageConfig
 from llava_min.data.processor import MARK, Processor
 from llava_min.data.tokenizer import Tokenizer
@@ -88,6 +88,10 @@ def read_processor(folder: Path, config: LlavaConfig, clip_folder: Path | None, 
         if recorded.get(key) not in (None, *good):
             raise UserError(f"{folder / 'processor_config.json'}: {key} is {short(recorded[key])} but {good[0]} in config.json; "
                             "correct one of them")
+    chunks = recorded.get(CHUNKS, config.vision_source is not None)
+    if not isinstance(chunks, bool):
+        raise UserError(f"{folder / 'processor_config.json'}: {CHUNKS} is {short(chunks)}, expected true or false; correct it")
     images = read_image_config(folder, config, clip_folder, aspect)
     template = pick_template(folder, tokenizer) if template is None else template
-    return Processor(tokenizer, images, template, config.image_token_id, config.tokens_per_image, config.text.eos_token_ids)
+    return Processor(tokenizer, images, template, config.image_token_id, config.tokens_per_image,
+                     config.text.eos_token_ids, chunks)

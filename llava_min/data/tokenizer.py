@@ -1,8 +1,8 @@
 """Text ↔ ids, as the checkpoint's own tokenizer does it: SentencePiece and byte-level BPE behind one surface.
 
 Between chat templates and the processor; the files are read in data/tokenizer_files.py, the merges done in
-data/bpe.py. The reference is transformers, and for `encode_prefixed` SentencePiece itself. Text never becomes
-a special token unless asked: BOS and `<image>` come by id.
+data/bpe.py. The reference is transformers on the whole folder; for a tokenizer.model alone, and for `encode_prefixed`,
+SentencePiece itself. Text never becomes a special token unless asked: BOS and `<image>` come by id.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 from llava_min.cli import UserError, warn
 from llava_min.data.added_tokens import AddedToken, Matcher
 from llava_min.data.tokenizer_files import LLAMA, read_folder
+from llava_min.data.tokenizer_json import write_spaces
 from llava_min.data.tokenizer_model import as_tokenizer_json
 from llava_min.data.tokenizer_source import IDS, SURROGATE, Source, fault
 
@@ -99,7 +100,7 @@ class Tokenizer:
     # ---- text → ids
 
     def encode(self, text: str, *, at: str = "start", parse_special: bool = False) -> list[int]:
-        """Ids of `text`, as transformers gives them, without BOS and EOS.
+        """Ids of `text`, as transformers (or SentencePiece, see above) gives them, without BOS and EOS.
 
         at: what stands before it: "start" nothing (or BOS), "special" a token put in by id, "inside" text
         already encoded (then no dummy space). parse_special: special tokens spelled in the text become their
@@ -136,13 +137,15 @@ class Tokenizer:
         if self.nfc:
             return unicodedata.normalize("NFC", text)
         if self.prepend and text:
-            return "▁" * self.prefixed(at) + text.replace(" ", "▁")
+            return "▁" * (self.scheme == "always" and at != "inside") + text.replace(" ", "▁")
         return text
 
     def dummy(self, text: str, at: str) -> str:
-        """What Metaspace does: ▁ for each space, and one in front unless the text begins with one."""
-        if self.kind == "byte-level" or self.prepend:
+        """What the pre-tokenizer does; Metaspace: ▁ for each space, and one in front unless the text begins with one."""
+        if self.kind == "byte-level":
             return text
+        if self.prepend:
+            return "▁" * (self.scheme == "first" and at == "start") + text
         text = text.replace(" ", "▁")
         return text if not self.prefixed(at) or text.startswith("▁") else "▁" + text
 
@@ -171,24 +174,13 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         config = {k: v for k, v in self.config.items() if k != "auto_map"}
         added = [asdict(t) for t in sorted(self.added.values(), key=lambda t: t.id)]
-        files = dict(self.files)
-        if "tokenizer.json" in files:
-            spec = json.loads(files["tokenizer.json"])
-            if spec.get("added_tokens") != added:
-                spec["added_tokens"] = added
-                files["tokenizer.json"] = json.dumps(spec, ensure_ascii=False, indent=2).encode()
-        else:                               # beside a LLaVA, transformers 5 misreads a lone tokenizer.model
-            bos = (self.token(self.bos_id), self.bos_id) if self.add_bos else None
-            spec = as_tokenizer_json(self.sp, added, self.legacy, bos)
-            files["tokenizer.json"] = json.dumps(spec, ensure_ascii=False).encode()
-        if self.kind == "sentencepiece":
-            config["tokenizer_class"] = LLAMA[0]
-        elif self.kind == "byte-level":
+        files = self.files | {"tokenizer.json": self.tokenizer_json(added)}
+        if self.kind == "byte-level":
             config.setdefault("tokenizer_class", AS_WRITTEN)
         elif self.prepend or config.get("tokenizer_class") not in LLAMA:
             config["tokenizer_class"] = AS_WRITTEN
-        if config["tokenizer_class"] in LLAMA:
-            config |= {"legacy": self.legacy, "add_prefix_space": self.scheme != "never"}
+        if config["tokenizer_class"] in LLAMA:          # true would have transformers 4 look for a tokenizer.model
+            config |= {"legacy": self.legacy, "add_prefix_space": False if self.scheme == "never" else None}
         config |= {"add_bos_token": self.add_bos, "add_eos_token": False}
         for name in IDS:
             id = getattr(self, f"{name}_id")
@@ -199,6 +191,20 @@ class Tokenizer:
             warn(f"{folder}: some ids below {len(self)} have no token; transformers will number without gaps")
         for name, data in files.items():
             (folder / name).write_bytes(data)
+
+    def tokenizer_json(self, added: list[dict]) -> bytes:
+        """The file as it was read, unless it says something else than this tokenizer does. A lone tokenizer.model gets one,
+        too: beside a LLaVA's config.json transformers 5 reads that without its dummy space."""
+        if data := self.files.get("tokenizer.json"):
+            spec = known = json.loads(data)
+        else:
+            bos = (self.token(self.bos_id), self.bos_id) if self.add_bos else None
+            spec, known = as_tokenizer_json(self.sp, added, bos), None
+        if self.kind != "byte-level":
+            spaces = self.scheme, self.prepend, self.bpe.strip
+            spec = write_spaces(spec, spaces, Path("tokenizer.json"))
+        spec = spec | {"added_tokens": added}
+        return data if spec == known else json.dumps(spec, ensure_ascii=False, indent=2 if known else None).encode()
 
 
 def check_text(text: str) -> None:

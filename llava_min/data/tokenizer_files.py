@@ -3,6 +3,7 @@
     tokenizer.json    what there is of a tokenizer, if the folder has it (tokenizer_json.py)
     tokenizer.model   else this, as transformers chooses (tokenizer_model.py)
     tokenizer_config.json, special_tokens_map.json, added_tokens.json: settings and added tokens on top of either
+    config.json       whether the settings change what tokenizer.json says (`rebuilt`)
 
 A file that asks for anything that is not done here is refused by name.
 """
@@ -23,6 +24,7 @@ from llava_min.files import check_file, read_json
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
+OBEYED = ("llava", "mistral", "qwen2")                  # model types for which transformers reads no file as LlamaTokenizer
 
 
 @contextmanager
@@ -57,8 +59,18 @@ def read_tokens(source: Source, folder: Path, path: Path) -> None:
                      for content, id in read_optional(extra).items()]
 
 
+def rebuilt(source: Source, path: Path) -> bool:
+    """Whether transformers takes only the merges from tokenizer.json and the spaces from tokenizer_config.json: so does its
+    LlamaTokenizer. Beside a LLaVA's config.json the file is obeyed as written, whatever class is named
+    (MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS in transformers' tokenization_auto.py)."""
+    model = read_optional(path.with_name("config.json"))
+    named = source.config.get("tokenizer_class") or model.get("tokenizer_class")
+    return source.kind == "metaspace" and named in LLAMA and model.get("model_type") not in OBEYED
+
+
 def read_settings(source: Source, path: Path) -> None:
-    """What tokenizer_config.json says of spaces, BOS and EOS, on top of the model's file."""
+    """What tokenizer_config.json says of spaces, BOS and EOS, on top of the model's file. As transformers: BOS is put in
+    front where tokenizer.json says so, and by the settings only where there is none."""
     config = source.config
     for key in ("legacy", "add_bos_token", "add_eos_token", "add_prefix_space"):
         if config.get(key) not in (None, True, False):
@@ -66,14 +78,14 @@ def read_settings(source: Source, path: Path) -> None:
     kind = config.get("tokenizer_class")
     if source.kind == "sentencepiece" and kind not in (None, *LLAMA):
         raise unknown(path, "tokenizer_class", kind, "LlamaTokenizer beside a tokenizer.model")
-    # transformers' LlamaTokenizer takes these two from the config even where tokenizer.json differs.
     # Where the config is silent the file stands: it says how the model was trained.
-    if source.kind == "sentencepiece" or source.kind == "metaspace" and kind in LLAMA:
+    if source.kind == "sentencepiece" or rebuilt(source, path):
         if config.get("add_prefix_space") is False:
             source.scheme, source.prepend, source.bpe.strip = "never", False, False
         elif config.get("legacy") is not None:
-            source.scheme, source.prepend = "always" if config["legacy"] else "first", False
-    if config.get("add_bos_token") is not None:
+            source.scheme = "always" if config["legacy"] else "first"
+            source.prepend &= source.kind == "sentencepiece"
+    if source.kind == "sentencepiece" and config.get("add_bos_token") is not None:
         source.add_bos = config["add_bos_token"]
     if config.get("add_eos_token") is not None:
         source.add_eos = config["add_eos_token"]

@@ -12,11 +12,22 @@ from llava_min.data.added_tokens import AddedToken
 from llava_min.data.bpe import BYTE_TO_CHAR, GPT2_SPLIT, SPLITS, ByteLevelBPE, Pairs, SentencePieceBPE
 from llava_min.data.tokenizer_source import IDS, MAX_ID, SURROGATE, Source, fault, unknown
 
+Spaces = tuple[str, bool, bool]                         # scheme and prepend of a Source, strip of its decoder
+
 PREPEND = {"type": "Prepend", "prepend": "▁"}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 DECODERS = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
             {"type": "Fuse"}]
 STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+
+
+def metaspace(scheme: str, mark: str = "▁") -> dict:
+    return {"type": "Metaspace", "replacement": mark, "prepend_scheme": scheme, "split": False}
+
+
+# Metaspace puts no mark before a text that begins with one. With every space gone already, the mark " " is always put
+# in, and then made ▁: SentencePiece's dummy space, at the start of a text alone.
+FIRST = [metaspace("first", " "), metaspace("never")]
 
 
 def sequence(part: dict | None, key: str) -> list[dict]:
@@ -81,29 +92,47 @@ def read_template(spec: dict, path: Path) -> tuple[str | None, bool]:
     return bos, eos
 
 
-def read_metaspace(model: dict, normalizers: list[dict], splitters: list[dict], decoders: list[dict],
-                   path: Path) -> Source:
-    """`▁` is put in by a Metaspace pre-tokenizer, in older files by Prepend and Replace normalizers."""
-    vocab, pairs = read_model(model, path)
+def read_spaces(normalizers: list[dict], splitters: list[dict], decoders: list[dict], path: Path) -> Spaces:
+    """`▁` is put in by Prepend and Replace normalizers (what llava-hf published), or by a Metaspace pre-tokenizer."""
     for part in normalizers:
         if part not in (PREPEND, REPLACE):
             raise unknown(path, "normalizer", part, "Prepend ▁, Replace ' ' → ▁, or NFC before ByteLevel")
+    first = (normalizers, splitters) == ([REPLACE], FIRST)
     prepend = PREPEND in normalizers
     scheme = "always" if prepend else "never"
-    for part in splitters:
+    for part in [] if first else splitters:
         if part["type"] != "Metaspace" or part.get("replacement") != "▁" or part.get("split", True):
             raise unknown(path, "pre_tokenizer", part, "Metaspace with split false, or ByteLevel")
         scheme = part.get("prepend_scheme", "always" if part.get("add_prefix_space", True) else "never")
-    if (REPLACE in normalizers) + len(splitters) != 1 or prepend and splitters \
-            or scheme not in ("always", "first", "never"):
+    alone = (REPLACE in normalizers) + len(splitters) == 1 and not (prepend and splitters)
+    if not first and not alone or scheme not in ("always", "first", "never"):
         raise unknown(path, "pre_tokenizer", splitters, "▁ for a space by Metaspace or by normalizers")
     if decoders not in (DECODERS, DECODERS + [STRIP]):
         raise unknown(path, "decoder", decoders, "Replace ▁ → ' ', ByteFallback, Fuse, Strip")
+    return "first" if first else scheme, first or prepend, STRIP in decoders
+
+
+def write_spaces(spec: dict, spaces: Spaces, path: Path) -> dict:
+    """`spec` as it is where it says `spaces`, else with other normalizers, pre-tokenizers and decoders that do."""
+    if spec["decoder"] and read_spaces(*pipeline(spec), path) == spaces:
+        return spec
+    scheme, prepend, strip = spaces
+    normalizers = [PREPEND] * (prepend and scheme == "always") + [REPLACE] * prepend
+    splitters = [] if prepend and scheme == "always" else FIRST if prepend else [metaspace(scheme)]
+    return spec | {"normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,
+                   "pre_tokenizer": {"type": "Sequence", "pretokenizers": splitters} if splitters else None,
+                   "decoder": {"type": "Sequence", "decoders": DECODERS + [STRIP] * strip}}
+
+
+def read_metaspace(model: dict, normalizers: list[dict], splitters: list[dict], decoders: list[dict],
+                   path: Path) -> Source:
+    vocab, pairs = read_model(model, path)
+    scheme, prepend, strip = read_spaces(normalizers, splitters, decoders, path)
     if model.get("ignore_merges"):
         raise unknown(path, "model.ignore_merges", True, "false beside Metaspace")
     unk_id = None if model.get("unk_token") is None else vocab[model["unk_token"]]
     bpe = SentencePieceBPE(vocab, pairs, unk_id=unk_id, fuse_unk=bool(model.get("fuse_unk")),
-                           byte_fallback=bool(model.get("byte_fallback")), strip=STRIP in decoders)
+                           byte_fallback=bool(model.get("byte_fallback")), strip=strip)
     named = {f"{name}_token": token for name, token in zip(IDS, ("<s>", "</s>", "<unk>")) if token in vocab}
     return Source("metaspace", vocab, bpe, scheme, prepend, named=named)
 
@@ -136,11 +165,16 @@ def read_byte_level(model: dict, normalizers: list[dict], splitters: list[dict],
     return Source("byte-level", vocab, bpe, nfc=bool(normalizers))
 
 
+def pipeline(spec: dict) -> tuple[list[dict], list[dict], list[dict]]:
+    """(normalizers, pre-tokenizers, decoders)."""
+    keys = ("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"), ("decoder", "decoders")
+    return tuple(sequence(spec.get(one), many) for one, many in keys)
+
+
 def read_tokenizer_json(spec: dict, path: Path) -> Source:
-    splitters = sequence(spec.get("pre_tokenizer"), "pretokenizers")
-    read = read_byte_level if any(part["type"] == "ByteLevel" for part in splitters) else read_metaspace
-    source = read(spec["model"], sequence(spec.get("normalizer"), "normalizers"), splitters,
-                  sequence(spec.get("decoder"), "decoders"), path)
+    parts = pipeline(spec)
+    read = read_byte_level if any(part["type"] == "ByteLevel" for part in parts[1]) else read_metaspace
+    source = read(spec["model"], *parts, path)
     source.added = [read_added(entry, entry.get("id"), path) for entry in spec.get("added_tokens") or []]
     bos, source.add_eos = read_template(spec, path)
     if bos:

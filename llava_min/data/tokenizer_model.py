@@ -1,6 +1,7 @@
 """tokenizer.model: SentencePiece BPE (Llama, Vicuna, the original LLaVA), read and rewritten as a tokenizer.json.
 
-Below tokenizer_files.py. The reference is transformers, which makes a BPE of `tokenizers` out of such a file.
+Below tokenizer_files.py. The reference is SentencePiece itself, which such a model was trained with: transformers 5 makes a
+BPE of `tokenizers` out of it that ranks merges by id, and so merges `▁▁` first where SentencePiece merges it last.
 """
 
 import json
@@ -11,7 +12,6 @@ from sentencepiece import SentencePieceProcessor
 
 from llava_min.data.added_tokens import AddedToken
 from llava_min.data.bpe import Pairs, SentencePieceBPE
-from llava_min.data.tokenizer_json import DECODERS, STRIP
 from llava_min.data.tokenizer_source import IDS, Source, fault, unknown
 
 
@@ -79,16 +79,15 @@ def has_bytes(sp: SentencePieceProcessor) -> bool:
 
 
 def pairs_of(sp: SentencePieceProcessor, vocab: dict[str, int]) -> Pairs:
-    """The merges that transformers draws from a tokenizer.model: every way to halve a piece into two pieces,
-    ranked by the piece's id. (SentencePiece ranks by score: `▁▁` comes first here, last there.) Byte tokens
-    are for characters that have no piece, never for a text that spells `<0x0A>`."""
+    """Every way to halve a piece into two pieces, ranked by the piece's score as SentencePiece does: the merges
+    of the tokenizer.json that llava-hf published, in its order. Pieces of one score (the runs of `▁`) go by
+    their ids. Byte tokens are for characters that have no piece, never for a text that spells `<0x0A>`."""
     pairs = {}
-    for piece, id in vocab.items():
-        if len(piece) > 1 and not sp.is_byte(id):
-            for i in range(1, len(piece)):
-                a, b = vocab.get(piece[:i]), vocab.get(piece[i:])
-                if a is not None and b is not None:
-                    pairs[a, b] = len(pairs), id
+    for piece, id in sorted(vocab.items(), key=lambda item: -sp.get_score(item[1])):
+        if not sp.is_byte(id):
+            halves = [(vocab.get(piece[:i]), vocab.get(piece[i:])) for i in range(1, len(piece))]
+            for pair in sorted(pair for pair in halves if None not in pair):
+                pairs[pair] = len(pairs), id
     return pairs
 
 
@@ -99,12 +98,11 @@ def read_sentencepiece(sp: SentencePieceProcessor, path: Path) -> Source:
     added = [(AddedToken(sp.id_to_piece(i), i), path) for i in range(len(sp)) if sp.is_control(i) or sp.is_unknown(i)]
     ids = sp.bos_id(), sp.eos_id(), sp.unk_id(), sp.pad_id()
     named = {f"{name}_token": sp.id_to_piece(i) for name, i in zip(IDS, ids) if i >= 0}
-    return Source("sentencepiece", vocab, bpe, "always", add_bos=True, added=added, named=named)
+    return Source("sentencepiece", vocab, bpe, "always", True, add_bos=True, added=added, named=named)
 
 
-def as_tokenizer_json(sp: SentencePieceProcessor, added: list[dict], legacy: bool,
-                      bos: tuple[str, int] | None) -> dict:
-    """A SentencePiece model as a tokenizer.json, the way transformers 5 converts it; `bos` is put in front."""
+def as_tokenizer_json(sp: SentencePieceProcessor, added: list[dict], bos: tuple[str, int] | None) -> dict:
+    """A SentencePiece model as a tokenizer.json, but for its spaces (`write_spaces`); `bos` is put in front."""
     vocab = vocab_of(sp)
     pieces = list(vocab)
     merges = [[pieces[a], pieces[b]] for a, b in pairs_of(sp, vocab)]
@@ -117,7 +115,4 @@ def as_tokenizer_json(sp: SentencePieceProcessor, added: list[dict], legacy: boo
              "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
              "byte_fallback": has_bytes(sp), "ignore_merges": False, "vocab": vocab, "merges": merges}
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-            "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "split": False,
-                              "prepend_scheme": "always" if legacy else "first"},
-            "post_processor": template, "decoder": {"type": "Sequence", "decoders": [*DECODERS, STRIP]},
-            "model": model}
+            "pre_tokenizer": None, "post_processor": template, "decoder": None, "model": model}

@@ -26,7 +26,7 @@ class Source:
     vocab: dict[str, int]
     bpe: SentencePieceBPE | ByteLevelBPE
     scheme: str = "never"                               # the dummy space ▁: always, first (of a text) or never
-    prepend: bool = False                               # ▁ is put in before added tokens are sought, not after
+    prepend: bool = False                               # it stands before a space, too (SentencePiece); not in Metaspace
     nfc: bool = False
     sp: SentencePieceProcessor | None = None            # of the tokenizer.model, if there is one
     sp_inside: SentencePieceProcessor | None = None     # the same without its dummy space
