@@ -59,5 +59,5 @@ def probes(tokenizer: Tokenizer, new: list[str]) -> list[str]:
     """Texts by which tokenizers of one vocabulary are told apart: odd ones, and words from all over the vocabulary."""
     step = max(1, len(tokenizer) // 1000)
     words = [token.replace("▁", " ") for id, token in sorted(tokenizer.tokens.items()) if id % step == 0]
-    texts = ["USER: What's in it?\n ASSISTANT: two  dogs,   1234.5 % Ünïcode 猫🙂\t(a_b)", "trail ", " ".join(words)]
+    texts = ["USER: What's in it?\n ASSISTANT: two  dogs,   1234.5 % Ünïcode 猫🙂\t(a_b)", "trail ", " ".join(words), "".join(words)]
     return [text for text in texts if not any(token in text for token in new)]
