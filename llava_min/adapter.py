@@ -11,9 +11,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from llava_min.adapter_kinds import check_implemented, find_adapter
 from llava_min.cli import UserError, is_quick, is_regex, printable, short, warn
 from llava_min.config import LINEARS
-from llava_min.files import check_file, read_json, write_json
+from llava_min.files import read_json, write_json
 from llava_min.layouts import FLOATS, READ, WRITE, open_file, translate
 from llava_min.lora import PATHS, LoRAConfig, add_lora, is_named, lora_layers, to_transformers
 from llava_min.weights import is_finite, save_tensors
@@ -82,30 +83,6 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder: Path, base: str,
         "use_dora": config.dora, "use_rslora": config.rslora, "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern, "fan_in_fan_out": False, "init_lora_weights": True,
         "inference_mode": True})
-
-
-def find_adapter(folder: Path) -> None:
-    """`folder` is that of a PEFT adapter, or UserError that says what it is instead and what to give."""
-    inside, path = folder / "adapter", folder / "adapter_config.json"
-    if path.exists() and not (folder / ".lock").exists():  # which a run of train.py has
-        if (folder / "adapters.safetensors").exists() or read_json(path).keys() & {"fine_tune_type", "lora_parameters"}:
-            raise mlx(folder)
-        return
-    if (inside / "adapter_config.json").exists():
-        mend = f"give {inside}"
-    elif (folder / "model" / "config.json").exists():
-        mend = f"give {folder / 'model'}, a whole model, as model and no adapter"
-    elif (folder / "config.json").exists() and "model_type" in read_json(folder / "config.json"):
-        mend = "it is a whole model: give it as model and no adapter"
-    else:
-        check_file(path)
-        return
-    raise UserError(f"{folder}: holds no adapter_config.json, expected the folder of a PEFT adapter; {mend}")
-
-
-def mlx(folder: Path) -> UserError:
-    return UserError(f"{folder}: an adapter of MLX (mlx-lm, mlx-vlm), expected one of PEFT; convert it: lora_A and lora_B are "
-                     "lora_a and lora_b transposed, lora_alpha is scale times rank")
 
 
 def is_rank(x: object) -> bool:
@@ -198,7 +175,8 @@ def check_layers(path: Path, data: dict, layers: list[str], adapted: list[str], 
         raise UserError(f"{path.parent}: {len(missing)} layers that target_modules names have no LoRA tensors, the first is "
                         f"{called(missing[0], namings)}; the adapter is damaged")
     if extra := [x for x in adapted if not any(aims(x, naming) for naming in NAMINGS)]:
-        raise UserError(f"{path.parent}: there are LoRA tensors of {called(extra[0], namings)}, which target_modules "
+        raise UserError(f"{path.parent}: there are LoRA tensors of {called(extra[0], namings)}, "
+                        f"which target_modules "
                         f"{reprlib.repr(data['target_modules'])} does not name; the adapter is damaged")
 
 
@@ -211,20 +189,9 @@ def check_whole(file: Path, data: dict, names: list[str], tensors: dict[str, Ten
             raise UserError(f"{file}: no tensor of {printable(module)[:200]}, which modules_to_save names; "
                             "the file is damaged")
         if missing := [name for name in inside if name not in tensors]:
-            raise UserError(f"{file}: {called(missing[0], namings)} is missing, of {printable(module)[:200]}, which "
+            raise UserError(f"{file}: {called(missing[0], namings)} is missing, of "
+                            f"{printable(module)[:200]}, which "
                             "modules_to_save names; the file is damaged")
-
-
-def check_implemented(model: nn.Module, folder: Path, where: str, name: str) -> None:
-    """The tensor `name`, which has no home in `model`, is not one that adapters of another kind have, or UserError."""
-    path, lora, end = name.partition(".lora_")
-    if lora and end in ("a", "b"):
-        raise mlx(folder)
-    layer = dict(model.named_modules()).get(path) if lora else None
-    if layer is not None and not hasattr(layer, "in_features"):
-        kind = type(layer).__name__
-        raise UserError(f"{where} is LoRA on a layer of kind {kind}, expected linear layers, as nothing else is "
-                        "implemented; merge the adapter into its base with peft, and give that")
 
 
 def read_adapter(model: nn.Module, folder: Path, source: str | Path | None = None) -> tuple[LoRAConfig, dict[str, Tensor]]:
@@ -286,7 +253,8 @@ def read_adapter(model: nn.Module, folder: Path, source: str | Path | None = Non
     if missing := sorted({f"{path}.{end}" for path in paths for end in ends} - tensors.keys()):
         path, _, end = missing[0].partition(".lora_")
         half = next(theirs for name, theirs in stored.items() if name.startswith(f"{path}.lora_"))
-        raise UserError(f"{files[0]}: {PEFT}{half.partition('.lora_')[0]}.lora_{end} is missing and its other half is "
+        raise UserError(f"{files[0]}: {PEFT}{half.partition('.lora_')[0]}.lora_{end} is missing "
+                        f"and its other half is "
                         "there; the file is damaged")
     if not paths:
         raise UserError(f"{files[0]}: no LoRA tensor; give the folder of a PEFT adapter")
@@ -296,7 +264,8 @@ def read_adapter(model: nn.Module, folder: Path, source: str | Path | None = Non
     namings = [x for x in NAMINGS if all(translate(name, x) in (None, theirs) for name, theirs in stored.items())] or NAMINGS
     check_whole(files[0], data, plain, tensors, namings)
     if projector.exists() and (missing := [n for n in plain if n.startswith("multi_modal_projector.") and n not in tensors]):
-        raise UserError(f"{projector}: {called(missing[0], namings)} is missing, and the original LLaVA trains the whole projector; "
+        raise UserError(f"{projector}: {called(missing[0], namings)} is missing, and the original "
+                        f"LLaVA trains the whole projector; "
                         "the file is damaged")
     check_layers(path, data, layers, paths, namings)
     if source is not None and isinstance(base, str) and Path(base).name != Path(source).name:

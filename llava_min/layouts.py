@@ -53,9 +53,12 @@ ORIGINAL = [
 LAYOUTS = [
     WRITE,  # A
     [("vision_tower.layers.", "model.vision_tower.vision_model.encoder.layers."),  # B
-     ("vision_tower.", "model.vision_tower.vision_model."), ("lm_head.", "lm_head."), ("", "model.")],
-    [("vision_tower.layers.", "vision_tower.encoder.layers."), ("vision_tower.", "vision_tower."), *WRITE[2:]],  # C
-    [("vision_tower.layers.", "model.vision_tower.encoder.layers."), ("lm_head.", "lm_head."), ("", "model.")],
+     ("vision_tower.", "model.vision_tower.vision_model."),
+     ("lm_head.", "lm_head."), ("", "model.")],
+    [("vision_tower.layers.", "vision_tower.encoder.layers."),  # C
+     ("vision_tower.", "vision_tower."), *WRITE[2:]],
+    [("vision_tower.layers.", "model.vision_tower.encoder.layers."),  # C in memory
+     ("lm_head.", "lm_head."), ("", "model.")],
     [("vision_tower.layers.", "model.vision_tower.vision_tower.vision_model.encoder.layers."),  # O
      ("vision_tower.", "model.vision_tower.vision_tower.vision_model."), *ORIGINAL],
     [("vision_tower.layers.", "vision_model.encoder.layers."),  # O, its tower in CLIP's folder
@@ -77,10 +80,11 @@ def translate(name: str, table: list[tuple[str, str]]) -> str | None:
 # ---- files
 
 
-def find_folder(source: str, revision: str | None = None, key: str = "", mend: str | None = None) -> Path:
-    """The folder of a checkpoint: a path, or a hub id, which is downloaded (safetensors where they exist).
+def find_folder(source: str, revision: str | None = None, key: str = "",
+                mend: str | None = None) -> Path:
+    """The folder of a checkpoint: a path, or a hub id, which is downloaded (safetensors first).
 
-    Where a file names it, `key` says which key of which file, and `mend` what to do where it is not there.
+    Where a file names it, `key` says which key of which file, and `mend` what to do without it.
     """
     if not source:
         raise UserError("source: is empty; give a checkpoint's folder, a hub id, or tiny")
@@ -89,12 +93,15 @@ def find_folder(source: str, revision: str | None = None, key: str = "", mend: s
         if path.is_dir():
             return path
         if path.exists():
-            raise UserError(f"{key}{printable(source)}: a file, expected a checkpoint's folder; give that")
+            raise UserError(f"{key}{printable(source)}: a file, expected a checkpoint's folder; "
+                            "give that")
     except (OSError, RuntimeError) as e:  # a name too long, a ~user that is not there
         why = printable(e)[:200]
-        raise UserError(f"{key}{printable(source)[:400]}: cannot be looked up ({why}); check the path") from None
+        raise UserError(f"{key}{printable(source)[:400]}: cannot be looked up ({why}); "
+                        "check the path") from None
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        advice = mend or "give a checkpoint's folder, a hub id such as llava-hf/llava-1.5-7b-hf, or tiny"
+        advice = mend or ("give a checkpoint's folder, a hub id such as llava-hf/llava-1.5-7b-hf, "
+                          "or tiny")
         raise UserError(f"{key}{printable(source)[:400]}: no such folder; {advice}")
     from huggingface_hub import snapshot_download
 
@@ -111,7 +118,7 @@ def find_folder(source: str, revision: str | None = None, key: str = "", mend: s
 
 
 def find_files(folder: Path) -> tuple[list[Path], Path | None, dict[str, str]]:
-    """The weight files of a folder, safetensors before `.bin`; and of shards the index and its weight_map."""
+    """The weight files of a folder, safetensors before `.bin`; of shards, the index and its map."""
     for stem, end in (("model", "safetensors"), ("pytorch_model", "bin")):
         index, single = folder / f"{stem}.{end}.index.json", folder / f"{stem}.{end}"
         if single.exists():
@@ -188,7 +195,8 @@ def stored(path: Path) -> Iterator[Entry]:
 def read_entries(folder: Path, ignored: re.Pattern = TABLES) -> dict[str, Entry]:
     """Our name -> the tensor's place, for every tensor of the folder's weight files.
 
-    Raises UserError for a name that has no place in a LLaVA or stands twice, and shards that are not as their index says.
+    Raises UserError for a name that has no place in a LLaVA or stands twice, and for shards that
+    are not as their index says.
     """
     entries, unknown, found = {}, [], {}
     paths, index, said = find_files(folder)
@@ -204,27 +212,32 @@ def read_entries(folder: Path, ignored: re.Pattern = TABLES) -> dict[str, Entry]
             else:
                 entries[ours] = entry
     if unknown:
-        raise UserError(f"{folder}: {some(unknown)} have no place in a LLaVA-1.5; is this another architecture?")
+        raise UserError(f"{folder}: {some(unknown)} have no place in a LLaVA-1.5; "
+                        "is this another architecture?")
     if index:
-        check_index(index, {name: file for name, file in said.items() if not ignored.fullmatch(name)}, found)
+        said = {name: file for name, file in said.items() if not ignored.fullmatch(name)}
+        check_index(index, said, found)
     return entries
 
 
 def check_index(index: Path, said: dict[str, str], found: dict[str, str]) -> None:
-    """Every tensor that the index lists (name -> shard) was found where it says; what it leaves out is named."""
+    """Each tensor that the index lists (name -> shard) is there; one that it lacks is named."""
     again = "download the index and the shards again, from one revision"
     if absent := sorted(said.keys() - found.keys()):
-        raise UserError(f"{index}: missing {some(absent)}, which it lists and no shard has; {again}")
+        raise UserError(f"{index}: missing {some(absent)}, which it lists and no shard has; "
+                        f"{again}")
     if moved := next((name for name in said if said[name] != found[name]), None):
-        raise UserError(f"{index}: says that {printable(moved)[:200]} is in {said[moved]}, and it is in "
-                        f"{found[moved]}; {again}")
+        raise UserError(f"{index}: says that {printable(moved)[:200]} is in {said[moved]}, and it "
+                        f"is in {found[moved]}; {again}")
     if extra := sorted(found.keys() - said.keys()):
-        warn_once(f"{index}: does not list {some(extra)}, which the shards have; they are read all the same")
+        warn_once(f"{index}: does not list {some(extra)}, which the shards have; they are read "
+                  "all the same")
 
 
 def names_in(entries: dict[str, Entry], ours: Iterable[str]) -> list[str]:
-    """Our names as the checkpoint of `entries` would write them: in the layout that names the most of its tensors."""
-    layout = max(LAYOUTS, key=lambda table: sum(translate(n, table) == e.name for n, e in entries.items()))
+    """Our names as the checkpoint of `entries` has them: in the layout that fits the most."""
+    fits = lambda table: sum(translate(n, table) == e.name for n, e in entries.items())
+    layout = max(LAYOUTS, key=fits)
     return sorted(translate(name, layout) or name for name in ours)
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from llava_min.adapter import apply_adapter, find_adapter, read_adapter
+from llava_min.adapter import apply_adapter, read_adapter
+from llava_min.adapter_kinds import find_adapter
 from llava_min.cli import UserError, printable, short, warn_once
 from llava_min.config import Fields, LlavaConfig, VisionConfig, read_eos
 from llava_min.config_keys import unknown_keys
@@ -88,10 +89,11 @@ def read_config(folder: Path) -> tuple[LlavaConfig, Path | None]:
         config = replace(config, text=replace(config.text, eos_token_ids=stops))
     config, clip = (config, None) if config.vision_source is None else read_tower(folder, config)
     if unknown := unknown_keys(data):
-        shown = ", ".join(f"{short(key)} = {short(reprlib.repr(value))}" for key, value in list(unknown.items())[:8])
-        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
-        warn_once(f"{path}: {shown}{more}: no published config of LLaVA, CLIP or the decoder has such a key, and it is not "
-                  "obeyed; if a fork wrote it to change the model, load it with that fork's code")
+        some = [f"{short(key)} = {short(reprlib.repr(value))}" for key, value in unknown.items()]
+        shown = ", ".join(some[:8]) + (f" and {len(some) - 8} more" if len(some) > 8 else "")
+        warn_once(f"{path}: {shown}: no published config of LLaVA, CLIP or the decoder has such a "
+                  "key, and it is not obeyed; if a fork wrote it to change the model, load it with "
+                  "that fork's code")
     return config, clip
 
 
@@ -111,7 +113,7 @@ def read_tower(folder: Path, config: LlavaConfig) -> tuple[LlavaConfig, Path | N
 
 
 def find_tower(folder: Path, config: LlavaConfig) -> Path:
-    """The folder of an original checkpoint's CLIP; where it is neither there nor on the hub, both mends are told."""
+    """The folder of an original checkpoint's CLIP; where there is none, both mends are told."""
     tower = config.vision_source
     beside = (folder.parent / Path(tower).name).absolute()
     published = re.search(r"clip-vit-(base|large)-patch(14-336|14|16|32)(?!\d)", tower.lower())

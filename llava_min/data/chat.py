@@ -6,8 +6,8 @@ users and data is never scanned for special strings. What is supervised is each 
 
 Sources: `vicuna_v1` and `plain`, LLaVA's conversation.py, preprocess_v1 and preprocess_plain; `llava_hf`, the
 jinja text of the llava-hf checkpoints; `chatml`, `mistral`, `llama3`, the jinja texts of Qwen1.5-Chat,
-Mistral-7B-Instruct-v0.2 and Meta-Llama-3-Instruct, with the pictures put first as LLaVA does. Which of them a
-checkpoint wants is found in data/recognise.py.
+Mistral-7B-Instruct-v0.2 and Meta-Llama-3-Instruct, with the pictures put first as LLaVA does. Which
+of them a checkpoint wants is found in data/recognise.py.
 """
 
 from collections.abc import Callable, Iterator

@@ -59,18 +59,22 @@ def read_jinja(folder: Path) -> tuple[Path, str | None]:
     for path in (folder / "chat_template.json", folder / "tokenizer_config.json"):
         found = read_optional(path).get("chat_template")
         if isinstance(found, list):  # several by name, as transformers 4 wrote them
-            found = next((x.get("template") for x in found if isinstance(x, dict) and x.get("name") == "default"), None)
+            named = {str(x.get("name")): x.get("template") for x in found if isinstance(x, dict)}
+            found = named.get("default")
         if found:
             return path, found
     return path, None
 
 
 def pick_template(folder: Path, tokenizer: Tokenizer, adapter: Path | None = None) -> str:
-    """The template the checkpoint records, or that its jinja text is; an adapter's jinja text, if it is another, goes first."""
+    """The template the checkpoint records, or else its jinja text is.
+
+    An adapter's jinja text, if it has another than the checkpoint, goes first.
+    """
     config, (path, text) = read_json(folder / "config.json"), read_jinja(folder)
     if adapter is not None:
         beside, own = read_jinja(adapter)
-        if isinstance(own, str) and own.strip() and own.split() != (text.split() if isinstance(text, str) else None):
+        if isinstance(own, str) and own.strip() and own.split() != str(text).split():
             return choose(config, {}, own, tokenizer, beside)
     return choose(config, read_optional(folder / "processor_config.json"), text, tokenizer, path)
 
@@ -87,12 +91,13 @@ def read_settings(folder: Path) -> tuple[str | None, str | None]:
 
 def read_processor(folder: Path, config: LlavaConfig, clip_folder: Path | None, aspect: str | None,
                    template: str | None, adapter: Path | None = None) -> Processor:
-    """`clip_folder`: of the original layout's tower. `aspect`, `template`: the caller's, None for what the folder says, or
-    that of an `adapter`."""
+    """`clip_folder`: of the original layout's tower. `aspect`, `template`: the caller's, None for
+    what the folder says. `adapter`: a folder whose tokens and template come on top.
+    """
     tokenizer = Tokenizer.load(folder)
     if adapter is not None:
-        rows = config.image_token_id if config.vision_source else config.text.vocab_size  # those that are stored
-        adopt(tokenizer, adapter, rows)
+        stored = config.image_token_id if config.vision_source else config.text.vocab_size
+        adopt(tokenizer, adapter, stored)
     if (known := tokenizer.token_id(MARK)) not in (None, config.image_token_id):
         raise UserError(f"{folder}: image_token_index is {config.image_token_id} in config.json but <image> "
                         f"is {known} in the tokenizer; correct one of them")
