@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from llava_min.adapter_kinds import check_implemented, find_adapter
 from llava_min.cli import UserError, is_quick, is_regex, printable, short, warn
 from llava_min.config import LINEARS
 from llava_min.files import read_json, write_json
@@ -142,6 +143,11 @@ def is_target(name: str, data: dict) -> bool:
     return next((int(m[1]) in listed(layers) for m in found if m), False)
 
 
+def called(name: str, namings: list) -> str:
+    """Our name of a tensor or layer as the adapter's own keys have it, without PEFT's prefix."""
+    return (translate(f"{name}.", namings[0]) or to_transformers(f"{name}.")).rstrip(".")
+
+
 def listed(value: object) -> list:
     return [] if value in (None, "") else value if isinstance(value, list) else [value]
 
@@ -167,9 +173,10 @@ def check_layers(path: Path, data: dict, layers: list[str], adapted: list[str], 
 
     if missing := [x for x in layers if x not in adapted and all(aims(x, naming) for naming in namings)]:
         raise UserError(f"{path.parent}: {len(missing)} layers that target_modules names have no LoRA tensors, the first is "
-                        f"{to_transformers(missing[0])}; the adapter is damaged")
+                        f"{called(missing[0], namings)}; the adapter is damaged")
     if extra := [x for x in adapted if not any(aims(x, naming) for naming in NAMINGS)]:
-        raise UserError(f"{path.parent}: there are LoRA tensors of {to_transformers(extra[0])}, which target_modules "
+        raise UserError(f"{path.parent}: there are LoRA tensors of {called(extra[0], namings)}, "
+                        f"which target_modules "
                         f"{reprlib.repr(data['target_modules'])} does not name; the adapter is damaged")
 
 
@@ -182,7 +189,8 @@ def check_whole(file: Path, data: dict, names: list[str], tensors: dict[str, Ten
             raise UserError(f"{file}: no tensor of {printable(module)[:200]}, which modules_to_save names; "
                             "the file is damaged")
         if missing := [name for name in inside if name not in tensors]:
-            raise UserError(f"{file}: {to_transformers(missing[0])} is missing, of {printable(module)[:200]}, which "
+            raise UserError(f"{file}: {called(missing[0], namings)} is missing, of "
+                            f"{printable(module)[:200]}, which "
                             "modules_to_save names; the file is damaged")
 
 
@@ -193,6 +201,7 @@ def read_adapter(model: nn.Module, folder: Path, source: str | Path | None = Non
     """
     if lora_layers(model):
         raise UserError(f"{folder}: the model has an adapter already; load the base anew")
+    find_adapter(folder)
     data = read_json(path := folder / "adapter_config.json")
     config = lora_config(path, data)
     base = data.get("base_model_name_or_path")
@@ -226,6 +235,7 @@ def read_adapter(model: nn.Module, folder: Path, source: str | Path | None = Non
             name = translate(theirs, READ)
             where = f"{file}: {printable(key)[:200]}"
             if name not in want:
+                check_implemented(model, folder, where, name or theirs)
                 raise UserError(f"{where} has no home in this model; the adapter belongs to another base{made}")
             if name in tensors:
                 raise UserError(f"{where} stands twice; the file is damaged")
@@ -241,7 +251,11 @@ def read_adapter(model: nn.Module, folder: Path, source: str | Path | None = Non
     paths = lora_paths(tensors)
     ends = ("lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] if config.dora else []))
     if missing := sorted({f"{path}.{end}" for path in paths for end in ends} - tensors.keys()):
-        raise UserError(f"{files[0]}: {missing[0]} is missing and its other half is there; the file is damaged")
+        path, _, end = missing[0].partition(".lora_")
+        half = next(theirs for name, theirs in stored.items() if name.startswith(f"{path}.lora_"))
+        raise UserError(f"{files[0]}: {PEFT}{half.partition('.lora_')[0]}.lora_{end} is missing "
+                        f"and its other half is "
+                        "there; the file is damaged")
     if not paths:
         raise UserError(f"{files[0]}: no LoRA tensor; give the folder of a PEFT adapter")
     for key in [*config.rank_pattern, *config.alpha_pattern]:
@@ -250,7 +264,8 @@ def read_adapter(model: nn.Module, folder: Path, source: str | Path | None = Non
     namings = [x for x in NAMINGS if all(translate(name, x) in (None, theirs) for name, theirs in stored.items())] or NAMINGS
     check_whole(files[0], data, plain, tensors, namings)
     if projector.exists() and (missing := [n for n in plain if n.startswith("multi_modal_projector.") and n not in tensors]):
-        raise UserError(f"{projector}: {missing[0]} is missing, and the original LLaVA trains the whole projector; "
+        raise UserError(f"{projector}: {called(missing[0], namings)} is missing, and the original "
+                        f"LLaVA trains the whole projector; "
                         "the file is damaged")
     check_layers(path, data, layers, paths, namings)
     if source is not None and isinstance(base, str) and Path(base).name != Path(source).name:

@@ -10,6 +10,7 @@ import atexit
 import dataclasses
 import difflib
 import errno
+import functools
 import inspect
 import io
 import math
@@ -82,6 +83,12 @@ def note(text: str) -> None:
 
 def warn(text: str) -> None:
     note(f"warning: {by_flag(text)}")
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """A warning about a file, which a script may read several times."""
+    warn(text)
 
 
 def is_regex(text: str) -> bool:

@@ -5,8 +5,10 @@ change the result and is not implemented here is refused by name. Missing fields
 transformers' own config class, because published files leave most of them out.
 """
 
+import re
 import reprlib
 from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from typing import Any
 
 from llava_min.cli import UserError
@@ -15,6 +17,9 @@ BIG = 1 << 20  # no width or vocabulary of a real model is larger
 DEEP = 1 << 10  # nor depth
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a decoder block
 IGNORE = -100  # the label of a token that is not learned
+# Towers that are not CLIP as transformers' CLIPVisionModel is, by their published names.
+NO_CLIP = re.compile(r"siglip|intern.?vit|convnext|dino|mobileclip|fastvit|aimv2|pixtral|moonvit"
+                     r"|languagebind|imagebind|(?<![a-z])(eva|sam|mae|swin|c?radio)(?![a-z])")
 ALONE, OTHER = "(nothing else is implemented)", "give another checkpoint"
 
 
@@ -236,7 +241,10 @@ class LlavaConfig:
         f = Fields(data, where)
         f.only("quantization_config")
         f.only("auto_map")
-        if "mm_vision_tower" in data or data.get("model_type") == "llava_llama":
+        # a converted checkpoint may keep the original's keys: where the shapes stand is the layout
+        inner = data.keys() & {"text_config", "vision_config"}
+        nested = data.get("model_type") == "llava" and inner
+        if not nested and ("mm_vision_tower" in data or data.get("model_type") == "llava_llama"):
             return cls._from_original(f)
         if data.get("model_type") != "llava":
             f.fail("model_type", data.get("model_type"), f"'llava' {ALONE}", OTHER)
@@ -265,7 +273,8 @@ class LlavaConfig:
         projector, tower = f.data.get("mm_projector_type"), f.data.get("mm_vision_tower")
         if projector != "mlp2x_gelu":
             f.fail("mm_projector_type", projector, f"'mlp2x_gelu', LLaVA-1.5's {ALONE}", OTHER)
-        if not isinstance(tower, str) or "siglip" in tower.lower():
+        named = isinstance(tower, str) and tower.strip()
+        if not named or NO_CLIP.search(PurePath(tower).name.lower()):
             f.fail("mm_vision_tower", tower, f"the folder or hub id of a CLIP {ALONE}", OTHER)
         text = TextConfig.from_hf(f, kinds[f.data.get("model_type") or "llava"])
         # Every reader of the llava-hf layout wants a row for <image>: the vocabulary grows as its converter

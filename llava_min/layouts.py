@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from llava_min.cli import UserError, printable
+from llava_min.cli import UserError, printable, warn_once
 from llava_min.files import check_file, read_json
 
 # Our prefix <- theirs, the first match wins.  A: llava-hf as published, B: transformers >= 4.52 in memory,
@@ -44,6 +44,26 @@ WRITE = [  # A <- ours
     ("language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
 ]
+# Theirs <- ours, a table a layout, to name a tensor that is not there.
+ORIGINAL = [
+    ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
+    ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
+    ("language_model.", "model."), ("lm_head.", "lm_head."),
+]
+LAYOUTS = [
+    WRITE,  # A
+    [("vision_tower.layers.", "model.vision_tower.vision_model.encoder.layers."),  # B
+     ("vision_tower.", "model.vision_tower.vision_model."),
+     ("lm_head.", "lm_head."), ("", "model.")],
+    [("vision_tower.layers.", "vision_tower.encoder.layers."),  # C
+     ("vision_tower.", "vision_tower."), *WRITE[2:]],
+    [("vision_tower.layers.", "model.vision_tower.encoder.layers."),  # C in memory
+     ("lm_head.", "lm_head."), ("", "model.")],
+    [("vision_tower.layers.", "model.vision_tower.vision_tower.vision_model.encoder.layers."),  # O
+     ("vision_tower.", "model.vision_tower.vision_tower.vision_model."), *ORIGINAL],
+    [("vision_tower.layers.", "vision_model.encoder.layers."),  # O, its tower in CLIP's folder
+     ("vision_tower.", "vision_model."), *ORIGINAL],
+]
 # Tables that code recomputes; and what a CLIP folder holds besides its tower.
 TABLES = re.compile(r"(.*\.)?(inv_freq|position_ids)|model\.image_newline")
 CLIP_REST = re.compile(r".*\.position_ids|text_model\..*|(visual|text)_projection\..*|logit_scale")
@@ -60,8 +80,12 @@ def translate(name: str, table: list[tuple[str, str]]) -> str | None:
 # ---- files
 
 
-def find_folder(source: str, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: a path, or a hub id, which is downloaded (safetensors where they exist)."""
+def find_folder(source: str, revision: str | None = None, key: str = "",
+                mend: str | None = None) -> Path:
+    """The folder of a checkpoint: a path, or a hub id, which is downloaded (safetensors first).
+
+    Where a file names it, `key` says which key of which file, and `mend` what to do without it.
+    """
     if not source:
         raise UserError("source: is empty; give a checkpoint's folder, a hub id, or tiny")
     try:
@@ -69,13 +93,16 @@ def find_folder(source: str, revision: str | None = None) -> Path:
         if path.is_dir():
             return path
         if path.exists():
-            raise UserError(f"{printable(source)}: a file, expected a checkpoint's folder; give that")
+            raise UserError(f"{key}{printable(source)}: a file, expected a checkpoint's folder; "
+                            "give that")
     except (OSError, RuntimeError) as e:  # a name too long, a ~user that is not there
         why = printable(e)[:200]
-        raise UserError(f"{printable(source)[:400]}: cannot be looked up ({why}); check the path") from None
+        raise UserError(f"{key}{printable(source)[:400]}: cannot be looked up ({why}); "
+                        "check the path") from None
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        raise UserError(f"{printable(source)[:400]}: no such folder; give a checkpoint's folder, "
-                        "a hub id such as llava-hf/llava-1.5-7b-hf, or tiny")
+        advice = mend or ("give a checkpoint's folder, a hub id such as llava-hf/llava-1.5-7b-hf, "
+                          "or tiny")
+        raise UserError(f"{key}{printable(source)[:400]}: no such folder; {advice}")
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.jinja", "*.model", "*.safetensors"]
@@ -84,17 +111,21 @@ def find_folder(source: str, revision: str | None = None) -> Path:
         if not any(folder.glob("*.safetensors")):
             snapshot_download(source, revision=revision, allow_patterns=["pytorch_model*.bin"])
     except Exception as e:  # the hub's client raises its own errors, its HTTP library's and the system's
-        raise UserError(f"{source}: not a folder here, and the hub did not give it ({printable(e)[:200]}); "
-                        "check the name and the network, or download it and give the folder") from None
+        advice = mend or "check the name and the network, or download it and give the folder"
+        raise UserError(f"{key}{source}: not a folder here, and the hub did not give it "
+                        f"({printable(e)[:200]}); {advice}") from None
     return folder
 
 
-def find_files(folder: Path) -> list[Path]:
-    """The weight files of a folder, shards by their index; safetensors before `.bin`."""
+def find_files(folder: Path) -> tuple[list[Path], Path | None, dict[str, str]]:
+    """The weight files of a folder, safetensors before `.bin`; of shards, the index and its map."""
     for stem, end in (("model", "safetensors"), ("pytorch_model", "bin")):
         index, single = folder / f"{stem}.{end}.index.json", folder / f"{stem}.{end}"
         if single.exists():
-            return [single]
+            if index.exists():
+                warn_once(f"{single}: is read, and the shards of {index.name} beside it are not; "
+                          "remove what is not wanted")
+            return [single], None, {}
         if index.exists():
             shards = read_json(index).get("weight_map")
             if not isinstance(shards, dict) or not shards:
@@ -106,7 +137,7 @@ def find_files(folder: Path) -> list[Path]:
             if absent := [n for n in names if not (folder / n).is_file()]:
                 raise UserError(f"{index}: {len(absent)} of {len(names)} shards are absent "
                                 f"({', '.join(absent[:4])}); download them")
-            return [folder / n for n in names]
+            return [folder / n for n in names], index, shards
     raise UserError(f"{folder}: no model.safetensors, pytorch_model.bin or index of shards; "
                     "give the folder of a checkpoint")
 
@@ -161,16 +192,19 @@ def stored(path: Path) -> Iterator[Entry]:
             yield Entry(path, name, tuple(info["shape"]), info["dtype"], 8 + size + info["data_offsets"][0])
 
 
-def read_entries(paths: Iterable[Path], ignored: re.Pattern = TABLES) -> dict[str, Entry]:
-    """Our name -> the tensor's place, for every tensor of the files.
+def read_entries(folder: Path, ignored: re.Pattern = TABLES) -> dict[str, Entry]:
+    """Our name -> the tensor's place, for every tensor of the folder's weight files.
 
-    Raises UserError for a name that has no place in a LLaVA, or that stands twice.
+    Raises UserError for a name that has no place in a LLaVA or stands twice, and for shards that
+    are not as their index says.
     """
-    entries, unknown = {}, []
+    entries, unknown, found = {}, [], {}
+    paths, index, said = find_files(folder)
     for path in paths:
         for entry in stored(path):
             if ignored.fullmatch(entry.name):
                 continue
+            found[entry.name] = path.name
             if (ours := translate(entry.name, READ)) is None:
                 unknown.append(entry.name)
             elif ours in entries:
@@ -178,8 +212,33 @@ def read_entries(paths: Iterable[Path], ignored: re.Pattern = TABLES) -> dict[st
             else:
                 entries[ours] = entry
     if unknown:
-        raise UserError(f"{path.parent}: {some(unknown)} have no place in a LLaVA-1.5; is this another architecture?")
+        raise UserError(f"{folder}: {some(unknown)} have no place in a LLaVA-1.5; "
+                        "is this another architecture?")
+    if index:
+        said = {name: file for name, file in said.items() if not ignored.fullmatch(name)}
+        check_index(index, said, found)
     return entries
+
+
+def check_index(index: Path, said: dict[str, str], found: dict[str, str]) -> None:
+    """Each tensor that the index lists (name -> shard) is there; one that it lacks is named."""
+    again = "download the index and the shards again, from one revision"
+    if absent := sorted(said.keys() - found.keys()):
+        raise UserError(f"{index}: missing {some(absent)}, which it lists and no shard has; "
+                        f"{again}")
+    if moved := next((name for name in said if said[name] != found[name]), None):
+        raise UserError(f"{index}: says that {printable(moved)[:200]} is in {said[moved]}, and it "
+                        f"is in {found[moved]}; {again}")
+    if extra := sorted(found.keys() - said.keys()):
+        warn_once(f"{index}: does not list {some(extra)}, which the shards have; they are read "
+                  "all the same")
+
+
+def names_in(entries: dict[str, Entry], ours: Iterable[str]) -> list[str]:
+    """Our names as the checkpoint of `entries` has them: in the layout that fits the most."""
+    fits = lambda table: sum(translate(n, table) == e.name for n, e in entries.items())
+    layout = max(LAYOUTS, key=fits)
+    return sorted(translate(name, layout) or name for name in ours)
 
 
 def check_entries(entries: dict[str, Entry], model: nn.Module, rows: dict[str, int] = {}) -> None:
@@ -191,7 +250,7 @@ def check_entries(entries: dict[str, Entry], model: nn.Module, rows: dict[str, i
     needed = {n for n, _ in model.named_parameters()}  # a tied head may be left out
     both = [(e, want[n]) for n, e in entries.items() if n in want]
     faults = []
-    if missing := sorted(needed - entries.keys()):
+    if missing := names_in(entries, needed - entries.keys()):
         faults.append(f"missing {some(missing)}")
     if unknown := sorted(e.name for n, e in entries.items() if n not in want):
         faults.append(f"unknown {some(unknown)}")

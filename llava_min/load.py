@@ -5,6 +5,8 @@ between: `prepare`, change the model on meta (LoRA, what is trained, who holds w
 """
 
 import os
+import re
+import reprlib
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,14 +16,16 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from llava_min.adapter import apply_adapter, read_adapter
-from llava_min.cli import UserError, printable
+from llava_min.adapter_kinds import find_adapter
+from llava_min.cli import UserError, printable, short, warn_once
 from llava_min.config import Fields, LlavaConfig, VisionConfig, read_eos
+from llava_min.config_keys import unknown_keys
 from llava_min.data.processor import Processor
 from llava_min.data.processor_files import read_processor, read_settings
 from llava_min.data.tokenizer_files import read_optional
 from llava_min.dist import pick_device
 from llava_min.files import new_folder, read_json, write_json
-from llava_min.layouts import CLIP_REST, Entry, check_entries, find_files, find_folder, read_entries
+from llava_min.layouts import CLIP_REST, Entry, check_entries, find_folder, read_entries
 from llava_min.llava import Llava
 from llava_min.packed import pack
 from llava_min.weights import DTYPES, NAMES, load_weights, save_weights
@@ -78,17 +82,28 @@ def read_config(folder: Path) -> tuple[LlavaConfig, Path | None]:
         else:
             mend = "give one, a hub id, or tiny"
         raise UserError(f"{folder}: holds no config.json of a model, expected the folder of a checkpoint; {mend}")
-    config = LlavaConfig.from_hf(read_json(path), str(path))
+    data = read_json(path)
+    config = LlavaConfig.from_hf(data, str(path))
     generation = folder / "generation_config.json"  # chat models name their end-of-turn token only there
     if stops := read_eos(Fields(read_optional(generation), str(generation)), config.text.vocab_size):
         config = replace(config, text=replace(config.text, eos_token_ids=stops))
-    if config.vision_source is None:
-        return config, None
-    source = Path(config.vision_source)
+    config, clip = (config, None) if config.vision_source is None else read_tower(folder, config)
+    if unknown := unknown_keys(data):
+        some = [f"{short(key)} = {short(reprlib.repr(value))}" for key, value in unknown.items()]
+        shown = ", ".join(some[:8]) + (f" and {len(some) - 8} more" if len(some) > 8 else "")
+        warn_once(f"{path}: {shown}: no published config of LLaVA, CLIP or the decoder has such a "
+                  "key, and it is not obeyed; if a fork wrote it to change the model, load it with "
+                  "that fork's code")
+    return config, clip
+
+
+def read_tower(folder: Path, config: LlavaConfig) -> tuple[LlavaConfig, Path | None]:
+    """`read_config` of an original checkpoint, whose config.json only says where its CLIP is."""
+    path, source = folder / "config.json", Path(config.vision_source)
     near = (source, folder / source, folder.parent / source.name)
     clip = next((p for p in near if (p / "config.json").is_file()), None)
     if clip is None and config.vision_source != CLIP_336:
-        clip = find_folder(config.vision_source)
+        clip = find_tower(folder, config)
     if clip is None:
         return config.with_vision(VisionConfig(), str(path)), None
     f = Fields(read_json(clip / "config.json"), str(clip / "config.json"))
@@ -97,11 +112,21 @@ def read_config(folder: Path) -> tuple[LlavaConfig, Path | None]:
     return config.with_vision(vision, str(path)), clip
 
 
+def find_tower(folder: Path, config: LlavaConfig) -> Path:
+    """The folder of an original checkpoint's CLIP; where there is none, both mends are told."""
+    tower = config.vision_source
+    beside = (folder.parent / Path(tower).name).absolute()
+    published = re.search(r"clip-vit-(base|large)-patch(14-336|14|16|32)(?!\d)", tower.lower())
+    hub = f"openai/{published[0]}" if published else f"its hub id, such as {CLIP_336}"
+    mend = f"write {hub} there" if hub != tower else "check the network"
+    return find_folder(tower, key=f"{folder / 'config.json'}: mm_vision_tower: ",
+                       mend=f"put the folder of that CLIP at {short(beside, 400)}, or {mend}")
+
+
 def collect_entries(folder: Path, config: LlavaConfig, clip_folder: Path | None) -> dict[str, Entry]:
-    entries = read_entries(find_files(folder))
+    entries = read_entries(folder)
     if config.vision_source and not any(name.startswith("vision_tower.") for name in entries):
-        clip_folder = clip_folder or find_folder(config.vision_source)
-        entries |= read_entries(find_files(clip_folder), CLIP_REST)
+        entries |= read_entries(clip_folder or find_tower(folder, config), CLIP_REST)
     return entries
 
 
@@ -146,12 +171,14 @@ def prepare(source: str, *, adapter: str | None = None, image_aspect_ratio: str 
     if adapter is not None:
         if not isinstance(adapter, (str, os.PathLike)) or not str(adapter):
             raise UserError(f"adapter: {adapter!r:.100}, expected the folder of a PEFT adapter")
+        find_adapter(Path(adapter))
         aspect, name = read_settings(Path(adapter))
         image_aspect_ratio = aspect if image_aspect_ratio is None else image_aspect_ratio
         template = name if template is None else template
     folder = TINY if str(source) == "tiny" else find_folder(str(source), revision)
     config, clip_folder = read_config(folder)
-    processor = read_processor(folder, config, clip_folder, image_aspect_ratio, template)
+    processor = read_processor(folder, config, clip_folder, image_aspect_ratio, template,
+                               None if adapter is None else Path(adapter))
     model, entries = plan_model(folder, config, clip_folder)
     return Prepared(model, processor, entries)
 

@@ -8,7 +8,8 @@ import random
 import pytest
 
 from llava_min.cli import UserError
-from llava_min.data.chat import LLAVA_HF_JINJA, TEMPLATES, Piece, choose, render, template
+from llava_min.data.chat import LLAVA_HF_JINJA, TEMPLATES, Piece, render, template
+from llava_min.data.recognise import choose, outline, recognise
 
 # chat_template of llava-hf/llava-1.5-7b-hf, as transformers' tests/models/llava/test_processing_llava.py
 # quotes it
@@ -288,6 +289,175 @@ def test_choose(args, name):
 def test_an_unknown_recorded_template_is_refused():
     with pytest.raises(UserError, match="mine"):
         choose({}, {"llava_min_template": "mine"})
+
+
+# ---- a jinja text that is none of ours, recognised without being run
+
+FACTORY = (  # as LLaMA-Factory saves its template of Vicuna and of LLaVA
+    "{% set s = 'A chat between a curious user and an artificial intelligence assistant. The"
+    " assistant gives helpful, "
+    "detailed, and polite answers to the user\\'s questions.' %}{% if"
+    " messages[0]['role']=='system' %}"
+    "{% set loop_messages = messages[1:] %}{% set s = messages[0]['content'] %}{% else %}{% set"
+    " loop_messages = messages %}"
+    "{% endif %}{{ s }}{% for m in loop_messages %}{% if m['role']=='user' %}{{ 'USER: ' +"
+    " m['content'] + ' ASSISTANT:' }}"
+    "{% elif m['role']=='assistant' %}{{ m['content'] + '</s>' }}{% endif %}{% endfor %}"
+)
+VICUNA = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set talk_messages = messages[1:] %}{%"
+    " set first = messages[0].content %}"
+    '{% else %}{% set talk_messages = messages %}{% set first = "'
+    + SYSTEM
+    + "\" %}{% endif %}{{ first + ' ' }}\n"
+    "{%- for message in talk_messages -%}\n  {%- if message.role == 'user' -%}\n    {{ 'USER: ' ~"
+    " message.content ~ ' ' }}\n"
+    "  {%- else -%}\n    {{ 'ASSISTANT: ' + message.content + eos_token }}\n  {%- endif -%}\n{%-"
+    " endfor -%}\n"
+    "{%- if add_generation_prompt -%}\n    {{ 'ASSISTANT:' }}\n{%- endif -%}\n"
+)
+MISTRAL_02 = (  # as it was first published
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0"
+    " % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}"
+    "{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif"
+    " message['role'] == 'assistant' %}"
+    "{{ message['content'] + eos_token}}{% else %}{{ raise_exception('Only user and assistant"
+    " roles are supported!') }}{% endif %}"
+    "{% endfor %}"
+)
+SAME = {
+    "llava_hf": [HUB_JINJA, LLAVA_HF_JINJA],
+    "chatml": [QWEN_JINJA],
+    "mistral": [MISTRAL_JINJA],
+    "llama3": [LLAMA3_JINJA],
+    "vicuna_v1": [VICUNA],
+}
+SPACED = {"vicuna_v1": FACTORY, "mistral": MISTRAL_02}
+
+
+def test_a_form_of_ours_is_recognised_whatever_its_variables_are_called(capsys):
+    for name, sources in SAME.items():
+        for source in sources:
+            assert (
+                recognise(source) == (name, True)
+                and choose({"text_config": {}}, {}, source) == name
+            )
+    assert capsys.readouterr().err == ""
+    for name, source in SPACED.items():
+        assert (
+            recognise(source) == (name, False)
+            and choose({"text_config": {}}, {}, source, path="x/y") == name
+        )
+        assert (
+            capsys.readouterr().err
+            == f"x/y: taken as {name}, from which it differs in spaces alone; "
+            "--template takes another\n"
+        )
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_what_is_recognised_writes_what_ours_writes(name):
+    """Up to spaces, and BOS, which is the tokenizer's."""
+    bare = lambda text: "".join(text.replace("<s>", "").split())
+    listed = name == "llava_hf"
+    for source in (*SAME[name], *filter(None, [SPACED.get(name)])):
+        for seed in range(50):
+            m = talk(random.Random(seed), pictures=[0], odd=False)
+            if seed % 3 == 0:
+                m.insert(0, {"role": "system", "content": [{"type": "text", "text": "Be brief."}]})
+            if source in (MISTRAL_02,):
+                m = [x for x in m if x["role"] != "system"]
+            for n, answer in ((-1, False), (None, True)):
+                told = m[:n] if listed else plain_strings(m[:n])
+                theirs = jinja(source, told, not answer, bos_token="<s>", eos_token="</s>")
+                ours = spell(
+                    render(name, m[:n], answer=answer), bos="<s>", eos="" if listed else "</s>"
+                )
+                assert bare(theirs) == bare(ours), (source, theirs)
+
+
+MATERIAL = {  # what makes another template of one of ours
+    "role words": (FACTORY, "USER: ", "HUMAN: "),
+    "the other's word": (FACTORY, " ASSISTANT:", " GPT:"),
+    "order": (FACTORY, "'USER: ' + m['content']", "m['content'] + 'USER: '"),
+    "roles changed": (FACTORY, "m['role']=='user'", "m['role']=='assistant'"),
+    "end token": (FACTORY, "+ '</s>'", ""),
+    "another end": (FACTORY, "</s>", "<end>"),
+    "system sentence": (FACTORY, "polite answers", "rude answers"),
+    "no system sentence": (FACTORY, "{{ s }}", ""),
+    "a sentence more": (FACTORY, "{{ s }}", "{{ s }}{{ 'Be brief.' }}"),
+    "a condition": (
+        FACTORY,
+        "{{ m['content'] + '</s>' }}",
+        "{{ m['content'] }}{% if not loop.last %}{{ '</s>' }}{% endif %}",
+    ),
+    "a filter": (FACTORY, "m['content'] + ' ASSISTANT:'", "m['content'] | upper + ' ASSISTANT:'"),
+    "a method": (FACTORY, "m['content'] + ' ASSISTANT:'", "m['content'].upper() + ' ASSISTANT:'"),
+    "some messages": (FACTORY, "in loop_messages", "in loop_messages[2:]"),
+    "reversed": (FACTORY, "in loop_messages", "in loop_messages | reverse"),
+    "others set": (FACTORY, "loop_messages = messages %}", "loop_messages = messages[2:] %}"),
+    "a text made before": (
+        FACTORY,
+        "{% if m['role']=='user' %}",
+        "{% set m = m.content.split('x') %}{% if m['role']=='user' %}",
+    ),
+    "either": (FACTORY, "{{ s }}", "{{ s if loop else '' }}"),
+    "text after": (FACTORY, "{% endfor %}", "{% endfor %}###"),
+    "image last": (HUB_JINJA, "'image'", "'text'"),
+    "no generation prompt": (HUB_JINJA, "'ASSISTANT:'", "'BOT:'"),
+    "another mark": (HUB_JINJA, "<image>", "<img>"),
+    "titles": (HUB_JINJA, "upper()", "title()"),
+    "Qwen2's full stop": (QWEN_JINJA, "helpful assistant", "helpful assistant."),
+    "no system of its own": (
+        QWEN_JINJA,
+        "{{ '<|im_start|>system\nYou are a helpful assistant<|im_end|>\n' }}",
+        "",
+    ),
+    "Llama 2": (
+        MISTRAL_JINJA,
+        "system_message + '\n\n'",
+        "'<<SYS>>' + system_message + '<</SYS>>'",
+    ),
+    "Llama 3.1": (
+        LLAMA3_JINJA,
+        "{% set content = bos_token",
+        "{% set content = 'Cutting Knowledge Date' + bos_token",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MATERIAL)
+def test_another_template_is_not_taken_for_ours_in_silence(what, capsys):
+    source, old, new = MATERIAL[what]
+    assert recognise(source)[0] and old in source
+    assert recognise(source.replace(old, new)) == (None, False)
+    choose({"text_config": {}}, {}, source.replace(old, new), path="x/chat_template.jinja")
+    err = capsys.readouterr().err
+    assert (
+        err.startswith("warning: x/chat_template.jinja: ")
+        and "--template" in err
+        and err.count("\n") == 1
+    )
+
+
+def test_hostile_jinja_is_soon_put_aside():
+    for source in (
+        "{%" * 10**6,
+        "{{ '" * 10**4,
+        "{{" * 9000,
+        "{{ a" + "[0]" * 6000,
+        "{% if " * 3000,
+        "{{ '" + "\\" * 19000,
+        "{% set" * 3000,
+        "{% else %}{% endif %}{% elif %}",
+        "{% for %}{% if %}{% set %}",
+        "{{}}{%%}",
+    ):
+        assert recognise(source) == (None, False) and all(
+            isinstance(part, str) for part in outline(source)
+        )
 
 
 # ---- labels of vicuna_v1 = LLaVA's preprocess_v1, written here anew from its description

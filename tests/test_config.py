@@ -7,6 +7,7 @@ import pytest
 from conftest import KINDS, TEXT, VISION, hf_config
 
 from llava_min.cli import UserError
+from llava_min.config_keys import KNOWN, ORIGINAL as ORIGINAL_KEYS, unknown_keys
 from llava_min.config import SIZES, LlavaConfig, TextConfig
 from llava_min.files import read_json
 
@@ -276,3 +277,160 @@ def test_json_files(content, says, tmp_path):
 def test_a_folder_in_the_place_of_a_file(tmp_path):
     with pytest.raises(UserError, match="not a regular file"):
         read_json(tmp_path)
+
+
+# ---- keys that no published class has
+
+
+def test_the_table_of_keys_is_that_of_the_published_classes():
+    transformers = pytest.importorskip(
+        "transformers", reason="its config classes are the table's source"
+    )
+    classes = [
+        getattr(transformers, f"{name}Config")
+        for name in ("PreTrained", "Llava", "CLIP", "CLIPVision", "Llama", "Mistral", "Qwen2")
+    ]
+    for c in classes:
+        assert not (unknown := set(c().to_dict()) - KNOWN), (c, unknown)
+    assert set(ORIGINAL_KEYS.split()) >= {k for k in ORIGINAL if k.startswith("mm_")}
+    for kind in ("llama", "mistral", "qwen2"):
+        assert unknown_keys(their_config(kind)) == {}
+
+
+def their_config(kind: str) -> dict:
+    transformers = pytest.importorskip("transformers", reason="writes the config that is read here")
+    return transformers.LlavaConfig(**hf_config(kind)).to_dict()
+
+
+PUBLISHED = [  # whole, as they stand on the hub
+    {
+        "_name_or_path": "llava-v1.5-7b",
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "freeze_mm_mlp_adapter": False,
+        "freeze_mm_vision_resampler": False,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "image_aspect_ratio": "pad",
+        "initializer_range": 0.02,
+        "intermediate_size": 11008,
+        "max_length": 4096,
+        "max_position_embeddings": 4096,
+        "mm_hidden_size": 1024,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_resampler_type": None,
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "model_type": "llava",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "pad_token_id": 0,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "transformers_version": "4.31.0",
+        "tune_mm_mlp_adapter": False,
+        "tune_mm_vision_resampler": False,
+        "unfreeze_mm_vision_tower": False,
+        "use_cache": True,
+        "use_mm_proj": True,
+        "vocab_size": 32000,
+    },
+    {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "ignore_index": -100,
+        "image_token_index": 32000,
+        "model_type": "llava",
+        "pad_token_id": 32001,
+        "projector_hidden_act": "gelu",
+        "text_config": {
+            "_name_or_path": "lmsys/vicuna-7b-v1.5",
+            "architectures": ["LlamaForCausalLM"],
+            "max_position_embeddings": 4096,
+            "model_type": "llama",
+            "rms_norm_eps": 1e-05,
+            "torch_dtype": "float16",
+            "vocab_size": 32064,
+        },
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "transformers_version": "4.36.0.dev0",
+        "vision_config": {
+            "hidden_size": 1024,
+            "image_size": 336,
+            "intermediate_size": 4096,
+            "model_type": "clip_vision_model",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "patch_size": 14,
+            "projection_dim": 768,
+            "vocab_size": 32000,
+        },
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "vocab_size": 32064,
+    },
+]
+
+
+@pytest.mark.parametrize("data", PUBLISHED, ids=["liuhaotian", "llava-hf"])
+def test_a_published_config_has_no_unknown_key(data):
+    LlavaConfig.from_hf(data)
+    assert unknown_keys(data) == {}
+    forked = {
+        **data,
+        "grouping": "avgpool1d",
+        "stride": 2,
+        "off": False,
+        "none": None,
+        "text_config": {**data.get("text_config", {}), "skip_layers": [3]},
+    }
+    assert unknown_keys(forked) == {
+        "grouping": "avgpool1d",
+        "stride": 2,
+        "text_config.skip_layers": [3],
+    }
+
+
+@pytest.mark.parametrize(
+    "tower, good",
+    [
+        ("google/siglip-so400m-patch14-384", False),
+        ("/data/models/InternViT-300M-448px/", False),
+        ("OpenGVLab/intern_vit_6b", False),
+        ("BAAI/EVA-CLIP-8B", False),
+        ("QuanSun/EVA02_CLIP_L_336_psz14", False),
+        ("eva", False),
+        ("facebook/dinov2-large", False),
+        ("laion/CLIP-convnext_large_d_320", False),
+        ("apple/mobileclip_l_1024", False),
+        ("sam-vit-h", False),
+        (" ", False),
+        ("openai/clip-vit-large-patch14-336", True),
+        ("/home/eva/siglip/clip-vit-large-patch14-336", True),
+        ("evaluation/clip", True),
+        ("facebook/metaclip-l14-400m", True),
+        ("laion/CLIP-ViT-L-14-laion2B", True),
+        ("x/sample-clip", True),
+    ],
+)
+def test_towers_that_are_no_clip_are_refused_by_name(tower, good):
+    data = {**ORIGINAL, "mm_vision_tower": tower}
+    if good:
+        assert LlavaConfig.from_hf(data).vision_source == tower
+    else:
+        assert_refused(data, "mm_vision_tower")
+
+
+def test_a_converted_config_that_kept_the_originals_keys_is_llava_hf():
+    kept = {k: v for k, v in ORIGINAL.items() if k.startswith("mm_")}
+    assert LlavaConfig.from_hf({**BASE, **kept}) == LlavaConfig.from_hf(BASE)
+    flat = LlavaConfig.from_hf({**ORIGINAL, "model_type": "llava"})
+    assert flat.vision_source == ORIGINAL["mm_vision_tower"]

@@ -451,3 +451,217 @@ def test_the_tokenizer_gets_an_image_token_where_it_has_none(folder):
     assert processor("<image>", images=Image.new("RGB",
                                                  (28, 28)))["input_ids"].tolist() == [[1] + [IMAGE] * 4]
     assert PIECES == IMAGE
+
+
+# ---- what a foreign folder says is obeyed or told
+
+
+def err_of(capsys, source, **options) -> str:
+    capsys.readouterr()
+    prepare(str(source), **options)
+    return "".join(
+        line + "\n"
+        for line in capsys.readouterr().err.splitlines()
+        if "image_aspect_ratio" not in line
+    )
+
+
+def test_a_key_that_no_class_knows_is_told_once(folder, capsys):
+    assert err_of(capsys, folder) == ""
+    change(folder / "config.json", grouping="avgpool1d", stride=2, plain=None, off=False)
+    err = err_of(capsys, folder)
+    assert err.startswith(
+        f"warning: {folder}/config.json: grouping = 'avgpool1d', stride = 2: no published config"
+    )
+    assert err.count("\n") == 1 and "off" not in err and err_of(capsys, folder) == ""
+
+
+def test_a_tower_at_a_path_of_another_machine(spm, tmp_path):
+    from test_weights import write_original
+
+    folder, beside = (
+        write_original(tmp_path / "llava", spm, their_model(), "bin"),
+        tmp_path / "clip-vit-large-patch14-336",
+    )
+    for tower in (
+        "/data/LLaVA-Med/clip-vit-large-patch14-336",
+        "./no/such/clip-vit-large-patch14-336",
+        "pre/clip-vit-large-patch14-336/",
+    ):
+        change(folder / "config.json", mm_vision_tower=tower)
+        with pytest.raises(UserError) as told:
+            llava_min.load(folder, device="cpu")
+        assert str(told.value).startswith(
+            f"{folder}/config.json: mm_vision_tower: {tower}: no"
+        ) and str(told.value).endswith(
+            f"; put the folder of that CLIP at {beside}, or write "
+            "openai/clip-vit-large-patch14-336 there"
+        )
+    shutil.copytree(tmp_path / "clip", beside)  # as told
+    llava_min.load(folder, device="cpu")
+    change(folder / "config.json", mm_vision_tower="/data/my-clip")
+    with pytest.raises(
+        UserError,
+        match="at .*/my-clip, or write its hub id, such as openai/clip-vit-large-patch14-336 there",
+    ):
+        llava_min.load(folder, device="cpu")
+
+
+def test_a_foreign_template_in_the_models_folder_and_beside_an_adapter(folder, adapter, capsys):
+    from test_chat import FACTORY
+
+    for place, options in ((folder, {}), (adapter, {"adapter": str(adapter)})):
+        path = place / "chat_template.jinja"
+        path.write_text(FACTORY)
+        err = err_of(capsys, folder, **options)
+        assert (
+            err
+            == f"{path}: taken as vicuna_v1, from which it differs in spaces alone; "
+            "--template takes another\n"
+        )
+        assert prepare(str(folder), **options).processor.template_name == "vicuna_v1"
+        path.write_text(FACTORY.replace("USER", "HUMAN"))
+        err = err_of(capsys, folder, **options)
+        assert err.startswith(f"warning: {path}: ") and "--template" in err and err.count("\n") == 1
+        assert err_of(capsys, folder, template="plain", **options) == ""
+        path.unlink()
+    for place in (folder, adapter):  # the base's own, copied: nothing new
+        (place / "chat_template.jinja").write_text("USER: ASSISTANT:")
+    (folder / "processor_config.json").write_text('{"llava_min_template": "plain"}')
+    assert err_of(capsys, folder, adapter=str(adapter)) == ""
+    assert prepare(str(folder), adapter=str(adapter)).processor.template_name == "plain"
+
+
+def test_templates_by_name(folder):
+    from test_chat import QWEN_JINJA
+
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": QWEN_JINJA}]
+    change(folder / "tokenizer_config.json", chat_template=named)
+    assert prepare(str(folder)).processor.template_name == "chatml"
+
+
+@pytest.fixture
+def adapter(folder, tmp_path) -> Path:
+    from llava_min.adapter import save_adapter
+    from llava_min.lora import LoRAConfig, add_lora
+
+    model, _ = llava_min.load(folder)
+    add_lora(model, lora := LoRAConfig(4, 8))
+    (tmp_path / "adapter").mkdir()
+    save_adapter(model, lora, tmp_path / "adapter", str(folder))
+    return tmp_path / "adapter"
+
+
+def with_tokens(folder: Path, target: Path, *more: str, **keys) -> None:
+    shutil.copy(folder / "tokenizer.model", target)
+    added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    added |= {
+        str(PIECES + 4 + i): {"content": token, "special": True, "normalized": False}
+        for i, token in enumerate(more)
+    }
+    shutil.copy(folder / "tokenizer_config.json", target)
+    change(target / "tokenizer_config.json", added_tokens_decoder=added, **keys)
+
+
+def test_the_tokenizer_beside_an_adapter(folder, adapter, capsys):
+    ask = lambda: prepare(str(folder), adapter=str(adapter)).processor
+    with_tokens(folder, adapter)
+    assert err_of(capsys, folder, adapter=str(adapter)) == "" and len(ask().tokenizer) == PIECES + 4
+    with_tokens(folder, adapter, pad_token="</s>")  # masked: any will do
+    assert err_of(capsys, folder, adapter=str(adapter)) == ""
+    with_tokens(folder, adapter, "<box>", "<point>")
+    assert err_of(capsys, folder, adapter=str(adapter)) == ""
+    tokenizer = ask().tokenizer
+    assert [tokenizer.token_id(t) for t in ("<box>", "<point>")] == [PIECES + 4, PIECES + 5]
+    assert tokenizer.decode(
+        [PIECES + 4], skip_special=False
+    ) == "<box>" and PIECES + 4 not in tokenizer.encode("<box>")
+    model, processor = llava_min.load(folder, adapter=str(adapter))
+    assert processor.tokenizer.token_id("<point>") == PIECES + 5
+    for keys, more, says in (
+        (
+            {},
+            [f"<{i}>" for i in range(70)],
+            "adds '<60>' as token 384, and the model has rows for 384 tokens",
+        ),
+        ({"eos_token": "<pad>"}, [], f"has eos_id {PAD} where the base's has 2"),
+        ({"legacy": True}, [], "says legacy true where the base's says false"),
+    ):
+        with_tokens(folder, adapter, *more, **keys)
+        with pytest.raises(UserError) as told:
+            ask()
+        assert str(told.value).startswith(
+            f"{adapter}: the tokenizer beside the adapter {says}"
+        ) and "; " in str(told.value)
+    with_tokens(folder, adapter)
+    change(
+        adapter / "tokenizer_config.json",
+        added_tokens_decoder={str(PIECES): {"content": "<img>", "special": True}},
+    )
+    with pytest.raises(
+        UserError, match=f"has '<img>' as token {PIECES} where the base's has '<image>'"
+    ):
+        ask()
+
+
+def swapped(model: dict) -> None:
+    a, b = list(model["vocab"])[-2:]
+    model["vocab"][a], model["vocab"][b] = model["vocab"][b], model["vocab"][a]
+
+
+def test_words_and_merges_of_another_tokenizer_beside_an_adapter(folder, adapter, capsys):
+    transformers = pytest.importorskip(
+        "transformers", reason="writes the tokenizer that is read here"
+    )
+    change(folder / "tokenizer_config.json", add_bos_token=True)
+    transformers.LlamaTokenizer.from_pretrained(folder).save_pretrained(
+        adapter
+    )  # a tokenizer.json: another kind of file
+    assert (adapter / "tokenizer.json").exists() and err_of(
+        capsys, folder, adapter=str(adapter)
+    ) == ""
+    good = json.loads((adapter / "tokenizer.json").read_text())
+    for says, spoil in (
+        ("cuts .* otherwise than the base's", lambda m: m["merges"].pop()),
+        ("has '.*' as token .* where the base's has", swapped),
+        (
+            "1 more words in its vocabulary, the first is 'zzz'",
+            lambda m: m["vocab"].update(zzz=350),
+        ),
+    ):
+        spec = json.loads(json.dumps(good))
+        spoil(spec["model"])
+        (adapter / "tokenizer.json").write_text(json.dumps(spec))
+        with pytest.raises(UserError, match=says):
+            prepare(str(folder), adapter=str(adapter))
+    (adapter / "tokenizer.json").write_text(json.dumps(good))
+    change(
+        folder / "tokenizer_config.json", add_bos_token=...
+    )  # transformers 5 then drops BOS when it saves
+    change(adapter / "tokenizer_config.json", add_bos_token=...)
+    (adapter / "tokenizer.json").write_text(json.dumps(good | {"post_processor": None}))
+    assert "other rules for BOS or the space" in err_of(capsys, folder, adapter=str(adapter))
+
+
+def test_no_adapter_is_told_what_to_give(folder, adapter, tmp_path):
+    (run := tmp_path / "run").mkdir()
+    (run / "config.json").write_text('{"lr": 1}')
+    (run / ".lock").touch()
+    whole, half = shutil.copytree(run, tmp_path / "whole"), shutil.copytree(run, tmp_path / "half")
+    shutil.copytree(adapter, run / "adapter")
+    shutil.copytree(folder, whole / "model")
+    for place, mend in (
+        (run, f"give {run}/adapter"),
+        (folder, "it is a whole model: give it as model and no adapter"),
+        (whole, f"give {whole}/model, a whole model, as model and no adapter"),
+    ):
+        with pytest.raises(UserError) as told:
+            prepare(str(folder), adapter=str(place))
+        assert (
+            str(told.value)
+            == f"{place}: holds no adapter_config.json, expected the folder of a PEFT "
+            f"adapter; {mend}"
+        )
+    for place in (half, tmp_path / "nothing"):
+        with pytest.raises(UserError, match="adapter_config.json: no such file"):
+            prepare(str(folder), adapter=str(place))

@@ -400,7 +400,8 @@ def test_load_applies_an_adapter_and_says_when_it_is_of_another_base(spm, tmp_pa
         assert capsys.readouterr().err.count("was made for base") == said
 
 
-@pytest.mark.parametrize("keep, says", [(0, "linear_1.weight is missing"), (1, "projector.* is missing"), (4, None)])
+@pytest.mark.parametrize("keep, says", [(0, "model.mm_projector.0.weight is missing"),
+                                        (1, "projector.* is missing"), (4, None)])
 @pytest.mark.parametrize("layers", ["all", "one"])
 def test_half_an_adapter_of_the_original(keep, layers, says, tmp_path):
     folder = saved(tmp_path / "a", taught())
@@ -710,3 +711,56 @@ def test_norms_without_a_matrix_of_that_size(dtype, most):
     assert norms.dtype == torch.float32 and apart(norms.double(), exact) <= most
     assert apart(w.norm(dim=1), exact) > 0.01
     assert most_made <= layer.base.weight.numel() // 2
+
+
+@pytest.mark.parametrize(
+    "targets, kind",
+    [
+        (["embed_tokens", "q_proj"], "Embedding"),
+        (["patch_embedding", "q_proj"], "Conv2d"),
+        (["position_embedding"], "Embedding"),
+    ],
+)
+@pytest.mark.parametrize("dora", [False, True])
+def test_lora_on_what_is_not_linear_is_not_implemented(targets, kind, dora, tmp_path):
+    by_peft(tmp_path / "a", "llama", target_modules=targets, use_dora=dora, modules_to_save=None)
+    with pytest.raises(
+        UserError,
+        match=f"is LoRA on a layer of kind {kind}, expected linear "
+        f"layers, as nothing else is implemented; merge",
+    ):
+        read_adapter(our_model(their_model("llama")), tmp_path / "a")
+
+
+def test_an_adapter_of_mlx_is_called_that(tmp_path):
+    state = {
+        f"language_model.model.layers.0.self_attn.q_proj.lora_{x}": torch.ones(4, 4) for x in "ab"
+    }
+    lm = {
+        "fine_tune_type": "lora",
+        "num_layers": 8,
+        "lora_parameters": {"rank": 8, "scale": 20.0, "dropout": 0.0},
+    }
+    for name, data, file in (
+        ("lm", lm, "adapters"),
+        ("vlm", {"rank": 8, "alpha": 16, "dropout": 0.0}, "adapters"),
+        ("renamed", {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}, "adapter_model"),
+    ):
+        (folder := tmp_path / name).mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(data))
+        save_file(state, folder / f"{file}.safetensors")
+        with pytest.raises(UserError) as told:
+            read_adapter(our_model(their_model("llama")), folder)
+        assert str(told.value).startswith(
+            f"{folder}: an adapter of MLX (mlx-lm, mlx-vlm), expected one of PEFT; convert it"
+        )
+
+
+@pytest.mark.parametrize("names", [OLD, LLAVA], ids=["transformers < 4.52", "LLaVA"])
+def test_a_missing_half_is_named_as_the_file_would(names, tmp_path):
+    folder = saved(tmp_path / "a", taught())
+    state = renamed(load_file(folder / "adapter_model.safetensors"), names)
+    gone = next(key for key in state if key.endswith("1.mlp.up_proj.lora_A.weight"))
+    save_file({k: x for k, x in state.items() if k != gone}, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=f"{gone} is missing and its other half is there"):
+        read_adapter(our_model(their_model("mistral")), folder)

@@ -856,3 +856,100 @@ def test_pickles_are_read_in_one_place_and_nothing_runs():
     for word in ("import pickle", "trust_remote_code", "shell=True", "os.system", "eval(", "exec("):
         assert not [name for name, text in source.items()
                     if re.search(rf"(?<![\w.]){re.escape(word)}", text)], word
+
+
+# ---- what is missing, in the file's own words; and an index that is not as its shards
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "original", "original, tower beside"])
+def test_a_missing_tensor_is_named_as_the_layout_has_it(theirs, spm, tmp_path, layout):
+    if layout in LAYOUTS:
+        folder, rename = write_folder(tmp_path / "m", spm, theirs, LAYOUTS[layout]), LAYOUTS[layout]
+        files = [folder / "model.safetensors"]
+    else:
+        folder = write_original(
+            tmp_path / "m", spm, theirs, "inside" if layout == "original" else "bin"
+        )
+        files = [folder / "pytorch_model.bin", *(tmp_path / "clip").glob("*.bin")]
+        rename = (
+            original
+            if layout == "original"
+            else lambda n: original(n).removeprefix("model.vision_tower.vision_tower.")
+        )
+    for name in (
+        "model.vision_tower.encoder.layers.1.mlp.fc1.bias",
+        "model.vision_tower.post_layernorm.weight",
+        "model.multi_modal_projector.linear_2.bias",
+        "model.language_model.layers.1.mlp.up_proj.weight",
+        "model.language_model.norm.weight",
+        "lm_head.weight",
+    ):
+        for file in files:
+            read, write = (
+                (torch.load, torch.save) if file.suffix == ".bin" else (load_file, save_file)
+            )
+            if rename(name) in (table := read(file)):
+                write({n: x for n, x in table.items() if n != rename(name)}, file)
+                with pytest.raises(
+                    UserError, match=re.escape(f"missing 1 tensor(s) ({rename(name)});")
+                ):
+                    bare(folder)
+                write(table, file)
+                break
+        else:
+            pytest.fail(name)
+
+
+def two_in_each_others_place(d):
+    a, b = sorted(d["weight_map"])[:2]
+    d["weight_map"][a], d["weight_map"][b] = d["weight_map"][b], d["weight_map"][a]
+
+
+@pytest.mark.parametrize("end", ["safetensors", "bin"])
+def test_an_index_and_its_shards_agree(folder, base, end, capsys):
+    stem = "model" if end == "safetensors" else "pytorch_model"
+    shard(folder, 3, end)
+    path = folder / f"{stem}.{end}.index.json"
+    good, (first, second) = path.read_text(), sorted(load_file(single(base)))[:2]
+
+    def ask(change) -> str:
+        change(data := json.loads(good))
+        path.write_text(json.dumps(data))
+        capsys.readouterr()
+        try:
+            bare(folder)
+        except UserError as e:
+            return str(e)
+        return capsys.readouterr().err
+
+    assert ask(lambda d: None) == ""
+    assert ask(two_in_each_others_place).startswith(
+        f"{path}: says that {first} is in {stem}-00002-of-00003.{end}, "
+        f"and it is in {stem}-00001-of-00003.{end}; download"
+    )
+    for name in ("lm_head.more", "anything"):
+        told = ask(lambda d: d["weight_map"].update({name: d["weight_map"][NORM]}))
+        assert told.startswith(
+            f"{path}: missing 1 tensor(s) ({name}), which it lists and no shard has; download"
+        )
+    assert (
+        ask(lambda d: d["weight_map"].update({"model.rotary_emb.inv_freq": d["weight_map"][NORM]}))
+        == ""
+    )
+    told = ask(lambda d: d["weight_map"].pop(NORM))
+    assert (
+        told
+        == f"warning: {path}: does not list 1 tensor(s) ({NORM}), which the shards "
+        "have; they are read all the same\n"
+    )
+
+
+def test_of_one_file_and_an_index_beside_it_is_said_which_is_read(folder, base, capsys):
+    shard(folder, 2)
+    assert bare(folder) and capsys.readouterr().err == ""
+    shutil.copy(single(base), folder)
+    bare(folder)
+    assert capsys.readouterr().err == (
+        f"warning: {single(folder)}: is read, and the shards of model.safetensors.index.json "
+        "beside it are not; remove what is not wanted\n"
+    )

@@ -6,8 +6,8 @@ users and data is never scanned for special strings. What is supervised is each 
 
 Sources: `vicuna_v1` and `plain`, LLaVA's conversation.py, preprocess_v1 and preprocess_plain; `llava_hf`, the
 jinja text of the llava-hf checkpoints; `chatml`, `mistral`, `llama3`, the jinja texts of Qwen1.5-Chat,
-Mistral-7B-Instruct-v0.2 and Meta-Llama-3-Instruct, with the pictures put first as LLaVA does. A jinja text of
-a checkpoint is never executed.
+Mistral-7B-Instruct-v0.2 and Meta-Llama-3-Instruct, with the pictures put first as LLaVA does. Which
+of them a checkpoint wants is found in data/recognise.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -272,41 +272,7 @@ def render(name: str, messages: list[dict], *, answer: bool) -> list[Piece]:
     return out
 
 
-# ---- which template a checkpoint wants
-
-_ROLE_MARKS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", "[INST]": "mistral",
-               "ASSISTANT:": None}  # vicuna_v1 or llava_hf, by the layout
-
-
-def choose(config: dict, processor_config: dict | None = None, chat_template: str | None = None,
-           tokenizer=None) -> str:
-    """The template name for a checkpoint.
-
-    `config` is its config.json, `processor_config` its processor_config.json (where we record the name),
-    `chat_template` the jinja text it ships, which is only looked at for known role marks, `tokenizer`
-    anything with `token_id(content)`.
-    """
-    recorded = (processor_config or {}).get(RECORD)
-    if recorded is not None:
-        template(recorded)
-        return recorded
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    vicuna = "vicuna_v1" if text is config else "llava_hf"  # the original's config.json is flat
-    if isinstance(chat_template, str):
-        found = [name for mark, name in _ROLE_MARKS.items() if mark in chat_template]
-        if len(found) == 1:
-            return found[0] or vicuna
-    kind = str(text.get("model_type", "llama"))
-    if "qwen" in kind:
-        return "chatml"
-    if "mistral" in kind:
-        return "mistral"
-    vocab = text.get("vocab_size", 32000)
-    if isinstance(vocab, int) and vocab >= 128256:
-        if tokenizer is None or tokenizer.token_id("<|eot_id|>") is not None:
-            return "llama3"
-    return vicuna
-
+# ---- for others
 
 LLAVA_HF_JINJA = (  # what llava_hf does, for transformers' users of a folder that we save
     "{% for message in messages %}"

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from llava_min.cli import UserError, note, printable, short
 from llava_min.config import LlavaConfig
-from llava_min.data.chat import CHUNKS, RECORD, choose, template as find_template
+from llava_min.data.adapter_tokens import adopt
+from llava_min.data.chat import CHUNKS, RECORD, template as find_template
 from llava_min.data.image import ASPECTS, ImageConfig
 from llava_min.data.processor import MARK, Processor
+from llava_min.data.recognise import choose
 from llava_min.data.tokenizer import Tokenizer
 from llava_min.data.tokenizer_files import read_optional
 from llava_min.files import check_file, read_json
@@ -48,17 +50,33 @@ def read_image_config(folder: Path, config: LlavaConfig, clip_folder: Path | Non
     return replace(images, aspect=ASPECTS[aspect or images.aspect or "pad"])
 
 
-def pick_template(folder: Path, tokenizer: Tokenizer) -> str:
-    """The template the checkpoint records, or whose marks stand in its jinja text, which is never run."""
-    jinja = folder / "chat_template.jinja"
-    if jinja.exists():
-        check_file(jinja)
-        text = jinja.read_text(encoding="utf-8", errors="replace")
-    else:
-        files = (read_optional(folder / name) for name in ("chat_template.json", "tokenizer_config.json"))
-        text = next((data["chat_template"] for data in files if data.get("chat_template")), None)
-    recorded = read_optional(folder / "processor_config.json")
-    return choose(read_json(folder / "config.json"), recorded, text, tokenizer)
+def read_jinja(folder: Path) -> tuple[Path, str | None]:
+    """The chat template of a folder as text, None where it has none, and the file that has it."""
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        check_file(path)
+        return path, path.read_text(encoding="utf-8", errors="replace")
+    for path in (folder / "chat_template.json", folder / "tokenizer_config.json"):
+        found = read_optional(path).get("chat_template")
+        if isinstance(found, list):  # several by name, as transformers 4 wrote them
+            named = {str(x.get("name")): x.get("template") for x in found if isinstance(x, dict)}
+            found = named.get("default")
+        if found:
+            return path, found
+    return path, None
+
+
+def pick_template(folder: Path, tokenizer: Tokenizer, adapter: Path | None = None) -> str:
+    """The template the checkpoint records, or else its jinja text is.
+
+    An adapter's jinja text, if it has another than the checkpoint, goes first.
+    """
+    config, (path, text) = read_json(folder / "config.json"), read_jinja(folder)
+    if adapter is not None:
+        beside, own = read_jinja(adapter)
+        if isinstance(own, str) and own.strip() and own.split() != str(text).split():
+            return choose(config, {}, own, tokenizer, beside)
+    return choose(config, read_optional(folder / "processor_config.json"), text, tokenizer, path)
 
 
 def read_settings(folder: Path) -> tuple[str | None, str | None]:
@@ -72,9 +90,14 @@ def read_settings(folder: Path) -> tuple[str | None, str | None]:
 
 
 def read_processor(folder: Path, config: LlavaConfig, clip_folder: Path | None, aspect: str | None,
-                   template: str | None) -> Processor:
-    """`clip_folder`: of the original layout's tower. `aspect`, `template`: the caller's, None for what the folder says."""
+                   template: str | None, adapter: Path | None = None) -> Processor:
+    """`clip_folder`: of the original layout's tower. `aspect`, `template`: the caller's, None for
+    what the folder says. `adapter`: a folder whose tokens and template come on top.
+    """
     tokenizer = Tokenizer.load(folder)
+    if adapter is not None:
+        stored = config.image_token_id if config.vision_source else config.text.vocab_size
+        adopt(tokenizer, adapter, stored)
     if (known := tokenizer.token_id(MARK)) not in (None, config.image_token_id):
         raise UserError(f"{folder}: image_token_index is {config.image_token_id} in config.json but <image> "
                         f"is {known} in the tokenizer; correct one of them")
@@ -92,6 +115,6 @@ def read_processor(folder: Path, config: LlavaConfig, clip_folder: Path | None, 
     if not isinstance(chunks, bool):
         raise UserError(f"{folder / 'processor_config.json'}: {CHUNKS} is {short(chunks)}, expected true or false; correct it")
     images = read_image_config(folder, config, clip_folder, aspect)
-    template = pick_template(folder, tokenizer) if template is None else template
+    template = pick_template(folder, tokenizer, adapter) if template is None else template
     return Processor(tokenizer, images, template, config.image_token_id, config.tokens_per_image,
                      config.text.eos_token_ids, chunks)

@@ -1,0 +1,75 @@
+"""The keys of config.json that published config classes know; any other is told, not passed over.
+
+A fork writes down what it does to the model under a key of its own: `"grouping": "avgpool1d"` pools
+the visual tokens, and the checkpoint read without it is another model. Sources: transformers 4.31
+to 5.23 (PretrainedConfig, LlavaConfig, CLIPConfig, CLIPVisionConfig, LlamaConfig, MistralConfig,
+Qwen2Config), and LLaVA's train.py and llava_arch.py. Whether a known key has a value that is
+implemented is config.py's to say.
+"""
+
+from typing import Any
+
+# Every config class: names, versions, classes of a classifier, how the weights were stored.
+BASE = """
+    _attn_implementation_autoset _attn_implementation_internal _commit_hash
+    _experts_implementation_internal _flash_attn_2_enabled _name_or_path add_cross_attention
+    architectures attn_implementation auto_map chunk_size_feed_forward
+    cross_attention_hidden_size decoder_start_token_id dtype finetuning_task
+    gradient_checkpointing id2label is_decoder is_encoder_decoder label2id model_type num_labels
+    output_attentions output_hidden_states prefix problem_type pruned_heads quantization_config
+    return_dict sep_token_id task_specific_params tf_legacy_loss tie_encoder_decoder
+    tie_word_embeddings tokenizer_class torch_dtype torchscript transformers_version
+    use_bfloat16 use_return_dict xla_device
+"""
+# Settings of generation, which transformers wrote here until it had a generation_config.json.
+GENERATION = """
+    bad_words_ids begin_suppress_tokens bos_token_id diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
+    forced_bos_token_id forced_eos_token_id length_penalty max_length max_new_tokens min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores
+    pad_token_id remove_invalid_values repetition_penalty return_dict_in_generate
+    suppress_tokens temperature top_k top_p typical_p use_cache
+"""
+# LlamaConfig, MistralConfig, Qwen2Config.
+TEXT = """
+    attention_bias attention_dropout head_dim hidden_act hidden_size initializer_range
+    intermediate_size layer_types max_position_embeddings max_sequence_length max_window_layers
+    mlp_bias num_attention_heads num_hidden_layers num_key_value_heads partial_rotary_factor
+    pretraining_tp rms_norm_eps rope_parameters rope_scaling rope_theta sliding_window
+    use_sliding_window vocab_size
+"""
+# CLIPVisionConfig, and CLIPConfig around it.
+VISION = """
+    attention_dropout dropout hidden_act hidden_size image_size initializer_factor
+    initializer_range intermediate_size layer_norm_eps logit_scale_init_value
+    num_attention_heads num_channels num_hidden_layers patch_size projection_dim text_config
+    text_config_dict vision_config vision_config_dict
+"""
+# LlavaConfig of transformers.
+LLAVA_HF = """
+    ignore_index image_seq_length image_token_id image_token_index multimodal_projector_bias
+    projector_hidden_act text_config vision_config vision_feature_layer
+    vision_feature_select_strategy
+"""
+# The original LLaVA, 1.0 to 1.6: what its training leaves in the config.
+ORIGINAL = """
+    freeze_mm_mlp_adapter freeze_mm_vision_resampler image_aspect_ratio image_crop_resolution
+    image_grid_pinpoints image_split_resolution mm_hidden_size mm_patch_merge_type
+    mm_projector_lr mm_projector_type mm_use_im_patch_token mm_use_im_start_end
+    mm_vision_select_feature mm_vision_select_layer mm_vision_tower mm_vision_tower_lr
+    pretrain_mm_mlp_adapter tokenizer_model_max_length tokenizer_padding_side
+    tune_mm_mlp_adapter tune_mm_vision_resampler unfreeze_mm_vision_tower use_mm_proj
+    vision_tower
+"""
+KNOWN = frozenset(" ".join((BASE, GENERATION, TEXT, VISION, LLAVA_HF, ORIGINAL)).split())
+
+
+def unknown_keys(data: dict[str, Any]) -> dict[str, Any]:
+    """What a config.json sets under keys that no class knows; those of an inner config are dotted.
+
+    Null and false are as if left out: what a fork adds, it can also leave off.
+    """
+    inner = ("vision_config", "text_config")
+    parts = {"": data} | {f"{key}.": data[key] for key in inner if isinstance(data.get(key), dict)}
+    return {prefix + key: value for prefix, part in parts.items() for key, value in part.items()
+            if key not in KNOWN and value is not None and value is not False}
