@@ -25,6 +25,7 @@ MODES = {"lora": ("--train", "lora", "--lora-r", "2"), "dora": ("--train", "lora
          "without projector": ("--train", "lora", "--lora-r", "2", "--no-train-projector"), "full": ("--train", "full"),
          "freeze_vision": ("--train", "freeze_vision"), "projector": ("--train", "projector"),
          "projector, tower": ("--train", "projector", "--train-vision"), "last": ("--train", "last:1"),
+         "as asked": ("--train", "projector", "--image-aspect-ratio", "crop", "--template", "vicuna_v1"),
          "bf16": ("--train", "freeze_vision", "--precision", "bf16")}
 
 
@@ -35,8 +36,8 @@ def home(tmp_path_factory):
 
 def begin(home, out, mode: str, *more: str, switches: tuple[str, ...] = ()):
     """A run of three steps with checkpoints at 2 and 3."""
-    given = [m for m in MODES[mode] if not m.startswith(("--dora", "--no-", "--train-vision"))]
-    run(home, out, *SHAPE, *given, *more, switches=(*switches, *(set(MODES[mode]) - set(given))))
+    alone = {"--dora", "--no-train-projector", "--train-vision"}
+    run(home, out, *SHAPE, *(m for m in MODES[mode] if m not in alone), *more, switches=(*switches, *(alone & set(MODES[mode]))))
 
 
 def files(folder) -> dict[str, bytes]:

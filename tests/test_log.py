@@ -119,12 +119,16 @@ def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path):
 def test_a_run_of_train_is_shown_once(tmp_path):
     pytest.importorskip("tensorboard", reason="writes the files; pip install -e '.[log]'")
     home, out = make_home(tmp_path), tmp_path / "run"
-    shape = ("--batch-size", "6", "--max-steps", "4", "--save-every", "2", "--log", "tensorboard")
-    run(home, out, *shape)
-    for gone in (out / "checkpoints" / "step-000004", out / "adapter"):  # as if it had been killed in its last step
-        shutil.rmtree(gone)
-    found = run(home, out, *shape, "--resume", "auto")
-    assert [step for step, _ in shown(out)] == [x["step"] for x in found] == [1, 2, 3, 4]
+    shape = ("--batch-size", "6", "--max-steps", "4", "--save-every", "2", "--log", "tensorboard", "--eval-data", home / "data" / "val.json",
+             "--max-new-tokens", "1")
+    want = [x["step"] for x in run(home, out, *shape)]
+    for left in (["step-000002"], []):  # as if it had been killed after its first checkpoint, and before
+        shutil.rmtree(out / "adapter")
+        for path in (out / "checkpoints").iterdir():
+            if path.name not in left:
+                shutil.rmtree(path)
+        assert [x["step"] for x in run(home, out, *shape, "--resume", "auto")] == want == [0, 1, 2, 3, 4, 4]
+        assert [step for step, _ in shown(out)] == [1, 2, 3, 4]
 
 
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
