@@ -25,7 +25,8 @@ WIDTH = 79  # columns of a progress line
 class Log:
     """Progress on stderr, `metrics.jsonl` and `samples.jsonl` in the run folder, and copies for TensorBoard or W&B.
 
-    start: the step a resumed run goes on from, -1 for one that begins; what an interrupted run logged after it is taken out.
+    start: the step a resumed run goes on from, -1 for one that begins; what an interrupted run
+    logged after it is taken out.
     folder: None on ranks that are silent.
     """
 
@@ -136,7 +137,8 @@ def check_packages(copies: Sequence[str]) -> None:
 def to_tensorboard(folder: Path, settings: dict[str, Any], start: int):
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(folder / "tensorboard", purge_step=start + 1)  # an older file's values from there on are not shown
+    # of an older file no value is shown from purge_step on
+    writer = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
 
     def copy(step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
