@@ -8,6 +8,7 @@
 import math
 import multiprocessing
 import os
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -81,7 +82,7 @@ class Knobs:
     device: str = "auto"  # cpu, cuda, cuda:N
     timeout: Annotated[float, 1.0, 1e6] = 600.0  # seconds a rank waits for the others before the job ends
     save_every: str = "30m"  # steps (500), minutes (30m) or epoch between checkpoints; 0 for none
-    save_only_model: bool = False  # checkpoints without optimizer: small, and no run can go on from them
+    save_only_model: bool = False  # checkpoints of the trained weights alone: small, and no run can go on from them
     keep: Count = 2  # newest checkpoints that are kept, beside the best
     log_every: Whole = 10  # steps between progress lines
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()  # copies of the metrics: tensorboard, wandb
@@ -253,7 +254,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
                                 "image_aspect_ratio": processor.image_config.aspect, "template": processor.template_name}
     if world.rank == 0:
         write_json(out / "config.json", settings)
-    log = Log(out if world.rank == 0 else None, len(plan), at.step, knobs.log, settings)
+    log = Log(out if world.rank == 0 else None, len(plan), at.step if resumed else -1, knobs.log, settings)
     log.say(f"data {identity['training data'][:12]}, model {identity['base model'][:12]}: {with_images(dataset.records)}, {len(plan)} steps "
             f"of {rows * world.size} rows, into {out}" + (f", going on from step {at.step}" if resumed else ""))
 
@@ -268,11 +269,11 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     result, names = ("adapter", set(adapter_names(model))) if knobs.train == "lora" else ("model", None)
 
     def save() -> None:
-        usable = knobs.train == "lora" or knobs.save_only_model  # without the rest of the run
-        weights = full_state(model, names) if usable else {}
-        saver.save(at.step, at.best_step, model, None if knobs.save_only_model else optimizer,
-                   {"identity": identity, "at": asdict(at), "scale": vars(scale)},
-                   {result: lambda folder: export(folder, weights)} if usable else {})
+        lora_run, only = knobs.train == "lora", knobs.save_only_model  # then an adapter is all that the checkpoint has
+        weights = full_state(model, names) if lora_run else {}
+        saver.save(at.step, at.best_step, None if lora_run and only else model, None if only else optimizer,
+                   {"identity": identity, "at": asdict(at), "scale": vars(scale), "model": knobs.model},
+                   {result: lambda folder: export(folder, weights)} if lora_run else {})
 
     def evaluate() -> None:
         """Loss, answers and metrics on the held-out records; with --best-metric, a checkpoint if they are the best so far."""
@@ -384,7 +385,8 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
         if saver.saved != at.step:
             save()
         log.say(f"saved step {at.step}, " + ("from which no run can go on (--save-only-model)" if knobs.save_only_model else
-                                               f"resume with the same command and --resume auto --out {out}"))
+                                               f"resume with the same command and --resume auto --out {out}")
+                + f"; python -m llava_min finish {out} DIR makes its {result}")
         for worker in multiprocessing.active_children():
             worker.kill()
         sys.exit(signals.code)
@@ -396,13 +398,19 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
         raise UserError(f"step {at.step}: the last {at.lost} steps had a loss or gradient that is not finite, so no {result} is written; "
                         "begin anew with a lower --lr, or mend the records that metrics.jsonl names"
                         + (f"; the last checkpoint is {out / 'last'}" if saver.saved >= 0 else ""))
-    if knobs.best_metric and at.best_step != at.step:
+    best = out / "best" if knobs.best_metric and at.best_step != at.step else None
+    if best:
         log.say(f"{knobs.best_metric} was best at step {at.best_step}: ending with that")
-        checkpoint.restore(out / "best", checkpoint.verify(out / "best"), model, None, world)
-    weights = full_state(model, names)
+        state = checkpoint.verify(best)
+        if result == "model":
+            checkpoint.restore(best, state, model, None, world)
+    weights = full_state(model, names, compute if result == "model" else None)
     if world.rank == 0:
         with new_folder(out / result) as folder:
-            export(folder, weights)
+            if best and result == "adapter":
+                shutil.copytree(best / result, folder, dirs_exist_ok=True)
+            else:
+                export(folder, weights)
         show_samples(out, at.best_step if knobs.best_metric else at.step)
         write_run_report(out)
     log.say(f"saved {out / result}")

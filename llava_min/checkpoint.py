@@ -130,7 +130,7 @@ class Saver:
             return False
         return step in self.epochs if self.every == "epoch" else step > 0 and step % int(self.every) == 0
 
-    def save(self, step: int, best_step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None, run: dict[str, Any],
+    def save(self, step: int, best_step: int, model: nn.Module | None, optimizer: torch.optim.Optimizer | None, run: dict[str, Any],
              more: dict[str, Callable[[Path], None]]) -> None:
         save(self.out / "checkpoints", step, model, optimizer, self.world, run, more)
         if self.world.rank == 0:
@@ -149,17 +149,35 @@ def resume(folder: Path, identity: dict[str, Any], model: nn.Module, optimizer: 
     """
     state = json.loads((folder / "state.json").read_bytes())
     then, now = state["run"]["identity"], json.loads(json.dumps(identity))
-    differing = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
-    if differing == [PICTURES]:  # one may have been mended
+    differing = differences(then, now)
+    if list(differing) == [PICTURES]:  # one may have been mended
         warn(f"{folder}: some pictures are not what they were when the run was started; it goes on with what they are")
     elif differing:
-        show = lambda x: x[:12] if re.fullmatch("[0-9a-f]{64}", str(x)) else printable(json.dumps(x))[:60]
-        told = ", ".join(f"{name} (was {show(then.get(name))}, is {show(now.get(name))})" for name in differing[:8])
-        raise UserError(f"{folder}: the run was started with other settings: {told}; give the old ones, or begin anew in "
-                        "another --out")
+        raise UserError(f"{folder}: the run was started with other settings: {', '.join(list(differing.values())[:8])}; give the "
+                        "old ones, or begin anew in another --out")
     if not restore(folder, state, model, optimizer, world):
         reseed(seed, state["step"], world.rank)
     return state["run"]
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Of two identities: each name whose values differ -> how."""
+    show = lambda x: x[:12] if re.fullmatch("[0-9a-f]{64}", str(x)) else printable(json.dumps(x))[:60]
+    return {name: f"{printable(name)} (was {show(then.get(name))}, is {show(now.get(name))})"
+            for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)}
+
+
+def base_identity(ready: Prepared) -> dict[str, Any]:
+    """What of the model that a run begins with decides what it computes; not where it lies."""
+    config, image = ready.model.config, ready.processor.image_config
+    weights = {entry.path for entry in ready.entries.values()}
+    folder = ready.entries["language_model.norm.weight"].path.parent
+    tokenizer = {*folder.glob("token*"), *folder.glob("added_tokens.json"), *folder.glob("special_tokens_map.json")}
+    parts = {"config": config, "text_config": config.text, "vision_config": config.vision, "image_processor": image}
+    return {"base model": hash_files(sorted(weights)), "tokenizer": hash_files(sorted(tokenizer)),
+            "chat template": ready.processor.template_name,
+            **{f"{part}.{name}": value for part, values in parts.items() for name, value in vars(values).items()
+               if name not in ("text", "vision", "vision_source")}}  # two are told by themselves, one is a place
 
 
 def identity_of(ready: Prepared, data: str, records: Sequence[Record], knobs: Any, rows: int, steps: int) -> dict[str, Any]:
@@ -167,17 +185,10 @@ def identity_of(ready: Prepared, data: str, records: Sequence[Record], knobs: An
 
     ready: the checkpoint it begins with. records: those of `data`, files with weights. rows: of a step, over all ranks.
     """
-    mixture, config = sources(data), ready.model.config
-    weights = {entry.path for entry in ready.entries.values()}
-    folder = ready.entries["language_model.norm.weight"].path.parent
-    tokenizer = {*folder.glob("token*"), *folder.glob("added_tokens.json"), *folder.glob("special_tokens_map.json")}
-    parts = {"config": config, "text_config": config.text, "vision_config": config.vision, "image_processor": ready.processor.image_config}
+    mixture = sources(data)
     return {"training data": hash_files(path for path, _ in mixture), "weights of the data": [str(w) for _, w in mixture],
-            "records": len(records), "ids and names of pictures": hash_records(records), PICTURES: hash_pictures(records), "base model": hash_files(sorted(weights)),
-            "tokenizer": hash_files(sorted(tokenizer)), "chat template": ready.processor.template_name,
-            **{f"{part}.{name}": value for part, values in parts.items() for name, value in vars(values).items()
-               if name not in ("text", "vision", "vision_source")},  # two are told by themselves, one is a place
-            "rows of a step": rows, "steps": steps,
+            "records": len(records), "ids and names of pictures": hash_records(records), PICTURES: hash_pictures(records),
+            **base_identity(ready), "rows of a step": rows, "steps": steps,
             **{name: value for name, value in vars(knobs).items() if name not in FREE}}
 
 

@@ -75,13 +75,19 @@ def read_config(folder: Path) -> tuple[LlavaConfig, Path | None]:
     path = folder / "config.json"
     if not path.exists() or (folder / ".lock").exists():  # which a run of train.py has
         adapter = next((p for p in (folder, folder / "adapter") if (p / "adapter_config.json").exists()), None)
-        if adapter:
+        what = "holds no config.json of a model, expected the folder of a checkpoint"
+        finish = f"`python -m llava_min finish {folder} OUT` makes its adapter or model"
+        if (folder / "state.json").exists():
+            what, mend = "a checkpoint of a run, expected a model", finish
+        elif adapter:
             mend = f"give the base model, and {adapter} as adapter"
         elif (folder / "model").is_dir():
             mend = f"give {folder / 'model'}"
+        elif (folder / "checkpoints").is_dir():
+            mend = f"it is a run that has not ended, and {finish}"
         else:
             mend = "give one, a hub id, or tiny"
-        raise UserError(f"{folder}: holds no config.json of a model, expected the folder of a checkpoint; {mend}")
+        raise UserError(f"{folder}: {what}; {mend}")
     data = read_json(path)
     config = LlavaConfig.from_hf(data, str(path))
     generation = folder / "generation_config.json"  # chat models name their end-of-turn token only there

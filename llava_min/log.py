@@ -26,15 +26,16 @@ WIDTH = 79  # columns of a progress line
 class Log:
     """Progress on stderr, `metrics.jsonl` and `samples.jsonl` in the run folder, and copies for TensorBoard or W&B.
 
-    start: the step a resumed run goes on from; what an interrupted run logged after it is taken out.
+    start: the step a resumed run goes on from, -1 for one that begins; what an interrupted run
+    logged after it is taken out.
     folder: None on ranks that are silent.
     """
 
-    def __init__(self, folder: Path | None, total: int, start: int = 0, copies: Sequence[str] = (),
+    def __init__(self, folder: Path | None, total: int, start: int = -1, copies: Sequence[str] = (),
                  settings: dict[str, Any] = {}):
-        self.folder, self.total, self.first = folder, total, start
+        self.folder, self.total, self.first = folder, total, max(start, 0)
         self.begun, self.tty = time.perf_counter(), sys.stderr.isatty()
-        self.copies = [] if folder is None else [COPIES[name](folder, settings) for name in copies]
+        self.copies = [] if folder is None else [COPIES[name](folder, settings, start) for name in copies]
         if folder is not None:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 rewind(folder / name, start)
@@ -135,10 +136,11 @@ def check_packages(copies: Sequence[str]) -> None:
             raise UserError(f"--log {name}: the package is not installed; pip install 'llava_min[log]'")
 
 
-def to_tensorboard(folder: Path, settings: dict[str, Any]):
+def to_tensorboard(folder: Path, settings: dict[str, Any], start: int):
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(folder / "tensorboard")
+    # of an older file no value is shown from purge_step on
+    writer = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
 
     def copy(step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -148,7 +150,7 @@ def to_tensorboard(folder: Path, settings: dict[str, Any]):
     return copy
 
 
-def to_wandb(folder: Path, settings: dict[str, Any]):
+def to_wandb(folder: Path, settings: dict[str, Any], start: int):
     import wandb
 
     run = wandb.init(dir=folder, name=folder.name, id=folder.name, resume="allow", config=settings)

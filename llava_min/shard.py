@@ -130,10 +130,11 @@ def own_rows(p: Tensor) -> tuple[int, int]:
     return first, min(first + part, len(p))
 
 
-def full_state(model: nn.Module, names: set[str] | None = None) -> dict[str, Tensor]:
+def full_state(model: nn.Module, names: set[str] | None = None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The whole parameters of `model`, or those of `names`, on the CPU of rank 0; elsewhere nothing.
 
-    One after the other, so that no device holds more than one whole. What is not split is the parameter itself.
+    One after the other, so that no device holds more than one whole. What is whole on the CPU is the parameter itself;
+    what is copied there is copied as `dtype`, by default its own.
     """
     state = {}
     for name, p in model.named_parameters():
@@ -142,5 +143,6 @@ def full_state(model: nn.Module, names: set[str] | None = None) -> dict[str, Ten
             if split(p):
                 whole = whole.to(p.device_mesh.device_type).full_tensor()
             if not dist.is_initialized() or dist.get_rank() == 0:
-                state[name] = dense(whole).cpu()
+                copied = split(p) or whole.device.type != "cpu"
+                state[name] = dense(whole).to("cpu", dtype if copied else None)
     return state

@@ -1,9 +1,12 @@
 """One checkpoint of a training run: written whole or not at all, checked bit by bit, readable by any number of ranks.
 
     step-000060/rank-0.safetensors …   rank K's rows of every trainable tensor and of its optimizer state
-                adapter/               what was learned so far, as others read it
+                adapter/               of a LoRA run: what was learned so far, as others read it
                 state.json             whole shapes, who holds which rows, and all that is not a tensor
                 manifest.json          size and sha256 of every other file, written last
+
+With `--save-only-model` the weights are in it once and nothing else: the adapter of a LoRA run, whose rank files are then
+empty, or the trained tensors of another; what is frozen comes from the base (`python -m llava_min finish`).
 
 It is written aside (`.tmp-…`), each file synced and read back, then renamed; checkpoint.py says when one is due and which
 are kept. Nothing is pickled, so a hostile folder can be wrong but not run code. Torch's own distributed checkpoint is not
@@ -132,12 +135,12 @@ def together(world: World, target: Path, work: Callable[[], Any], mine: bool = T
     return [r for r, _ in results]
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World,
+def save(folder: Path, step: int, model: nn.Module | None, optimizer: torch.optim.Optimizer | None, world: World,
          run: dict[str, Any], more: dict[str, Callable[[Path], None]] = {}) -> Path:
     """Write `folder`/step-… and return it, once it is durable and verified. All ranks call; `folder` is shared by them.
 
-    optimizer: None leaves its state and the random streams out. run: whatever else is to come back, as JSON.
-    more: folders within the checkpoint, each with what fills it (on rank 0).
+    model: None where `more` has the weights already. optimizer: None leaves its state and the random streams out.
+    run: whatever else is to come back, as JSON. more: folders within the checkpoint, each with what fills it (on rank 0).
     Raises UserError, on every rank, when a file cannot be written; what was there before is untouched.
     """
     target, aside = folder / f"step-{step:06}", folder / f".tmp-step-{step:06}"
@@ -151,7 +154,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
             fill(aside / name)
 
     def write_rank() -> dict[str, Any]:
-        tensors, scalars = tensors_of(model, optimizer)
+        tensors, scalars = tensors_of(model, optimizer) if model else ({}, {})
         kept = {name: local(x) for name, x in tensors.items() if split(x) or world.rank == 0}
         numbers, streams = rng_state(world.device) if optimizer else ({}, {})
         digest = write_tensors(aside / f"rank-{world.rank}.safetensors", kept | {f"rng {n}": x for n, x in streams.items()})
@@ -229,6 +232,9 @@ def restore(folder: Path, state: dict[str, Any], model: nn.Module, optimizer: to
     optimizer: None for the weights alone.
     Raises UserError when the trainable tensors are not those that were saved.
     """
+    if optimizer is not None and not state["optimizer"]:
+        raise UserError(f"{folder}: made with --save-only-model, so the run cannot go on from it; begin anew from its "
+                        f"adapter or model, which `python -m llava_min finish {folder} OUT` makes")
     files = [safe_open(folder / f"rank-{k}.safetensors", framework="pt") for k in range(state["ranks"])]
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     saved = {name: tuple(shape) for name, shape in state["shapes"].items()}
@@ -255,9 +261,6 @@ def restore(folder: Path, state: dict[str, Any], model: nn.Module, optimizer: to
             read(name, p.detach())
         if optimizer is None:
             return False
-        if not state["optimizer"]:
-            raise UserError(f"{folder}: made with --save-only-model, so the run cannot go on from it; begin anew from its "
-                            "adapter or model")
         dtypes = {kind: dtype for dtype, kind in KINDS.items()}
         for full in (name for name in saved if name not in have):
             key, name = full.split(" of ", 1)

@@ -207,7 +207,7 @@ def test_verbs(capsys):
         verbs.main(["bnech"])
 
 
-@pytest.mark.parametrize("command", [["--help"], ["bench", "--help"], ["bench", "--train", "--help"]])
+@pytest.mark.parametrize("command", [["--help"], ["bench", "--help"], ["bench", "--train", "--help"], ["finish", "--help"]])
 def test_help_is_quick(command):
     done = subprocess.run([sys.executable, "-X", "importtime", "-m", "llava_min", *command],
                           capture_output=True, text=True)

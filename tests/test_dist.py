@@ -419,6 +419,8 @@ def test_one_process_is_not_wrapped(environment):
             assert total(world, 2, 0.5) == [2.0, 0.5] and gather(world, "x") == ["x"] and any_of(world, True)
         state = full_state(model)
         assert all(p is before[name] and torch.equal(state[name], p) for name, p in model.named_parameters())
+        half = full_state(model, None, torch.bfloat16)  # the parameters themselves; who writes them converts some at a time
+        assert all(half[name].data_ptr() == p.data_ptr() for name, p in before.items())
         with pytest.raises(ZeroDivisionError):  # a single process shows its own errors
             with world:
                 1 / 0
@@ -434,4 +436,6 @@ def test_offload_works_in_one_process(environment):
             one.loss(**batch((1, 0), 0, torch.float32)).backward()
         want, got = gradients(plain), gradients(model)
         assert all(same(got[name], want[name]) <= 1e-6 for name in want)
+        half = full_state(model, None, torch.bfloat16)  # what is copied is copied as it will be stored
+        assert all(half[name].dtype == torch.bfloat16 and torch.equal(half[name], p.bfloat16()) for name, p in plain.named_parameters())
     assert not torch.distributed.is_initialized()

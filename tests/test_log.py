@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 
 import pytest
 import torch
+from training import make_home, run
 
 from llava_min.cli import UserError
 from llava_min.log import WIDTH, Log, check_packages, clock, peak_memory, progress, show_samples
@@ -79,8 +81,8 @@ def test_numbers_are_copied_to_tensorboard(tmp_path, monkeypatch):
     written = []
 
     class SummaryWriter:
-        def __init__(self, folder):
-            written.append(folder)
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
 
         def add_scalar(self, *values):
             written.append(values)
@@ -90,7 +92,43 @@ def test_numbers_are_copied_to_tensorboard(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
     Log(tmp_path, 1, copies=["tensorboard"]).write(step=3, loss=0.5, skipped=["a"])
-    assert written == [tmp_path / "tensorboard", ("loss", 0.5, 3)]
+    assert written == [(tmp_path / "tensorboard", 0), ("loss", 0.5, 3)]
+
+
+def shown(folder) -> list[tuple[int, float]]:
+    """(step, loss) as TensorBoard shows them."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator",
+                                 reason="the real package reads its files; pip install -e '.[log]'")
+    events = reader.EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(e.step, e.value) for e in events.Scalars("loss")]
+
+
+def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path):
+    pytest.importorskip("tensorboard", reason="writes the files; pip install -e '.[log]'")
+    for start, first, last in ((-1, 0, 5), (3, 4, 6), (0, 1, 2)):
+        log = Log(tmp_path, 6, start, ["tensorboard"])
+        for step in range(first, last + 1):
+            log.write(step=step, loss=float(10 * start + step))
+        want = [(x["step"], x["loss"]) for x in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())]
+        assert shown(tmp_path) == want and [step for step, _ in want] == list(range(last + 1))
+    Log(tmp_path, 6, copies=["tensorboard"]).write(step=0, loss=7.0)  # killed before its first checkpoint, so it begins anew
+    assert shown(tmp_path) == [(0, 7.0)] and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_run_of_train_is_shown_once(tmp_path):
+    pytest.importorskip("tensorboard", reason="writes the files; pip install -e '.[log]'")
+    home, out = make_home(tmp_path), tmp_path / "run"
+    shape = ("--batch-size", "6", "--max-steps", "4", "--save-every", "2", "--log", "tensorboard", "--eval-data", home / "data" / "val.json",
+             "--max-new-tokens", "1")
+    want = [x["step"] for x in run(home, out, *shape)]
+    for left in (["step-000002"], []):  # as if it had been killed after its first checkpoint, and before
+        shutil.rmtree(out / "adapter")
+        for path in (out / "checkpoints").iterdir():
+            if path.name not in left:
+                shutil.rmtree(path)
+        assert [x["step"] for x in run(home, out, *shape, "--resume", "auto")] == want == [0, 1, 2, 3, 4, 4]
+        assert [step for step, _ in shown(out)] == [1, 2, 3, 4]
 
 
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
