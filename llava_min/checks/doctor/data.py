@@ -1,6 +1,6 @@
 """Rules on what the model reads and learns from: templates, labels, lengths, images."""
 
-from llava_min.checks.doctor.facts import Finding, Findings, Run
+from llava_min.checks.doctor.facts import DIALECTS, Finding, Findings, Run
 
 PATCHES = 576  # tokens of an image: (336 / 14) squared
 LANGUAGE_MODELS = ("vicuna", "llama-2", "llama2", "meta-llama", "mistral", "qwen")
@@ -37,7 +37,7 @@ def loss_on_questions(run: Run) -> Findings:
     """On conversations SFTTrainer then learns system and user text as well as answers; LLaVA
     learns answers alone (trl#1880, trl#3751, VLM-R1#123)."""
     answers, completions = run["answers_only"], run["completions_only"]
-    if run.kind == "hf" and run.trl and answers.value is not True and completions.value is not True:
+    if run.kind == "hf" and run.trl and not answers.value and not completions.value:
         yield Finding("warning", answers, f"{answers.text}, and {completions.text}",
                       "prompt-completion data with completion_only_loss = true, or labels of -100")
 
@@ -96,12 +96,11 @@ def connector(run: Run) -> Findings:
     published = {"layer": -2, "projector_type": "mlp2x_gelu", "patch_token": False,
                  "start_end": False}
     for fact, value in published.items():
-        if run.kind == "llava" and run.written("tower") and run.value(fact) != value:
-            at = run[fact]
-            flag = "mm_" + {"layer": "vision_select_layer", "projector_type": "projector_type",
-                            "patch_token": "use_im_patch_token",
-                            "start_end": "use_im_start_end"}[fact]
-            yield Finding("warning", at, at.text, f"--{flag} {value}")
+        at = run[fact]
+        if run.kind == "llava" and run.written("tower") and at.value != value \
+                and "$" not in str(at.value):
+            name = DIALECTS["llava"][fact].names[0]
+            yield Finding("warning", at, at.text, f"--{name} {value}")
 
 
 def images_cropped(run: Run) -> Findings:

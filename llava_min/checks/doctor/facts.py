@@ -176,9 +176,10 @@ class Run:
     def trains(self) -> str | None:
         """lora, projector or full; None where the input does not say."""
         if self.kind == "llava":
-            if self.value("projector_only") is True:
-                return "projector"
-            return "lora" if self.value("lora") is True else "full"
+            alone, lora = self.value("projector_only"), self.value("lora")
+            if isinstance(alone, str) or isinstance(lora, str):  # a variable that nothing sets
+                return None
+            return "projector" if alone else "lora" if lora else "full"
         if self.kind == "hf":
             lora = self.value("lora")
             named = self.adapter or lora or self.written("r") or self["targets"]

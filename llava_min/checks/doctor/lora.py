@@ -86,7 +86,7 @@ def lora_switched_off(run: Run) -> Findings:
     """LLaVA reads the other lora flags only with lora_enable: without it the whole language model
     is trained."""
     at = run.written("r") or run.written("alpha")
-    if run.kind == "llava" and at and run.value("lora") is not True:
+    if run.kind == "llava" and at and not run.value("lora"):
         yield Finding("error", at, f"{at.text}, and {run['lora'].text}", "--lora_enable True")
 
 
@@ -112,7 +112,7 @@ def bits_ignored(run: Run) -> Findings:
     """BitsAndBytesConfig reads its bnb_4bit fields only with load_in_4bit (default False): this is
     LoRA on a 16-bit base and no QLoRA, with 14.1 GB of weights for a 7B where nf4 takes 4.5."""
     fields = [s for name, s in run.settings.items() if name.startswith("bnb_4bit_")]
-    if run.kind == "hf" and fields and run.value("4bit") is not True:
+    if run.kind == "hf" and fields and run.value("4bit") in (False, None):
         more = f" and {len(fields) - 1} more bnb_4bit fields" if fields[1:] else ""
         yield Finding("error", run.written("4bit") or fields[0],
                       f"{run['4bit'].text}, with {fields[0].text}{more}: nothing is quantized",

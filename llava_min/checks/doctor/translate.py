@@ -112,10 +112,10 @@ class Translation:
 
     def trained(self) -> None:
         kind, tower = self.run.trains, self.get("unfreeze_mm_vision_tower") is True
-        self.put("--train", "full" if tower and kind == "full" else
-                 {"projector": "projector", "lora": "lora", "full": "freeze_vision"}[kind])
         for name in ("lora_enable", "tune_mm_mlp_adapter"):
-            self.get(name)
+            if is_open(self.get(name)):
+                self.leave(name, "give --train: lora, freeze_vision or projector")
+        self.put("--train", "freeze_vision" if kind == "full" and not tower else kind)
         if tower and kind != "full":
             self.put("--train-vision", True)
         if frozen := self.get("freeze_mm_mlp_adapter") is True:
@@ -124,6 +124,8 @@ class Translation:
                                     ("lora_dropout", "--lora-dropout", 0.05)):
             if kind == "lora":
                 self.same(name, flag, default)
+            elif kind is None:
+                self.same(name, flag)
             else:
                 self.leave(name, NO_LORA)
         self.same("learning_rate", "--lr", 5e-5)
