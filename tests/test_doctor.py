@@ -316,7 +316,7 @@ def test_silence_is_no_finding(tmp_path):
 
 
 def test_severity_follows_what_is_at_stake(tmp_path):
-    for n, severity in ((512, "error"), (640, "warning"), (1000, "note")):
+    for n, severity in ((576, "error"), (577, "warning"), (703, "warning"), (704, "note")):
         assert one(write(tmp_path, "x.sh", script(L + f"--model_max_length {n}")),
                    "image-longer-than-row").severity == severity
     unset = one(write(tmp_path, "x.sh", script(L)), "image-longer-than-row")
@@ -336,6 +336,7 @@ def test_targets_are_pefts():
             (LINEARS, None), (ATTENTION, None), ("all-linear", None),
             (".*language_model.*_proj", None), (["fc1", "linear_1"], None),
             (r".*\.(q|v)_proj", ["v_proj"]), (["layers.0.self_attn.q_proj"], None),
+            (["c1", "o_proj"], None),
             (["encoder.layers.0.mlp.fc2", "o_proj"], None), (LINEARS, r".*vision_tower.*")):
         config = peft.LoraConfig(r=2, target_modules=targets, exclude_modules=excluded)
         theirs = peft.get_peft_model(their_model(), config)
@@ -403,6 +404,8 @@ def test_a_command_that_is_cut(middle, tmp_path):
     f = one(write(tmp_path, "x.sh", text), "command-cut")
     assert f.severity == "error" and f.at.where == "x.sh:3"
     assert "before --learning_rate, --bf16" in f.what
+    reached = {name: s.value for name, s in read_input(str(tmp_path / "x.sh"))[0].settings.items()}
+    assert reached == {"vision_tower": "x"} | ({} if "#" in middle else {"weight_decay": 0})
     whole = text.replace(middle, "")
     assert "command-cut" not in found(write(tmp_path, "y.sh", whole))
 
@@ -447,6 +450,10 @@ def test_our_command(tmp_path):
     config = {"model": "liuhaotian/llava-v1.5-7b", "train": "full", "lr": 2e-4, "batch_size": 4,
               "data": "x.json", "ranks": 2}
     assert found(write(tmp_path, "config.json", config), "error") == {"rate-too-high"}
+    shared = {"train": "lora", "data": "toy:captions", "lora_r": 8, "lora_alpha": 16,
+              "packing": True, "max_steps": 5, "warmup_steps": 9, "gradient_checkpointing": True}
+    path = write(tmp_path, "mine.json", shared)  # names that the libraries have too
+    assert read_input(path)[0].kind == "train.py" and found(path) == {"warmup-longer-than-run"}
     with pytest.raises(UserError, match="no such recipe"):
         read_input("python train.py --recipe lorra")
 
@@ -515,6 +522,8 @@ def test_adapter_folders(tmp_path):
     assert said in one(str(tower), "lora-in-tower").what
     assert found(str(tower)) == found(str(tower / "adapter_config.json"))
     assert "lora-in-tower" not in found(str(adapter(tmp_path / "text", [TEXT])))
+    named = {"r": 2, "target_modules": LINEARS, "base_model_name_or_path": "lmsys/vicuna-7b-v1.5"}
+    assert "lora-in-tower" not in found(write(tmp_path, "vicuna.json", named))  # no tower yet
     lost = adapter(tmp_path / "lost", [TEXT], modules_to_save=["multi_modal_projector"])
     assert found(str(lost), "error") == {"projector-lost"}
     whole = adapter(tmp_path / "whole", [TEXT, "model.multi_modal_projector.linear_1.weight"],
@@ -557,6 +566,7 @@ def test_the_page_fits_a_terminal_and_cannot_drive_it(tmp_path, capsys):
     c = write(tmp_path, "c.json", {**NOTE_C, "run\x1b[31mname": "a",
                                    "chat_template": "\x1b]0;title\x07\u202e"})
     flags = f"{COMMON} {OFFICIAL['lora-7b']} --cache_dir {long} --run_name 'a\x1b[31m' --seed 1"
+    flags = flags.replace("mm_projector.bin", "mm\x1b[31m.bin")
     b = write(tmp_path, "b\x1b[2J.sh", script(flags))
     assert doctor.main([c, b]) == 0
     out = capsys.readouterr().out

@@ -45,7 +45,7 @@ TRAINER = {  # TrainingArguments, of which LLaVA's arguments and SFTConfig are s
 DIALECTS: dict[str, dict[str, Key]] = {
     "llava": TRAINER | {
         "model": key("model_name_or_path"), "lr": key("learning_rate", 5e-5),
-        "bf16": key("bf16", False),
+        "bf16": key("bf16", False), "eval": key("evaluation_strategy eval_strategy", "no"),
         "checkpointing": key("gradient_checkpointing", False),
         "remove_unused": key("remove_unused_columns", False),
         "projector_only": key("tune_mm_mlp_adapter", False),

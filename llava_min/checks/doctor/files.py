@@ -11,7 +11,8 @@ from llava_min.checks.doctor.shell import HF, read_commands
 from llava_min.cli import UserError, printable, short
 from llava_min.files import check_file, read_json
 
-MOST = 1 << 20  # bytes of a script or of settings; what is larger is something else
+MOST = 1 << 20  # bytes of a file of settings; what is larger is something else
+MOST_SCRIPT = 1 << 16  # and of a launch script
 DEEPEST = 20  # tables within tables
 MOST_HEADER = 1 << 24  # of a safetensors file
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -20,11 +21,11 @@ GIVE = ("give a recipe, a train.py command, a launch script, a JSON or TOML file
         "an adapter folder")
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, most: int = MOST) -> str:
     check_file(path)
-    if path.stat().st_size > MOST:
+    if path.stat().st_size > most:
         size = path.stat().st_size
-        raise UserError(f"{short(path, 400)}: {size:,} bytes, more than settings have; {GIVE}")
+        raise UserError(f"{short(path, 400)}: {size:,} bytes, expected at most {most:,}; {GIVE}")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -181,8 +182,8 @@ def read_input(given: str) -> list[Run]:
     if not exists:
         if given in {p.stem for p in RECIPES.glob("*.toml")}:
             return [read_table(RECIPES / f"{given}.toml", f"{given}.toml")]
-        runs = read_commands(given, "command",
-                             lines=False) if " " in given or "train.py" in given else []
+        is_command = " " in given or "train.py" in given
+        runs = read_commands(given, "command", lines=False) if is_command else []
         if not runs:
             raise UserError(f"{source}: no such file, folder or recipe; {GIVE}")
         return [with_recipe(run) if run.kind == "train.py" else run for run in runs]
@@ -191,7 +192,7 @@ def read_input(given: str) -> list[Run]:
         return [read_adapter(path.parent, short(path.parent.resolve().name, 200))]
     if path.suffix in (".json", ".toml"):
         return [read_table(path, source)]
-    runs = read_commands(read_text(path), source)
+    runs = read_commands(read_text(path, MOST_SCRIPT), source)
     if not runs:
         raise UserError(f"{short(given, 200)}: no training command found in it; {GIVE}")
     return [with_recipe(run) if run.kind == "train.py" else run for run in runs]

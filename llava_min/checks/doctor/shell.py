@@ -66,7 +66,7 @@ def split(text: str, where: str, line: int) -> list[Word]:
 def commands(text: str, where: str) -> Iterator[list[Word]]:
     """The commands of a script, each as its words with their lines."""
     words: list[Word] = []
-    part, begun, quote, heredoc = "", 0, "", None
+    part, begun, quote, heredoc, in_array = "", 0, "", None, False
     for number, line in enumerate(text.split("\n"), 1):
         if heredoc:
             heredoc = None if line.strip() == heredoc else heredoc
@@ -86,8 +86,9 @@ def commands(text: str, where: str) -> Iterator[list[Word]]:
                 words = []
             else:
                 words.append(word)
-        array = words and re.match(r"\w+=\(", words[0].text)
-        if not continued and not (array and not any(w.text.endswith(")") for w in words)):
+        in_array = in_array or bool(words and re.match(r"\w+=\(", words[0].text))
+        in_array = in_array and not any(word.text.endswith(")") for word in found)
+        if not continued and not in_array:
             yield words
             words = []
     if quote:
@@ -119,7 +120,7 @@ def expand(words: list[Word], variables: dict[str, str], where: str) -> list[Wor
 
 def redirected(words: list[Word]) -> list[Word]:
     """Without `> file` and `< file`."""
-    signs = [i for i, word in enumerate(words) if word.text and set(word.text) <= set("<>&")]
+    signs = {i for i, word in enumerate(words) if word.text and set(word.text) <= set("<>&")}
     return [word for i, word in enumerate(words) if i not in signs and i - 1 not in signs]
 
 
