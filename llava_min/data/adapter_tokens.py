@@ -63,7 +63,8 @@ def difference(ours: Tokenizer, theirs: Tokenizer, new: set[int], texts: list[st
 
 def rules(t: Tokenizer) -> list:
     """What goes before a text. transformers 5, saving after a lone tokenizer.model, loses it."""
-    return [t.add_bos, *(t.encode(s, at=at) for s in ("a b", " a") for at in ("start", "special"))]
+    places = (("a b", "start"), ("a b", "special"), (" a", "special"))
+    return [t.add_bos, *(t.encode(text, at=at) for text, at in places)]
 
 
 def probes(tokenizer: Tokenizer, new: list[str]) -> list[str]:
