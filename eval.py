@@ -264,11 +264,11 @@ def hashes(data: str) -> list[str]:
 
 def hash_weights(model: Any) -> str:
     """sha256, shortened, from the first numbers of every tensor: another training changes them all."""
-    from llava_min.packed import dense
+    from llava_min.fast.cpu_linear import unpacked
 
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
-        digest.update(name.encode() + dense(p.detach()).flatten()[:64].float().cpu().numpy().tobytes())
+        digest.update(name.encode() + unpacked(p.detach()).flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -161,7 +161,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     from llava_min.log import Log, peak_memory, show_samples
     from llava_min.lora import init_lora
     from llava_min.optim import LossScale, clip, make_optimizer, parameter_groups, rate_factor
-    from llava_min.packed import widen
+    from llava_min.fast.cpu_linear import upcast_linears
     from llava_min.report import write_run_report
     from llava_min.shard import full_state, shard
     from llava_min.step import (compile_blocks, largest_batch, neftune, no_memory, recompute_blocks, row_length, supervised_in,
@@ -213,7 +213,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     shard(model, world, compute=compute, full=knobs.train in ("full", "freeze_vision"), cpu_offload=knobs.cpu_offload)
     ready.fill(compute, device, offload=knobs.cpu_offload)
     init_lora(model, knobs.seed)
-    widen(model)
+    upcast_linears(model)
     if knobs.compile:
         compile_blocks(model)
     if knobs.gradient_checkpointing:

@@ -198,7 +198,7 @@ def mean_logprobs(model: Llava, batch: dict[str, Tensor], answers: list[list[int
         return [None] * len(answers)
     ids = torch.tensor([[*a, *[0] * (longest - len(a))] for a in answers])  # (B, A)
     real = torch.tensor([[i < len(a) for i in range(longest)] for a in answers])  # (B, A)
-    x = model.hidden(torch.cat([batch["input_ids"], ids], 1).to(model.device), batch.get("pixel_values"),
+    x = model.hidden_states(torch.cat([batch["input_ids"], ids], 1).to(model.device), batch.get("pixel_values"),
                      torch.cat([batch["attention_mask"], real], 1).to(model.device))  # (B, T + A, C)
     logs = model.lm_head(x[:, length - 1 : -1]).float().log_softmax(-1).cpu()  # (B, A, V)
     found = logs.gather(2, ids[:, :, None])[:, :, 0]  # (B, A)

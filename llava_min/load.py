@@ -23,7 +23,7 @@ from llava_min.dist import pick_device
 from llava_min.files import new_folder, read_json, write_json
 from llava_min.layouts import CLIP_REST, Entry, check_entries, find_files, find_folder, read_entries
 from llava_min.llava import Llava
-from llava_min.packed import pack
+from llava_min.fast.cpu_linear import prepack_linears
 from llava_min.weights import DTYPES, NAMES, load_weights, save_weights
 
 TINY = Path(__file__).parent / "tiny"
@@ -201,7 +201,7 @@ def load(source: str, *, dtype: str | torch.dtype = "auto", device: str | torch.
     ready.fill(dtype, device)
     if adapter is not None:
         apply_adapter(model, *lora)
-    pack(model)
+    prepack_linears(model)
     model.processor = ready.processor
     return model.eval(), ready.processor
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llava_min.cli import UserError, printable
 from llava_min.config import LINEARS
 from llava_min.layouts import WRITE, translate
-from llava_min.packed import dense
+from llava_min.fast.cpu_linear import unpacked
 from llava_min.shard import local, own_rows, split
 from llava_min.weights import PIECE
 
@@ -96,7 +96,7 @@ class LoRALinear(nn.Module):
         local(a).copy_(cut(torch.empty(a.shape).uniform_(-bound, bound, generator=generator), a))
         local(self.lora_B.weight).zero_()
         if m is not None:
-            w = dense(self.base.weight)
+            w = unpacked(self.base.weight)
             norms = row_norms(local(w), m.dtype)
             local(m).copy_(norms if split(w) else cut(norms, m))
 
@@ -122,7 +122,7 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def norms(self) -> Tensor:
         """Lengths (out,) of the rows of W + s B A as ||W||^2 + 2 s <W, BA> + s^2 ||BA||^2: nothing has W's size."""
-        w, a, b = dense(self.base.weight), self.lora_A.weight, self.lora_B.weight * self.scaling
+        w, a, b = unpacked(self.base.weight), self.lora_A.weight, self.lora_B.weight * self.scaling
         with torch.autocast(w.device.type, enabled=False):
             cross = F.linear(w, a.to(w.dtype)).to(a.dtype)  # W A^T (out, r)
             squares = row_norms(w, a.dtype).square() + ((2 * cross + b @ (a @ a.T)) * b).sum(1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llava_min.cli import UserError
 from llava_min.dist import World, backend, total
-from llava_min.packed import dense
+from llava_min.fast.cpu_linear import unpacked
 from llava_min.signals import Interrupted
 
 
@@ -142,5 +142,5 @@ def full_state(model: nn.Module, names: set[str] | None = None) -> dict[str, Ten
             if split(p):
                 whole = whole.to(p.device_mesh.device_type).full_tensor()
             if not dist.is_initialized() or dist.get_rank() == 0:
-                state[name] = dense(whole).cpu()
+                state[name] = unpacked(whole).cpu()
     return state

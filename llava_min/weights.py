@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llava_min.cli import UserError, printable
 from llava_min.files import write_json
 from llava_min.layouts import FLOATS, WRITE, Entry, open_file, translate
-from llava_min.packed import dense
+from llava_min.fast.cpu_linear import unpacked
 from llava_min.shard import local, own_rows, split
 
 PIECE = 1 << 19  # elements read at once: they stay in a core's cache while they are checked and converted
@@ -173,7 +173,7 @@ def save_weights(state: dict[str, Tensor], folder: Path, dtype: torch.dtype | No
     names = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards):
-        save_tensors({n: dense(t.detach()).to("cpu", dtype).contiguous() for n, t in shard.items()}, folder / name)
+        save_tensors({n: unpacked(t.detach()).to("cpu", dtype).contiguous() for n, t in shard.items()}, folder / name)
     if len(shards) > 1:
         total = sum(map(size, state.values()))
         places = {n: file for file, shard in zip(names, shards) for n in shard}

@@ -85,7 +85,7 @@ class Ours(Program):
 
         from llava_min.load import load_model
         from llava_min.lora import LoRAConfig, add_lora
-        from llava_min.packed import widen
+        from llava_min.fast.cpu_linear import upcast_linears
         from llava_min.step import compile_blocks, recompute_blocks
         from llava_min.trainable import select
         self.imported = time.perf_counter() - start
@@ -94,7 +94,7 @@ class Ours(Program):
         model = load_model(Path(spec["folder"]), getattr(torch, spec["dtype"]), self.device)
         add_lora(model, LoRAConfig(spec["lora_r"], 2.0 * spec["lora_r"]))
         select(model, "lora", train_projector=False)
-        widen(model)
+        upcast_linears(model)
         if spec["checkpointing"]:
             recompute_blocks(model, dropout=False)
         if spec["compile"]:
