@@ -23,6 +23,10 @@ class UserError(ValueError):
         self.field = field
 
 
+class Interrupted(BaseException):
+    """A signal asked the run to stop, at a point where it may stop at once."""
+
+
 def label(field: str) -> str:
     """What the person who runs this calls the argument `field`: its flag in a script."""
     return _flags.get(field, field)

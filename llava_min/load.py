@@ -19,7 +19,7 @@ from llava_min.config import Fields, LlavaConfig, VisionConfig, read_eos
 from llava_min.data.processor import Processor
 from llava_min.data.processor_files import read_processor, read_settings
 from llava_min.data.tokenizer_files import read_optional
-from llava_min.dist import pick_device
+from llava_min.parallel.ranks import pick_device
 from llava_min.files import new_folder, read_json, write_json
 from llava_min.layouts import CLIP_REST, Entry, check_entries, find_files, find_folder, read_entries
 from llava_min.llava import Llava
