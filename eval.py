@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int | None:
 
     from llava_min.benchmarks import benchmark_records, read_benchmark
     from llava_min.data.records import read_records, with_images
-    from llava_min.dist import start
+    from llava_min.parallel.ranks import start
     from llava_min.evaluate import difference, references
     from llava_min.metrics import find
     from llava_min.metrics.blind import told
@@ -274,11 +274,11 @@ def hashes(data: str) -> list[str]:
 
 def hash_weights(model: Any) -> str:
     """sha256, shortened, from the first numbers of every tensor: another training changes them all."""
-    from llava_min.packed import dense
+    from llava_min.fast.cpu_linear import unpacked
 
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
-        digest.update(name.encode() + dense(p.detach()).flatten()[:64].float().cpu().numpy().tobytes())
+        digest.update(name.encode() + unpacked(p.detach()).flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -339,12 +339,12 @@ def check_same(folder: Path, settings: dict) -> None:
 def open_answers(folder: Path, settings: dict, records: list, world: Any, held: ExitStack) -> tuple[TextIO, dict[int, dict]]:
     """This rank's file of answers, to append to, and those that are there. Rank 0 locks its own, against another run in the
     same folder, before it writes anything there."""
-    from llava_min.dist import gather
+    from llava_min.parallel.ranks import all_gather
     from llava_min.evaluate import read_answers
 
     done = None
     if world.rank:
-        done = gather(world, None)[0]  # the folder is ours
+        done = all_gather(world, None)[0]  # the folder is ours
     name = "predictions.jsonl" if world.rank == 0 else f"predictions-{world.rank}.jsonl"
     with writing(folder):
         file = held.enter_context(open(folder / name, "a", encoding="utf-8"))
@@ -364,7 +364,7 @@ def open_answers(folder: Path, settings: dict, records: list, world: Any, held: 
             if not begun:
                 (folder / name).unlink()
             raise
-        gather(world, done)
+        all_gather(world, done)
     return file, done
 
 

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
 
 def answer(knobs: Knobs, prompt: str | None) -> None:
     from llava_min.data.picture import open_image
-    from llava_min.generate import Options
+    from llava_min.sampling import Options
     from llava_min.load import load, prepare
 
     names = ("max_new_tokens", "min_new_tokens", "num_beams", "num_return_sequences", "temperature", "top_p",

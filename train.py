@@ -19,7 +19,8 @@ from typing import Annotated, Literal
 from llava_min.cli import Count, Fraction, NonNegative, Place, Positive, Seed, UserError, Whole, flags, note, parse, run, short
 from llava_min.config import LINEARS
 from llava_min.settings import check_begun, check_finished, check_settings, names_of
-from llava_min.signals import Interrupted, Signals
+from llava_min.errors import Interrupted
+from llava_min.training.signals import Signals
 
 RECIPES = Path(__file__).parent / "llava_min" / "recipes"
 
@@ -117,14 +118,14 @@ def main(argv: list[str]) -> int | None:
     check_settings(knobs, argv)
     with flags(knobs), Signals() as signals:
         from llava_min import checkpoint
-        from llava_min.dist import agree, gather, start
+        from llava_min.parallel.ranks import assert_same_on_ranks, all_gather, start
         from llava_min.evaluate import check_metrics
         from llava_min.log import check_packages
-        from llava_min.step import dry_run
+        from llava_min.training.dry_run import dry_run
 
         with start(knobs.device, knobs.timeout) as world:
             try:
-                agree(world, "the settings", asdict(knobs))
+                assert_same_on_ranks(world, "the settings", asdict(knobs))
                 check_metrics(knobs.eval_metrics, knobs.best_metric)
                 check_packages(knobs.log)
                 if knobs.dry_run:
@@ -133,7 +134,7 @@ def main(argv: list[str]) -> int | None:
                     raise UserError("--cpu-offload: the weights are in the CPU's memory anyway; leave it out, or give --device cuda")
                 name = Path(knobs.recipe or "run").stem
                 found = checkpoint.place(knobs.out, knobs.resume, Path("runs"), name) if world.rank == 0 else None
-                out, resumed = gather(world, found)[0]
+                out, resumed = all_gather(world, found)[0]
                 if knobs.resume != "never" and (Path(out, "adapter").exists() or Path(out, "model").exists()):
                     check_finished(Path(out), knobs, argv, world.size)
                     return note(f"{out}: already finished") if world.rank == 0 else None
@@ -155,19 +156,19 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     from llava_min.data.dataset import Dataset, loader
     from llava_min.data.records import Skips, read_records, with_images
     from llava_min.data.sampler import plan as make_plan, records_of
-    from llava_min.dist import agree, any_of, gather, total
+    from llava_min.parallel.ranks import assert_same_on_ranks, any_rank, all_gather, all_reduce_sum
     from llava_min.evaluate import check_room, on_held_out
     from llava_min.files import new_folder, write_json
     from llava_min.load import prepare, write_model
     from llava_min.log import Log, peak_memory, show_samples
     from llava_min.lora import init_lora
-    from llava_min.optim import LossScale, clip, make_optimizer, parameter_groups, rate_factor
-    from llava_min.packed import widen
+    from llava_min.training.optim import LossScale, clip_gradients, make_optimizer, parameter_groups, lr_factor
+    from llava_min.fast.cpu_linear import upcast_linears
     from llava_min.report import write_run_report
-    from llava_min.shard import full_state, shard
-    from llava_min.step import (compile_blocks, largest_batch, neftune, no_memory, recompute_blocks, row_length, supervised_in,
-                                try_step)
-    from llava_min.trainable import check_gradients, choose, table
+    from llava_min.parallel.fsdp import full_state, shard
+    from llava_min.training.batch_size import largest_batch, out_of_memory, row_length, count_supervised, try_step
+    from llava_min.training.wrap import compile_blocks, add_neftune, enable_gradient_checkpointing
+    from llava_min.training.trainable import check_gradients, setup_lora, parameter_table
     from llava_min.weights import DTYPES
 
     device, compute, alone = world.device, DTYPES[knobs.precision], world.size == 1
@@ -178,17 +179,17 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     # ---- the model, without its weights: what is wrong with it or with the data is found before they are read
     ready = prepare(knobs.model, image_aspect_ratio=knobs.image_aspect_ratio, template=knobs.template)
     model, processor = ready.model, ready.processor
-    lora = choose(model, knobs, device)
+    lora = setup_lora(model, knobs, device)
     knobs.max_length = row_length(knobs.max_length, model.config.text.context)
     if world.rank == 0:
-        print(table(model), file=sys.stderr)
+        print(parameter_table(model), file=sys.stderr)
 
     # ---- the data
     data, eval_data, images = knobs.data, knobs.eval_data, knobs.image_folder
     if data.startswith("toy:"):
         if world.rank == 0 and not (out / "data").exists():
             toy.write(out / "data", data.removeprefix("toy:"), knobs.toy_train, knobs.toy_val, knobs.seed)
-        agree(world, "the toy data", True)
+        assert_same_on_ranks(world, "the toy data", True)
         data, eval_data, images = str(out / "data" / "train.json"), out / "data" / "val.json", None
     skips = Skips(out / "skipped.txt" if world.rank == 0 else None) if knobs.skip_bad else None
     records = read_records(data, images, skips)
@@ -208,19 +209,19 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
 
     next(loader(dataset, plan[0][world.rank][:1], packing=knobs.packing, skip=knobs.skip_bad))  # where most mistakes with pictures show
     identity = checkpoint.identity_of(ready, data, records, knobs, rows * world.size, len(plan))
-    agree(world, "code, data or model", identity)
+    assert_same_on_ranks(world, "code, data or model", identity)
 
     # ---- the weights, what is frozen in the compute dtype and what is trained in fp32, and what is put on them
     shard(model, world, compute=compute, full=knobs.train in ("full", "freeze_vision"), cpu_offload=knobs.cpu_offload)
     ready.fill(compute, device, offload=knobs.cpu_offload)
     init_lora(model, knobs.seed)
-    widen(model)
+    upcast_linears(model)
     if knobs.compile:
         compile_blocks(model)
     if knobs.gradient_checkpointing:
-        recompute_blocks(model, dropout=knobs.lora_dropout > 0)
+        enable_gradient_checkpointing(model, dropout=knobs.lora_dropout > 0)
     if knobs.neftune_alpha:
-        neftune(model, knobs.neftune_alpha)
+        add_neftune(model, knobs.neftune_alpha)
     trainable = [p for p in model.train().parameters() if p.requires_grad]
     autocast = lambda: torch.autocast(device.type, compute, enabled=compute != torch.float32)
 
@@ -232,7 +233,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     if knobs.auto_batch_size:
         longest = [(i,) for i in sorted(range(len(lengths)), key=lambda i: -abs(lengths[i]))]
         fits = lambda n: try_step(lambda: loss_of(next(loader(dataset, [longest[:n]]))[0]), model)
-        batch_size = largest_batch(rows, lambda n: not any_of(world, not fits(n)))
+        batch_size = largest_batch(rows, lambda n: not any_rank(world, not fits(n)))
         plan = deal(batch_size)
     groups = parameter_groups(model, knobs.lr, knobs.weight_decay, knobs.projector_lr, knobs.vision_lr)
     optimizer, scale = make_optimizer(knobs.optimizer, groups, knobs.betas), LossScale(knobs.precision == "fp16")
@@ -277,10 +278,10 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
 
     def evaluate() -> None:
         """Loss, answers and metrics on the held-out records; with --best-metric, a checkpoint if they are the best so far."""
-        with signals.at_once(alone and not knobs.cpu_offload), autocast():
+        with signals.interruptible(alone and not knobs.cpu_offload), autocast():
             scores, rows, said = on_held_out(
                 model, validation, held_out, loss_of, world, knobs.eval_metrics,
-                knobs.eval_batch_size, lambda: signals.asked, num_beams=knobs.num_beams,
+                knobs.eval_batch_size, lambda: signals.requested, num_beams=knobs.num_beams,
                 max_new_tokens=knobs.max_new_tokens)
         log.write(step=at.step, **{f"eval_{name}": value for name, value in scores.items()},
                   eval_cut_answers=sum(row.get("stopped") == "limit" for row in rows),
@@ -316,29 +317,29 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
                   skip=True, pin_memory=device.type == "cuda")
     named = lambda step: ", ".join(short(dataset.records[i].id) for i in records_of(step)[:8])
     tokens, pictures, busy, first = 0, 0, 0.0, True
-    signals.urgent = False  # from here on there is something to lose
+    signals.raises_now = False  # from here on there is something to lose
     try:
         if evaluation_due():
             evaluate()
         while at.step < len(plan) and not (knobs.early_stopping and at.waited >= knobs.early_stopping):
             step, begun = plan[at.step], time.perf_counter()
-            with signals.at_once(alone):
+            with signals.interruptible(alone):
                 micros, faults = zip(*(next(todo) for _ in step[world.rank]))
             bad, due = sum(faults, []), world.rank == 0 and saver.due(at.step)
-            supervised, stop, due, n_bad = total(world, sum(map(supervised_in, micros)), signals.asked, due, len(bad))
+            supervised, stop, due, n_bad = all_reduce_sum(world, sum(map(count_supervised, micros)), signals.requested, due, len(bad))
             if due or n_bad and not skips and at.step > 0 and saver.lacks(at.step):
                 save()
             if stop:
                 raise Interrupted
             if n_bad:
-                bad = sum(gather(world, bad), [])
+                bad = sum(all_gather(world, bad), [])
                 if not skips:
                     raise UserError(bad[0])
                 skips.add(bad)
                 skips.write()
             if not supervised:
                 raise UserError(f"step {at.step + 1}: no token to learn from in records {named(step)}; mend or remove them")
-            factor = rate_factor(at.step, len(plan), warmup, knobs.schedule)
+            factor = lr_factor(at.step, len(plan), warmup, knobs.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
             loss = torch.zeros((), device=device)
@@ -346,8 +347,8 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
                 part = loss_of(batch) / supervised
                 (part * scale.scale).backward()
                 loss += part.detach()
-            norm = clip(trainable, scale.scale, knobs.max_grad_norm)
-            loss, norm = total(world, loss)[0], float(norm)
+            norm = clip_gradients(trainable, scale.scale, knobs.max_grad_norm)
+            loss, norm = all_reduce_sum(world, loss)[0], float(norm)
             if finite := math.isfinite(loss + norm):
                 if first:
                     check_gradients(model)
@@ -373,7 +374,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
             tokens += sum(batch["input_ids"].numel() for batch in micros)
             pictures += sum(len(batch.get("pixel_values", ())) for batch in micros)
             if knobs.log_every and (at.step % knobs.log_every == 0 or at.step == len(plan)):
-                tokens, pictures = total(world, tokens, pictures)
+                tokens, pictures = all_reduce_sum(world, tokens, pictures)
                 log.step(at.step, loss=loss, lr=knobs.lr * factor, grad_norm=norm, tokens_per_s=tokens / busy,
                          pictures_per_s=pictures / busy, peak_gb=peak_memory(device))
                 tokens, pictures, busy = 0, 0, 0.0
@@ -391,7 +392,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
             worker.kill()
         sys.exit(signals.code)
     except torch.OutOfMemoryError:
-        raise no_memory(at.step + 1, batch_size, rows) from None
+        raise out_of_memory(at.step + 1, batch_size, rows) from None
 
     # ---- what came of it
     if failed():

@@ -29,7 +29,7 @@ from torch import nn
 from llava_min.cli import UserError, note, printable, warn
 from llava_min.data.record import Record
 from llava_min.data.records import hash_pictures, hash_records, sources
-from llava_min.dist import World
+from llava_min.parallel.ranks import World
 from llava_min.files import check_free
 from llava_min.load import Prepared
 from llava_min.settings import FREE

@@ -26,21 +26,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-MAX_LINE = 2000
+from llava_min.errors import UserError, set_labels, warn
+from llava_min.errors import escape_controls as printable
+from llava_min.errors import info as note
+from llava_min.errors import shorten as short
+
 UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
-
-
-class UserError(ValueError):
-    """A mistake of the caller: one line that says what came, what was expected and what to do.
-
-    What is about an argument begins with its keyword, `device: …`; for the user of a script, see `flags`, with his flag.
-    """
-
-    def __init__(self, line: str):
-        super().__init__(by_flag(line))
-
-
-FLAGS: dict[str, str] = {}  # the library's keyword -> the flag of the script that runs
 
 
 @contextmanager
@@ -51,38 +42,11 @@ def flags(knobs: Any) -> Iterator[None]:
     """
     given = {name: value for name, value in vars(knobs).items() if value is not None and not isinstance(value, list)}
     named = {name: "--" + name.replace("_", "-") for name in given if name not in map(str, given.values())}  # a file may be called so
-    FLAGS.update({name.removeprefix("eval_"): flag for name, flag in named.items()} | named)
+    set_labels({name.removeprefix("eval_"): flag for name, flag in named.items()} | named)
     try:
         yield
     finally:
-        FLAGS.clear()
-
-
-def by_flag(line: str) -> str:
-    for keyword, flag in FLAGS.items():
-        if begins := re.match(rf"(--)?{keyword.replace('_', '[_ -]')}(?=:| .*:)", line):
-            return flag + line[begins.end():]
-    return line
-
-
-def printable(text: object) -> str:
-    """`text` with control and bidirectional-override characters escaped, so that data cannot drive the terminal."""
-    return "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in str(text))
-
-
-def short(x: object, n: int = 60) -> str:
-    """`x` as text that a message can quote: printable, and of at most `n` characters."""
-    text = printable(x)
-    return text if len(text) <= n else text[:n] + "…"
-
-
-def note(text: str) -> None:
-    """One line for the person, on stderr."""
-    print(printable(text)[:MAX_LINE] + "\n", end="", file=sys.stderr, flush=True)  # in one piece, whoever else writes
-
-
-def warn(text: str) -> None:
-    note(f"warning: {by_flag(text)}")
+        set_labels({})
 
 
 @functools.cache

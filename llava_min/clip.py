@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llava_min.attention import attention
+from llava_min.ops import attention
 from llava_min.config import VisionConfig
 
 

@@ -30,14 +30,14 @@ from llava_min.data.picture import Encoded
 from llava_min.data.processor import Processor
 from llava_min.data.record import Bad, Record, check_text, text_of
 from llava_min.data.records import told
-from llava_min.dist import World, gather, total
+from llava_min.parallel.ranks import World, all_gather, all_reduce_sum
 from llava_min.generate import generate
 from llava_min.llava import Llava
 from llava_min.log import clock
 from llava_min.metrics import Rule, blind, find, interval, measure, resampled
-from llava_min.options import Options
-from llava_min.shard import uneven
-from llava_min.step import supervised_in
+from llava_min.parallel.fsdp import uneven_forwards
+from llava_min.sampling import Options
+from llava_min.training.batch_size import count_supervised
 
 EVERY = 2.0  # seconds between two lines of progress
 
@@ -69,7 +69,7 @@ def predict(model: Llava, processor: Processor, records: Sequence[Record], batch
     model.eval()
     start = told = time.perf_counter()
     answered = {}
-    with uneven(model, world, asked):
+    with uneven_forwards(model, world, asked):
         prepared = ahead(lambda chosen: batch_of(processor, [records[i] for i in chosen], exif), mine)
         for n, (chosen, (found, batch)) in enumerate(zip(mine, prepared, strict=True), 1):
             if batch:
@@ -83,7 +83,7 @@ def predict(model: Llava, processor: Processor, records: Sequence[Record], batch
                 progress(f"answered {min(here * batch_size, len(order)) + len(rows)} of {len(records)} · {left} left")
                 told = now
     model.train(was_training)
-    for part in gather(world, answered):
+    for part in all_gather(world, answered):
         rows |= part
     return [rows[i] for i in range(len(records))]
 
@@ -130,13 +130,13 @@ def on_held_out(model: Llava, dataset: Dataset, records: Sequence[Record], loss_
     nll, tokens = 0.0, 0
     mine = [(i,) for i in range(world.rank, len(dataset), world.size)]
     model.eval()
-    with torch.no_grad(), uneven(model, world, asked) as check:
+    with torch.no_grad(), uneven_forwards(model, world, asked) as check:
         for batch, _ in loader(dataset, [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]):
-            nll, tokens = nll + float(loss_of(batch)), tokens + supervised_in(batch)
+            nll, tokens = nll + float(loss_of(batch)), tokens + count_supervised(batch)
             check()
     rows = predict(model, dataset.processor, records, batch_size, dataset.exif, world=world, asked=asked, **options)
     model.train()
-    nll, tokens = total(world, nll, tokens)
+    nll, tokens = all_reduce_sum(world, nll, tokens)
     scores = score(rows, metrics)
     said = blind.told(scores) + cut_answers(rows, options["max_new_tokens"])
     return {"loss": nll / tokens} | {name: m["score"] for name, m in scores.items()}, rows, said
@@ -219,7 +219,7 @@ def mean_logprobs(model: Llava, batch: dict[str, Tensor], answers: list[list[int
         return [None] * len(answers)
     ids = torch.tensor([[*a, *[0] * (longest - len(a))] for a in answers])  # (B, A)
     real = torch.tensor([[i < len(a) for i in range(longest)] for a in answers])  # (B, A)
-    x = model.hidden(torch.cat([batch["input_ids"], ids], 1).to(model.device), batch.get("pixel_values"),
+    x = model.hidden_states(torch.cat([batch["input_ids"], ids], 1).to(model.device), batch.get("pixel_values"),
                      torch.cat([batch["attention_mask"], real], 1).to(model.device))  # (B, T + A, C)
     logs = model.lm_head(x[:, length - 1 : -1]).float().log_softmax(-1).cpu()  # (B, A, V)
     found = logs.gather(2, ids[:, :, None])[:, :, 0]  # (B, A)

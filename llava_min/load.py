@@ -23,11 +23,11 @@ from llava_min.config_keys import unknown_keys
 from llava_min.data.processor import Processor
 from llava_min.data.processor_files import read_processor, read_settings
 from llava_min.data.tokenizer_files import read_optional
-from llava_min.dist import pick_device
+from llava_min.parallel.ranks import pick_device
 from llava_min.files import new_folder, read_json, write_json
 from llava_min.layouts import CLIP_REST, Entry, check_entries, find_folder, read_entries
 from llava_min.llava import Llava
-from llava_min.packed import pack
+from llava_min.fast.cpu_linear import prepack_linears
 from llava_min.weights import DTYPES, NAMES, load_weights, save_weights
 
 TINY = Path(__file__).parent / "tiny"
@@ -234,7 +234,7 @@ def load(source: str, *, dtype: str | torch.dtype = "auto", device: str | torch.
     ready.fill(dtype, device)
     if adapter is not None:
         apply_adapter(model, *lora)
-    pack(model)
+    prepack_linears(model)
     model.processor = ready.processor
     return model.eval(), ready.processor
 

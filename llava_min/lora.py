@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from llava_min.cli import UserError, printable
 from llava_min.config import LINEARS
 from llava_min.layouts import WRITE, translate
-from llava_min.packed import dense
-from llava_min.shard import local, own_rows, split
+from llava_min.fast.cpu_linear import unpacked
+from llava_min.parallel.dtensor import local_shard, local_rows, is_sharded
 from llava_min.weights import PIECE
 
 # Our prefix -> the module path in transformers of today, which PEFT's keys repeat.
@@ -66,7 +66,7 @@ def row_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def cut(whole: Tensor, p: Tensor) -> Tensor:
     """Of `whole`, made in full on every rank, the rows that `local(p)` has."""
-    first, end = own_rows(p)
+    first, end = local_rows(p)
     return whole[first:end]
 
 
@@ -93,12 +93,12 @@ class LoRALinear(nn.Module):
         """A uniform as kaiming_uniform(a=sqrt 5) draws it, B zero: the update is nothing. W has its values."""
         a, m = self.lora_A.weight, self.lora_magnitude_vector
         bound = a.shape[1] ** -0.5
-        local(a).copy_(cut(torch.empty(a.shape).uniform_(-bound, bound, generator=generator), a))
-        local(self.lora_B.weight).zero_()
+        local_shard(a).copy_(cut(torch.empty(a.shape).uniform_(-bound, bound, generator=generator), a))
+        local_shard(self.lora_B.weight).zero_()
         if m is not None:
-            w = dense(self.base.weight)
-            norms = row_norms(local(w), m.dtype)
-            local(m).copy_(norms if split(w) else cut(norms, m))
+            w = unpacked(self.base.weight)
+            norms = row_norms(local_shard(w), m.dtype)
+            local_shard(m).copy_(norms if is_sharded(w) else cut(norms, m))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         a, b, shape = self.lora_A.weight, self.lora_B.weight, x.shape
@@ -122,7 +122,7 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def norms(self) -> Tensor:
         """Lengths (out,) of the rows of W + s B A as ||W||^2 + 2 s <W, BA> + s^2 ||BA||^2: nothing has W's size."""
-        w, a, b = dense(self.base.weight), self.lora_A.weight, self.lora_B.weight * self.scaling
+        w, a, b = unpacked(self.base.weight), self.lora_A.weight, self.lora_B.weight * self.scaling
         with torch.autocast(w.device.type, enabled=False):
             cross = F.linear(w, a.to(w.dtype)).to(a.dtype)  # W A^T (out, r)
             squares = row_norms(w, a.dtype).square() + ((2 * cross + b @ (a @ a.T)) * b).sum(1)

@@ -30,9 +30,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from llava_min.cli import UserError, printable
-from llava_min.dist import World, gather
+from llava_min.parallel.ranks import World, all_gather
 from llava_min.files import sync
-from llava_min.shard import local, own_rows, split
+from llava_min.parallel.dtensor import local_shard, local_rows, is_sharded
 
 FORMAT = 1
 PARTS = {"format", "step", "ranks", "optimizer", "run", "scalars", "shapes", "rows", "rng"}  # of state.json
@@ -54,7 +54,7 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tup
         if p.requires_grad:
             tensors[name] = p.detach()
             for key, value in (optimizer.state.get(p, {}) if optimizer else {}).items():
-                if split(p) and isinstance(value, Tensor) and value.dim() and not split(value):
+                if is_sharded(p) and isinstance(value, Tensor) and value.dim() and not is_sharded(value):
                     raise UserError(f"--optimizer: its {key} is not split over the ranks as the parameters are; run on one process")
                 (tensors if isinstance(value, Tensor) else scalars)[f"{key} of {name}"] = value
     return tensors, scalars
@@ -129,7 +129,7 @@ def together(world: World, target: Path, work: Callable[[], Any], mine: bool = T
         result = work() if mine else None
     except OSError as e:
         fault = f"{target}: cannot be written ({e.strerror or printable(e)}{f': {e.filename}' if e.filename else ''})"
-    results = gather(world, [result, fault])
+    results = all_gather(world, [result, fault])
     if fault := next((f for _, f in results if f), None):
         raise UserError(f"{fault}; free space or mend the folder, then go on with --resume auto: older checkpoints are whole")
     return [r for r, _ in results]
@@ -155,11 +155,11 @@ def save(folder: Path, step: int, model: nn.Module | None, optimizer: torch.opti
 
     def write_rank() -> dict[str, Any]:
         tensors, scalars = tensors_of(model, optimizer) if model else ({}, {})
-        kept = {name: local(x) for name, x in tensors.items() if split(x) or world.rank == 0}
+        kept = {name: local_shard(x) for name, x in tensors.items() if is_sharded(x) or world.rank == 0}
         numbers, streams = rng_state(world.device) if optimizer else ({}, {})
         digest = write_tensors(aside / f"rank-{world.rank}.safetensors", kept | {f"rng {n}": x for n, x in streams.items()})
         return {"sha256": digest, "rng": numbers, "scalars": scalars,
-                "rows": {name: own_rows(tensors[name]) for name, x in kept.items() if x.dim()},
+                "rows": {name: local_rows(tensors[name]) for name, x in kept.items() if x.dim()},
                 "shapes": {name: list(tensors[name].shape) for name in kept}}
 
     def finish() -> None:
@@ -245,11 +245,11 @@ def restore(folder: Path, state: dict[str, Any], model: nn.Module, optimizer: to
                         "give the settings the checkpoint was made with")
 
     def read(name: str, into: Tensor) -> None:
-        mine = local(into)
+        mine = local_shard(into)
         if not into.dim():
             mine.copy_(files[0].get_tensor(name))
             return
-        first, end = own_rows(into)
+        first, end = local_rows(into)
         for file, rows in zip(files, state["rows"]):
             low, high = rows.get(name, (0, 0))
             a, b = max(low, first), min(high, end)

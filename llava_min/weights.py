@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from llava_min.cli import UserError, printable
 from llava_min.files import write_json
 from llava_min.layouts import FLOATS, WRITE, Entry, open_file, translate
-from llava_min.packed import dense
-from llava_min.shard import local, own_rows, split
+from llava_min.fast.cpu_linear import unpacked
+from llava_min.parallel.dtensor import local_shard, local_rows, is_sharded
 
 PIECE = 1 << 19  # elements read at once: they stay in a core's cache while they are checked and converted
 REOPEN = 32 << 20  # bytes read of a `.bin` through one mapping: its pages count as ours until it is closed
@@ -102,7 +102,7 @@ def load_weights(model: nn.Module, entries: dict[str, Entry], dtype: torch.dtype
     for name, entry in sorted(entries.items(), key=lambda item: (str(item[1].path), item[1].start or 0)):
         if name in places:
             new = make_parameter(model, places[name], dtype, device, offload)
-            first, end = own_rows(model.get_parameter(places[name]))
+            first, end = local_rows(model.get_parameter(places[name]))
             there = max(first, min(end, entry.shape[0])) - first  # of our rows, those that the file has
             reader.fill(new[:there], entry, first)
             if there < len(new):  # rows for added tokens, about where the converter puts them
@@ -116,9 +116,9 @@ def load_weights(model: nn.Module, entries: dict[str, Entry], dtype: torch.dtype
 
 def check_tied(reader: Reader, entry: Entry, p: Tensor) -> None:
     """A head that is stored though it is tied equals the embedding `p`, in this process's rows, or UserError."""
-    first, end = own_rows(p)
+    first, end = local_rows(p)
     for row, stop in row_ranges(entry, first, end):
-        mine = local(p)[row - first : stop - first]
+        mine = local_shard(p)[row - first : stop - first]
         again = torch.empty_like(mine)
         reader.fill(again, entry, row)
         if not torch.equal(again, mine):
@@ -138,10 +138,10 @@ def mean_row(reader: Reader, entry: Entry) -> Tensor:
 def make_parameter(model: nn.Module, name: str, dtype: torch.dtype, device: torch.device, offload: bool) -> Tensor:
     """Give the parameter of that name memory; returns what this process keeps of it, to be filled."""
     old = model.get_parameter(name)
-    first, end = own_rows(old)
+    first, end = local_rows(old)
     value = new = torch.empty(end - first, *old.shape[1:], dtype=torch.float32 if old.requires_grad else dtype,
-                              device="cpu" if split(old) and offload else device)
-    if split(old):
+                              device="cpu" if is_sharded(old) and offload else device)
+    if is_sharded(old):
         from torch.distributed.tensor import DTensor
 
         value = DTensor.from_local(new, old.device_mesh, old.placements, run_check=False,
@@ -173,7 +173,7 @@ def save_weights(state: dict[str, Tensor], folder: Path, dtype: torch.dtype | No
     names = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards):
-        save_tensors({n: dense(t.detach()).to("cpu", dtype).contiguous() for n, t in shard.items()}, folder / name)
+        save_tensors({n: unpacked(t.detach()).to("cpu", dtype).contiguous() for n, t in shard.items()}, folder / name)
     if len(shards) > 1:
         total = sum(map(size, state.values()))
         places = {n: file for file, shard in zip(names, shards) for n in shard}

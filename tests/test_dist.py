@@ -20,13 +20,14 @@ from conftest import IMAGE, hf_config, pixels, rows, write_processor
 from llava_min import weights
 from llava_min.cli import UserError
 from llava_min.config import LlavaConfig
-from llava_min.dist import World, agree, any_of, first_host, gather, read_ranks, start, total, use_cores
+from llava_min.parallel.ranks import World, assert_same_on_ranks, any_rank, first_host, all_gather, read_ranks, start, all_reduce_sum, use_all_cores
 from llava_min.generate import generate
 from llava_min.llava import IGNORE
 from llava_min.load import fresh, prepare
 from llava_min.lora import LoRAConfig, add_lora, init_lora
-from llava_min.shard import full_state, local, own_rows, shard, uneven
-from llava_min.trainable import select
+from llava_min.parallel.dtensor import local_shard, local_rows
+from llava_min.parallel.fsdp import full_state, shard, uneven_forwards
+from llava_min.training.trainable import set_trainable
 from llava_min.weights import save_weights
 
 
@@ -83,7 +84,7 @@ def build(kind: str, train: str, dtype: torch.dtype):
         for name, p in model.named_parameters():
             if ".lora_B." in name:
                 torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(1))
-    select(model.to(dtype), train)
+    set_trainable(model.to(dtype), train)
     return model.train()
 
 
@@ -99,14 +100,14 @@ def same(a: torch.Tensor, b: torch.Tensor) -> float:
 def equalities() -> None:
     """Pictures on both ranks, on one, on none; two micro-batches a rank; then answers, and a step again."""
     with start("cpu", timeout=60) as world:
-        assert gather(world, {"rank": world.rank}) == [{"rank": 0}, {"rank": 1}]
-        assert total(world, world.rank, 0.5, torch.tensor(2)) == [1.0, 1.0, 4.0]
-        assert any_of(world, world.rank == 1) and not any_of(world, False)
-        agree(world, "the settings", {"seed": 3})
+        assert all_gather(world, {"rank": world.rank}) == [{"rank": 0}, {"rank": 1}]
+        assert all_reduce_sum(world, world.rank, 0.5, torch.tensor(2)) == [1.0, 1.0, 4.0]
+        assert any_rank(world, world.rank == 1) and not any_rank(world, False)
+        assert_same_on_ranks(world, "the settings", {"seed": 3})
         for value, says in ((world.rank, "the settings: 0 on rank 0 and 1 on rank 1; "),
                             ({"lr": 1, "seed": world.rank}, "the settings, seed: 0 on rank 0 and 1 on rank 1; ")):
             try:
-                agree(world, "the settings", value)
+                assert_same_on_ranks(world, "the settings", value)
             except UserError as e:
                 assert str(e).startswith(says), e
             else:
@@ -128,7 +129,7 @@ def equalities() -> None:
                         loss = one.loss(**b) / tokens
                         loss.backward()
                         losses[i] += float(loss)
-                loss = total(world, losses[1])[0]
+                loss = all_reduce_sum(world, losses[1])[0]
                 assert abs(loss - losses[0]) <= 1e-6 * losses[0], (loss, losses)
                 want, got = gradients(plain), gradients(model)
                 for name in want.keys() | got.keys():
@@ -146,7 +147,7 @@ def equalities() -> None:
             n = 3 + 4 * world.rank
             answers = lambda m: [generate(m.eval(), b, max_new_tokens=n, min_new_tokens=n) for b in prompts]
             if dtype == torch.float32:  # the KV cache is
-                with uneven(model, world):
+                with uneven_forwards(model, world):
                     ours = answers(model)
                 assert ours == answers(plain)
                 model.train().zero_grad(), plain.train().zero_grad()
@@ -169,7 +170,7 @@ def equalities() -> None:
             want, got = gradients(plain), gradients(model)
             assert want.keys() == got.keys() and {g.dtype for g in got.values()} == {torch.float32}
             assert same(*(torch.cat([g[name].flatten() for name in want]) for g in (got, want))) < 0.1
-            with torch.autocast("cpu", torch.bfloat16), uneven(model, world):
+            with torch.autocast("cpu", torch.bfloat16), uneven_forwards(model, world):
                 assert len(generate(model.eval(), prompts[0], max_new_tokens=2 + world.rank)) == 1
 
 
@@ -211,19 +212,19 @@ def reading(folder: str) -> None:
                 ready = prepare(folder, template="vicuna_v1", image_aspect_ratio="pad")
                 ready.entries[embedding] = replace(ready.entries[embedding], shape=(stored, 32))
                 add_lora(ready.model, LoRAConfig(4, 8.0, dora=True))
-                select(ready.model, "lora")
+                set_trainable(ready.model, "lora")
                 shard(ready.model, one, compute=torch.bfloat16, full=False)
                 ready.fill(torch.bfloat16, world.device)
-                assert all(local(p).isnan().all() == (".lora_" in name)
-                           for name, p in ready.model.named_parameters() if local(p).numel())
+                assert all(local_shard(p).isnan().all() == (".lora_" in name)
+                           for name, p in ready.model.named_parameters() if local_shard(p).numel())
                 init_lora(ready.model, 5)
-                kept[i] = sum(local(p).numel() for p in ready.model.parameters())
+                kept[i] = sum(local_shard(p).numel() for p in ready.model.parameters())
                 models.append(ready.model)
             split, plain = models
             for name, p in split.named_parameters():
                 q = plain.get_parameter(name)
-                first, stop = own_rows(p)
-                assert torch.equal(local(p), q[first:stop]) and q.isfinite().all() and p.requires_grad == q.requires_grad, name
+                first, stop = local_rows(p)
+                assert torch.equal(local_shard(p), q[first:stop]) and q.isfinite().all() and p.requires_grad == q.requires_grad, name
                 learns = ".lora_" in name or name.startswith("multi_modal_projector.")
                 assert p.dtype == q.dtype == (torch.float32 if learns else torch.bfloat16), name
             tail = plain.get_parameter(embedding)[stored:].float() - plain.get_parameter(embedding)[:stored].float().mean(0)
@@ -261,7 +262,7 @@ def failing(how: str) -> None:
                 if how == "exit":
                     sys.exit(143)
                 os.kill(os.getpid(), signal.SIGSTOP if how == "stuck" else signal.SIGKILL)
-            total(world, 1.0)
+            all_reduce_sum(world, 1.0)
             time.sleep(0.001)
         raise AssertionError("the other rank was not missed")
 
@@ -391,9 +392,9 @@ def test_ranks_that_do_not_meet(environment):
 
 def test_what_ranks_do_not_agree_on_is_named(monkeypatch):
     world = World(0, 2, 0, torch.device("cpu"))
-    monkeypatch.setattr("llava_min.dist.gather", lambda world, value: [value, value | {"lr": 2}])
+    monkeypatch.setattr("llava_min.parallel.ranks.all_gather", lambda world, value: [value, value | {"lr": 2}])
     with pytest.raises(UserError, match="the settings, lr: 1 on rank 0 and 2 on rank 1; start every rank"):
-        agree(world, "the settings", {"seed": 0, "lr": 1})
+        assert_same_on_ranks(world, "the settings", {"seed": 0, "lr": 1})
 
 
 def test_idle_cores_are_used(monkeypatch, capsys):
@@ -402,10 +403,10 @@ def test_idle_cores_are_used(monkeypatch, capsys):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("LOCAL_WORLD_SIZE", "2"), ("OMP_NUM_THREADS", "1")):
         monkeypatch.setenv(name, value)
-    use_cores(0), use_cores(1)
+    use_all_cores(0), use_all_cores(1)
     assert threads == [4, 4] and capsys.readouterr().err == "4 threads a rank instead of torchrun's OMP_NUM_THREADS=1\n"
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    use_cores(0)
+    use_all_cores(0)
     assert len(threads) == 2
 
 
@@ -415,8 +416,8 @@ def test_one_process_is_not_wrapped(environment):
         model = build("qwen2", "full", torch.float32)
         before = dict(model.named_parameters())
         shard(model, world, compute=torch.bfloat16, full=True)
-        with uneven(model, world):
-            assert total(world, 2, 0.5) == [2.0, 0.5] and gather(world, "x") == ["x"] and any_of(world, True)
+        with uneven_forwards(model, world):
+            assert all_reduce_sum(world, 2, 0.5) == [2.0, 0.5] and all_gather(world, "x") == ["x"] and any_rank(world, True)
         state = full_state(model)
         assert all(p is before[name] and torch.equal(state[name], p) for name, p in model.named_parameters())
         half = full_state(model, None, torch.bfloat16)  # the parameters themselves; who writes them converts some at a time

@@ -21,9 +21,9 @@ from llava_min.cli import UserError
 from llava_min.data import toy
 from llava_min.data.records import read_records
 from llava_min.evaluate import difference, measure_all, predict, read_answers, score
-from llava_min.generate import beam_search, columns
+from llava_min.decoding import beam_search, decode
 from llava_min.load import TINY, load
-from llava_min.options import read_options
+from llava_min.sampling import read_options
 
 script = load_script("eval")
 ROOT = Path(__file__).parent.parent
@@ -112,7 +112,7 @@ def test_an_answer_is_cut_where_no_end_token_came(data, tiny, options):
         o = read_options({"max_new_tokens": most, "eos_token_id": ends, "suppress_tokens": silent, **options})
         for record, row in zip(records, rows, strict=True):
             batch, _, _ = evaluate.evaluation_batch([record], processor)
-            raw = beam_search(model, batch, o)[0].tolist() if options else list(map(int, columns(model, batch, o)))
+            raw = beam_search(model, batch, o)[0].tolist() if options else list(map(int, decode(model, batch, o)))
             ended = [i for i, id in enumerate(raw) if id in ends]
             assert row.get("stopped") == (None if ended else "limit"), (most, raw)
             seen.add(ended[0] == most - 1 if ended else None)

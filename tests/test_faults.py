@@ -17,7 +17,8 @@ from llava_min import checkpoint, evaluate, snapshot
 from llava_min.cli import UserError
 from llava_min.data.dataset import Dataset
 from llava_min.llava import Llava
-from llava_min.signals import Interrupted, Signals
+from llava_min.errors import Interrupted
+from llava_min.training.signals import Signals
 
 SHAPE = ("--batch-size", "3", "--grad-accum", "2", "--epochs", "2", "--save-every", "3", "--lora-r", "4", "--lora-dropout", "0.1", "--lora-alpha", "8")
 
@@ -115,9 +116,9 @@ def test_a_ctrl_c_that_comes_twice_counts_once_and_nohup_is_heeded():
     def work():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with Signals() as signals:
-            signals.urgent = False
+            signals.raises_now = False
             os.kill(os.getpid(), signal.SIGHUP)
-            if signals.asked:
+            if signals.requested:
                 return 1
             os.kill(os.getpid(), signal.SIGINT), os.kill(os.getpid(), signal.SIGINT)
             return signals.code
@@ -127,11 +128,11 @@ def test_a_ctrl_c_that_comes_twice_counts_once_and_nohup_is_heeded():
 
 def test_what_a_signal_may_break_off_does_not_begin_after_one():
     with Signals() as signals:
-        signals.urgent = False
+        signals.raises_now = False
         os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Interrupted), signals.at_once():
+        with pytest.raises(Interrupted), signals.interruptible():
             pytest.fail("it began")
-        assert not signals.urgent and signals.code == 143
+        assert not signals.raises_now and signals.code == 143
 
 
 # ---- numbers that are not finite

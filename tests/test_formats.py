@@ -322,7 +322,7 @@ def test_the_scripts_count_the_images(tmp_path, images, capsys):
     script.main([*flags, "--max-new-tokens", "2"])
     assert f"{path}: 3 records, 2 with a picture\n" in capsys.readouterr().err
     train.main([*flags, "--dry-run", "--batch-size", "3"])
-    assert "; 2 of the records have a picture\n" in capsys.readouterr().out
+    assert "; 2 of the records have an image\n" in capsys.readouterr().out
     train.main([*flags, "--out", str(tmp_path / "run"), "--batch-size", "3", "--lr", "1e-6", "--eval-data", str(path)])
     assert ": 3 records, 2 with a picture, 1 steps of 3 rows, into" in capsys.readouterr().err
     assert (tmp_path / "run" / "report.html").read_text().count("<img") == 2  # the image inside a record, too

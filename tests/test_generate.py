@@ -11,14 +11,16 @@ import torch
 
 from llava_min.cli import UserError
 from llava_min.config import LlavaConfig
-from llava_min.conversation import roomy
-from llava_min.generate import Options, columns, generate, new_cache, process, stream
-from llava_min.llama import KVCache
+from llava_min.cache import round_up
+from llava_min.decoding import decode
+from llava_min.generate import generate, new_cache, stream
+from llava_min.sampling import LogitsProcessor, Options
+from llava_min.cache import KVCache
 from llava_min.llava import Llava
-from llava_min.options import tell
+from llava_min.errors import warn_once
 
 transformers = pytest.importorskip("transformers", reason="the oracle of these tests; pip install -e '.[test]'")
-G = importlib.import_module("llava_min.generate")
+G = importlib.import_module("llava_min.decoding")
 IMAGE, EOS, PATCHES = 99, [2, 5, 7, 11, 30, 31], 4  # several end tokens, so that answers of random models do end
 
 
@@ -153,18 +155,19 @@ def test_probabilities_equal_the_warpers(temperature, top_k, top_p):
         want = hf.TopKLogitsWarper(top_k)(None, want)
     if top_p < 1:
         want = hf.TopPLogitsWarper(top_p)(None, want)
-    got = process(scores, 0, Options(temperature=temperature, top_k=top_k, top_p=top_p), torch.tensor([2]), None, None)
+    got = LogitsProcessor(Options(temperature=temperature, top_k=top_k, top_p=top_p), torch.tensor([2]))(scores, 0)
     assert torch.equal(got.softmax(-1), want.softmax(-1))
 
 
 def test_top_p_is_the_fewest_tokens_that_hold_so_much():
-    kept = process(torch.zeros(1, 4), 0, Options(temperature=1.0, top_p=0.5), torch.tensor([2]), None, None).isfinite()
+    kept = LogitsProcessor(Options(temperature=1.0, top_p=0.5), torch.tensor([2]))(torch.zeros(1, 4), 0).isfinite()
     assert kept.tolist() == [[False, False, True, True]]  # two quarters are a half
 
 
 def test_draw_follows_the_probabilities():
     p = torch.tensor([0.5, 0.3, 0.2, 0.0])
-    drawn = G.draw(p.log().expand(20000, -1), 1, torch.Generator().manual_seed(8))[:, 0].bincount(minlength=4) / 20000
+    processor = LogitsProcessor(Options(), torch.tensor([2]), generator=torch.Generator().manual_seed(8))
+    drawn = processor.sample(p.log().expand(20000, -1), 1)[:, 0].bincount(minlength=4) / 20000
     assert (drawn - p).abs().max() < 0.02 and drawn[3] == 0
 
 
@@ -179,7 +182,7 @@ def test_an_answer_stops_at_its_own_end(model):
     assert generate(model, batch, max_new_tokens=2, eos_token_id=end) == [free[:2]]
     assert free[0] not in generate(model, batch, max_new_tokens=20, suppress_tokens=[free[0]])[0]
     assert generate(model, batch, max_new_tokens=5, eos_token_id=99, suppress_tokens=range(99)) == [[]]  # nothing else is left
-    steps = list(columns(model, batch, Options(max_new_tokens=20, eos_token_id=end)))
+    steps = list(decode(model, batch, Options(max_new_tokens=20, eos_token_id=end)))
     assert len(steps) == len(cut) + 1  # nothing is computed after the end
 
 
@@ -231,7 +234,7 @@ def test_a_conversation_reads_only_what_is_new(model):
     assert ask(talk, pixels)[1:] == (0, 3)  # the answer's last token was never fed
     assert ask(talk, pixels, num_beams=3)[1:] == (0, 1)  # beams branch from the conversation
     assert ask(talk, pixels, temperature=1.0, num_return_sequences=2, seed=0)[1:] == (0, 1)  # and so do several answers
-    assert cache.tail is None and cache.length == len(cache.ids) == len(talk)  # and leave nothing behind
+    assert cache.suffix is None and cache.length == len(cache.ids) == len(talk)  # and leave nothing behind
     assert ask(talk[:9] + [70, 71], pixels)[1:] == (0, 2)  # another second question
     other = pixels.clone()
     other[0, 0, 0, 0] += 1
@@ -243,12 +246,12 @@ def test_a_conversation_reads_only_what_is_new(model):
     assert ask(two, torch.cat([other, other]))[1:] == (1, PATCHES + 1)
     assert ask([50, 51, 52, 55], pixels[:0])[1:] == (0, 1)
     assert ask([80] * 200, pixels[:0])[1:] == (0, 200)
-    assert ask([80] * 245, pixels[:0])[1:] == (0, 45) and cache.slots == 256
-    assert ask([80] * 260, pixels[:0])[1:] == (0, 15) and cache.slots == 512  # it grew, and has what it had
+    assert ask([80] * 245, pixels[:0])[1:] == (0, 45) and cache.capacity == 256
+    assert ask([80] * 260, pixels[:0])[1:] == (0, 15) and cache.capacity == 512  # it grew, and has what it had
 
 
 def test_rooms_are_powers_of_two():
-    assert [roomy(n) for n in (1, 256, 257, 512, 513)] == [256, 256, 512, 512, 1024]
+    assert [round_up(n) for n in (1, 256, 257, 512, 513)] == [256, 256, 512, 512, 1024]
 
 
 def test_an_interrupted_conversation_goes_on(model):
@@ -264,7 +267,7 @@ def test_an_interrupted_conversation_goes_on(model):
         with pytest.raises(KeyboardInterrupt):
             generate(model, one(talk, pixels), cache=cache, max_new_tokens=9, eos_token_id=[])
     hook.remove()
-    steps = columns(model, one(talk, pixels), Options(max_new_tokens=9, eos_token_id=[]), cache)
+    steps = decode(model, one(talk, pixels), Options(max_new_tokens=9, eos_token_id=[]), cache)
     said = [int(next(steps)) for _ in range(3)]
     steps.close()  # the reader went away
     assert said == generate(model, one(talk, pixels), max_new_tokens=3, eos_token_id=[])[0]
@@ -326,14 +329,14 @@ def test_bad_options_are_named_before_any_work(model, bad, names):
 
 
 def test_an_option_without_effect_is_told_once(capsys):
-    tell.cache_clear()
+    warn_once.cache_clear()
     for name, idle, without in (("top_k", 3, "temperature above 0"), ("top_p", 0.5, "temperature above 0"),
                                 ("length_penalty", 2.0, "num_beams above 1"), ("early_stopping", True, "num_beams above 1")):
         Options(**{name: idle}), Options(**{name: idle})
         assert capsys.readouterr().err.count(f"{name}: has no effect without {without}") == 1
         Options(**{name: idle}, temperature=1.0, num_beams=2)
         assert not capsys.readouterr().err
-    tell.cache_clear()
+    warn_once.cache_clear()
 
 
 def test_ids_of_any_kind(model):
@@ -378,9 +381,9 @@ def test_a_stream_needs_a_tokenizer(model):
 
 def test_bad_batches(model):
     pixels = torch.zeros(1, 3, 28, 28)
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         generate(model, one([50] + [IMAGE] * PATCHES))
-    with pytest.raises(UserError, match="5 image tokens for 1 pictures"):
+    with pytest.raises(UserError, match="5 image tokens for 1 images"):
         generate(model, one([50] + [IMAGE] * 5, pixels))
     with pytest.raises(UserError, match="without a token"):
         generate(model, {"input_ids": torch.tensor([[50], [51]]), "attention_mask": torch.tensor([[1], [0]])})

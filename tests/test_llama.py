@@ -7,7 +7,8 @@ import torch
 from conftest import KINDS, TEXT, their_model
 
 from llava_min.config import Fields, TextConfig
-from llava_min.llama import KVCache, Llama, causal_mask, rotary
+from llava_min.cache import KVCache, causal_mask
+from llava_min.llama import Llama, rotary
 
 T = 20  # tokens in a row
 
@@ -40,13 +41,13 @@ def uncached(model: Llama, x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
 
 
 def step(model: Llama, cache: KVCache, x: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
-    cache.grow(x.shape[1])
-    positions, mask = cache.place(x.shape[1], real)
+    cache.advance(x.shape[1])
+    positions, mask = cache.positions_and_mask(x.shape[1], real)
     return model(x, positions, mask, cache)
 
 
-def new_cache(model: Llama, b: int = 2, static: bool = False) -> KVCache:
-    return KVCache(model.config, b, T + 3, torch.float32, torch.device("cpu"), static=static)
+def new_cache(model: Llama, b: int = 2, static_shapes: bool = False) -> KVCache:
+    return KVCache(model.config, b, T + 3, torch.float32, torch.device("cpu"), static_shapes=static_shapes)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,7 +101,7 @@ def test_cached_is_uncached(decoder, cuts, pads, static):
     """The row in pieces of every kind: one prompt, a prompt and steps, two prompts as in a chat."""
     x, real = batch(pads=pads)
     cuts = tuple(c for c in cuts if c > max((0, *pads)))  # padding is at the start of the first piece only
-    expected, cache = uncached(decoder, x, real), new_cache(decoder, static=static)
+    expected, cache = uncached(decoder, x, real), new_cache(decoder, static_shapes=static)
     pieces = [step(decoder, cache, x[:, a:b], real[:, a:b] if a == 0 else None)
               for a, b in itertools.pairwise((0, *cuts, T))]
     assert (torch.cat(pieces, 1) - expected)[real].abs().max() <= 1e-5
@@ -115,7 +116,7 @@ def test_branches_go_on_from_one_prompt(decoder, pads, n):
     own = torch.randn(2 * n, 4, TEXT["hidden_size"], generator=torch.Generator().manual_seed(3))
     cache = new_cache(decoder)
     step(decoder, cache, x, real)
-    cache.branch(n, 6)
+    cache.fork(n, 6)
     got = torch.cat([step(decoder, cache, own[:, i : i + 1]) for i in range(4)], 1)
     whole = torch.cat([x.repeat_interleave(n, 0), own], 1)
     seen = torch.cat([real.repeat_interleave(n, 0), torch.ones(2 * n, 4, dtype=torch.bool)], 1)
@@ -132,10 +133,10 @@ def test_branches_go_on_from_one_prompt(decoder, pads, n):
 @pytest.mark.parametrize("static", [False, True])
 def test_a_cropped_cache_has_forgotten(decoder, static):
     x, real = batch(pads=(2, 0))
-    cache = new_cache(decoder, static=static)
+    cache = new_cache(decoder, static_shapes=static)
     step(decoder, cache, x[:, :8], real[:, :8])
     step(decoder, cache, x[:, 8:11] * 5)
-    cache.branch(2, 3)
+    cache.fork(2, 3)
     step(decoder, cache, torch.randn(4, 1, TEXT["hidden_size"]))
     cache.crop(8)
     got = torch.cat([step(decoder, cache, x[:, 8:15]), step(decoder, cache, x[:, 15:16])], 1)
@@ -146,13 +147,13 @@ def test_the_cache_does_not_overflow(decoder):
     x, _ = batch()
     cache = new_cache(decoder)
     step(decoder, cache, x)
-    with pytest.raises(AssertionError, match="24 tokens in a cache of 23"):
-        cache.grow(4)
+    with pytest.raises(AssertionError, match="24 tokens, 23 slots"):
+        cache.advance(4)
     cache.crop(T)
-    cache.branch(2, 1)
-    cache.grow(1)
-    with pytest.raises(AssertionError, match="within its slots"):
-        cache.grow(1)
+    cache.fork(2, 1)
+    cache.advance(1)
+    with pytest.raises(AssertionError, match="one token at a time"):
+        cache.advance(1)
 
 
 def test_padding_sees_only_itself():

@@ -181,20 +181,20 @@ def test_the_head_is_tied_where_the_config_says_so(kind):
 @pytest.mark.parametrize("pictures, given", [((1,), 2), ((2,), 1), ((0,), 1), ((1, 1), 3)])
 def test_placeholders_are_counted(pair, pictures, given):
     found = PATCHES * sum(pictures)
-    with pytest.raises(UserError, match=f"{found} image tokens for {given} pictures of {PATCHES} each"):
+    with pytest.raises(UserError, match=f"{found} image tokens for {given} images of {PATCHES} each"):
         pair[1](rows(*pictures), pixels(given))
 
 
 def test_half_a_picture_is_refused(pair):
     ids = rows(1)
     ids[ids == IMAGE] = torch.tensor([IMAGE, IMAGE, IMAGE, 5])
-    with pytest.raises(UserError, match="3 image tokens for 1 pictures"):
+    with pytest.raises(UserError, match="3 image tokens for 1 images"):
         pair[1](ids, pixels(1))
 
 
 def test_what_does_not_fit_together_is_refused(pair):
     ids = rows(1, length=12)
-    for given, says in (((ids,), "no pictures came"), ((ids, pixels(1), torch.ones(1, 13)), r"attention_mask: \(1, 13\)"),
+    for given, says in (((ids,), "no images came"), ((ids, pixels(1), torch.ones(1, 13)), r"attention_mask: \(1, 13\)"),
                         ((ids[0],), "input_ids"), ((ids + VOCAB, pixels(1)), "expected ids from 0 to 383"),
                         ((ids, pixels(1)[0]), "pixel_values"), ((ids, pixels(1).numpy()), "pixel_values: ndarray")):
         with pytest.raises(UserError, match=says):

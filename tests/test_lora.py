@@ -17,8 +17,8 @@ from llava_min.config import LlavaConfig
 from llava_min.load import on_meta, save
 from llava_min.adapter import PEFT, adapter_names, is_target, load_adapter, read_adapter, save_adapter
 from llava_min.lora import LINEARS, LoRAConfig, LoRALinear, add_lora, init_lora, to_transformers
-from llava_min.packed import pack
-from llava_min.trainable import check_gradients, select
+from llava_min.fast.cpu_linear import prepack_linears
+from llava_min.training.trainable import check_gradients, set_trainable
 
 KINDS = ["mistral", "qwen2"]
 
@@ -580,12 +580,12 @@ def both(way: str, tmp_path: Path):
     if way == "full":
         theirs, ours = their_model(), our_model(their_model())
         theirs.requires_grad_(True)
-        select(ours, "full")
+        set_trainable(ours, "full")
     else:
         change = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}[way]
         theirs, ours = by_peft(tmp_path / "a", "llama", **change), our_model(their_model())
         load_adapter(ours, tmp_path / "a")
-        select(ours, "lora")
+        set_trainable(ours, "lora")
     return theirs.train(), ours.train()
 
 
@@ -674,7 +674,7 @@ def test_dropout_is_as_peft_has_it(dora):
 @pytest.mark.parametrize("dora", [False, True])
 def test_over_a_base_that_is_no_plain_linear(dora):
     base = torch.nn.Linear(64, 96).bfloat16().requires_grad_(False)
-    pack(packed := torch.nn.Sequential(base))
+    prepack_linears(packed := torch.nn.Sequential(base))
     layers = [made(b, 4, 2.5, dora=dora) for b in (base, packed[0])]
     results = []
     for layer in layers:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from llava_min.cli import UserError
-from llava_min.optim import LossScale, check_optimizer, clip, make_optimizer, parameter_groups, rate_factor
+from llava_min.training.optim import LossScale, check_optimizer, clip_gradients, make_optimizer, parameter_groups, lr_factor
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -20,7 +20,7 @@ def test_the_rate_is_that_of_transformers(schedule, warmup):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     theirs = make(optimizer, warmup, 40)
     for step in range(40):
-        assert rate_factor(step, 40, warmup, schedule) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        assert lr_factor(step, 40, warmup, schedule) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         theirs.step()
 
@@ -46,7 +46,7 @@ def test_an_optimizer_of_ones_own(monkeypatch):
         check_optimizer(name, groups, (0.9, 0.999))
     monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(nothing=lambda groups: 3))
     for name in ("absent:SGD", "torch.optim:Absent", "torch.optim", "mine:nothing", "adam", "json:loads", "torch.optim:LBFGS", "torch.optim:SparseAdam"):
-        with pytest.raises(UserError, match=f"optimizer {name}: ") as e:
+        with pytest.raises(UserError, match=f"optimizer: {name}: ") as e:
             check_optimizer(name, groups, (0.9, 0.999))
         assert "\n" not in str(e.value)
 
@@ -75,8 +75,8 @@ def test_the_scale_moves_as_that_of_torch():
 def test_gradients_are_unscaled_and_clipped():
     params = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
     params[0].grad, params[1].grad = torch.tensor([6.0, 0.0]), torch.tensor([8.0])
-    assert clip(params, 2.0, 1.0) == pytest.approx(5.0)
+    assert clip_gradients(params, 2.0, 1.0) == pytest.approx(5.0)
     assert params[0].grad.tolist() == pytest.approx([0.6, 0.0], abs=1e-5) and params[1].grad.item() == pytest.approx(0.8, abs=1e-5)
-    assert clip(params, 1.0, 0.0) == pytest.approx(1.0) and params[1].grad.item() == pytest.approx(0.8, abs=1e-5)
+    assert clip_gradients(params, 1.0, 0.0) == pytest.approx(1.0) and params[1].grad.item() == pytest.approx(0.8, abs=1e-5)
     params[2].grad = torch.tensor([float("inf")])
-    assert not torch.isfinite(clip(params, 1.0, 1.0))
+    assert not torch.isfinite(clip_gradients(params, 1.0, 1.0))

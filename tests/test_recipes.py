@@ -13,7 +13,7 @@ from llava_min.config import SIZES, LlavaConfig, TextConfig
 from llava_min.files import read_json, write_json
 from llava_min.load import load, on_meta
 from llava_min.lora import LoRAConfig, add_lora
-from llava_min.trainable import select
+from llava_min.training.trainable import set_trainable
 
 train = load_script("train")
 QWEN = LlavaConfig(  # Qwen1.5-4B-Chat
@@ -60,7 +60,7 @@ def trained(config: LlavaConfig, knobs) -> dict[str, int]:
     model = on_meta(config)
     if knobs.train == "lora":
         add_lora(model, LoRAConfig(knobs.lora_r, knobs.lora_alpha, targets=knobs.lora_targets, dora=knobs.dora))
-    select(model, knobs.train, train_projector=knobs.train_projector, train_vision=knobs.train_vision)
+    set_trainable(model, knobs.train, train_projector=knobs.train_projector, train_vision=knobs.train_vision)
     counts: dict[str, int] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:

@@ -247,9 +247,9 @@ def test_mistakes_are_named_before_weights_are_read(argv, names, monkeypatch, tm
 
 
 def test_what_has_no_effect_is_told_once(ask, pictures):
-    from llava_min.options import tell
+    from llava_min.errors import warn_once
 
-    tell.cache_clear()
+    warn_once.cache_clear()
     assert ask(pictures[0], "--top-k", "3", "--chat", stdin="abc?\ndef?\n")[1].count("warning: --top-k: has no effect") == 1
 
 

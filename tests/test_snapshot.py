@@ -15,7 +15,7 @@ from training import child
 
 from llava_min import checkpoint, snapshot
 from llava_min.cli import UserError
-from llava_min.dist import World
+from llava_min.parallel.ranks import World
 
 MORE = {"more": lambda folder: (folder / "text.txt").write_text("text")}
 ALONE = World(0, 1, 0, torch.device("cpu"))

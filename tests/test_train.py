@@ -27,7 +27,9 @@ from llava_min.llama import Block, Llama
 from llava_min.llava import Llava
 from llava_min.load import load
 from llava_min.log import Log
-from llava_min.step import compile_blocks, named_config, neftune, recompute_blocks, row_length
+from llava_min.training.batch_size import row_length
+from llava_min.training.dry_run import named_config
+from llava_min.training.wrap import compile_blocks, add_neftune, enable_gradient_checkpointing
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +101,10 @@ def test_bf16_keeps_what_is_trained_in_fp32(data, tmp_path):
     (["--lora-targets", "c_proj"], "--lora-targets: 'c_proj'"), (["--max-length", "70"], "--max-length 70: 24 of 24"),
     (["--max-length", "1025"], "--max-length: 1025 tokens were asked for, and the model's context is 1024"),
     (["--device", "cuda:9"], "--device: cuda"), (["--device", "tpu"], "--device: 'tpu'"), (["--template", "poem"], "--template: poem"),
-    (["--template", "chatml"], "--template chatml: needs"), (["--train", "all"], "--train all"), (["--train", "last:9"], "last:9"),
+    (["--template", "chatml"], "--template chatml: needs"), (["--train", "all"], "--train: .all. is not one of"), (["--train", "last:9"], "last:9"),
     (["--warmup-steps", "50"], "--warmup-steps 50"), (["--batch-size", "25"], "--batch-size 25"), (["--save-every", "5s"], "--save-every"),
-    (["--eval-metrics", "beauty", "--eval-data", "VAL"], "--eval-metrics: 'beauty'"), (["--optimizer", "torch.optim:Adamw"], "--optimizer torch.optim:Adamw"),
-    (["--optimizer", "torch.optim:LBFGS"], "--optimizer torch.optim:LBFGS"), (["--log", "paper"], "--log"), (["--resume", "no/checkpoint"], "--resume no/checkpoint"),
+    (["--eval-metrics", "beauty", "--eval-data", "VAL"], "--eval-metrics: 'beauty'"), (["--optimizer", "torch.optim:Adamw"], "--optimizer: torch.optim:Adamw"),
+    (["--optimizer", "torch.optim:LBFGS"], "--optimizer: torch.optim:LBFGS"), (["--log", "paper"], "--log"), (["--resume", "no/checkpoint"], "--resume no/checkpoint"),
     (["--lr", "0"], "--lr"), (["--timeout", "1e30"], "--timeout"), (["--image-folder", ""], "--image-folder: is empty"), (["--lora-dropout", "1"], "--lora-dropout: 1"),
     (["--eval-data", "VAL", "--max-new-tokens", "1020"], "--max-new-tokens: 1020 and the .* tokens of record captions-val-000000 .* context of 1024"),
     (["--device", "meta"], "--device: meta is not"), (["--device", "xpu"], "--device: xpu is not"), (["--lora-alpha", "2e6"], "--lora-alpha: '2e6' is not"),
@@ -115,7 +117,7 @@ def test_bf16_keeps_what_is_trained_in_fp32(data, tmp_path):
     (["--train", "full", "--lora-r", "8"], "--lora-r: has no effect without --train lora"), (["--train", "projector", "--dora"], "--dora: has no effect"),
     (["--no-train-projector", "--train", "projector"], "nothing is left to"), (["--train", "last:1", "--projector-lr", "1"], "--projector-lr: has no effect without --train-projector"),
     (["--vision-lr", "1"], "--vision-lr: has no effect without --train-vision"), (["--packing", "--group-by-length"], "--group-by-length: with --packing"),
-    (["--optimizer", "torch.optim:SGD", "--betas", "0.5,0.9"], "--betas: torch.optim:SGD does not know it"),
+    (["--optimizer", "torch.optim:SGD", "--betas", "0.5,0.9"], "--betas: torch.optim:SGD does not take it"),
     (["--optimizer", "torch.optim:Rprop", "--weight-decay", "0.1"], "--weight-decay: torch.optim:Rprop does not"), (["--toy-train", "9"], "--toy-train: has no effect"),
     (["--data", "toy:captions", "--image-folder", "x"], "--image-folder: has no effect"), (["--eval-every", "2"], "--eval-every: has no effect without --eval-data"),
     (["--samples", "2"], "--samples: has no effect"), (["--best-metric", "loss", "--eval-data", "VAL"], "--best-metric: has no effect without --eval-every"),
@@ -249,7 +251,7 @@ def test_recomputing_keeps_less(home):
         return sum(sizes)
 
     before = kept()
-    recompute_blocks(model, dropout=False)
+    enable_gradient_checkpointing(model, dropout=False)
     assert kept() < 0.8 * before
 
 
@@ -265,7 +267,7 @@ def test_noise_is_uniform_on_words_alone_and_only_in_training(home):
     model = load(str(home / "model"), dtype="fp32")[0]
     embed, ids = model.language_model.embed_tokens, torch.randint(3, 300, (4, 50))
     clean = embed(ids)
-    neftune(model, 5.0)
+    add_neftune(model, 5.0)
     assert torch.equal(embed(ids), clean)
     model.train()
     noise, bound = embed(ids) - clean, 5 / (50 * 16) ** 0.5
@@ -427,7 +429,7 @@ def test_the_rows_of_a_step_are_at_most_what_the_model_holds():
         row_length(513, 512)
 
 
-@pytest.mark.parametrize("mode, place", [("lora", (Llava, "hidden", 2)), ("full", (evaluate, "generate", 1))], ids=["loss", "answers"])
+@pytest.mark.parametrize("mode, place", [("lora", (Llava, "hidden_states", 2)), ("full", (evaluate, "generate", 1))], ids=["loss", "answers"])
 def test_a_signal_in_an_evaluation_of_two_ranks_is_not_waited_for(home, tmp_path, mode, place):
     """One of them gets it, in the evaluation at step 2; the run then goes on as if nothing had been."""
     shape = ("--train", mode, "--max-steps", "4", "--eval-data", home / "data" / "val.json", "--eval-every", "2", "--eval-batch-size", "1",

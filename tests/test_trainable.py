@@ -8,7 +8,7 @@ from llava_min.cli import UserError
 from llava_min.config import SIZES, LlavaConfig
 from llava_min.load import fresh, on_meta
 from llava_min.lora import LoRAConfig, add_lora
-from llava_min.trainable import check_gradients, select, table
+from llava_min.training.trainable import check_gradients, set_trainable, parameter_table
 
 V, P, L, H = "vision_tower", "multi_modal_projector", "language_model", "lm_head"
 ALL = ("all-linear",)
@@ -40,7 +40,7 @@ CASES = [  # train, switches, what learns
 @pytest.mark.parametrize("train, switches, parts", CASES, ids=str)
 def test_select(train, switches, parts):
     model = tiny().requires_grad_(True)  # what was set before does not matter
-    select(model, train, **switches)
+    set_trainable(model, train, **switches)
     assert trained(model) == under(model, *parts) - under(model, *NEVER)
 
 
@@ -49,7 +49,7 @@ def test_select(train, switches, parts):
 def test_select_lora(switches, parts):
     model = tiny()
     add_lora(model, LoRAConfig(2, 4, dora=True))
-    select(model, "lora", **switches)
+    set_trainable(model, "lora", **switches)
     lora = {n for n, _ in model.named_parameters() if ".lora_" in n}
     assert len(lora) == 2 * 7 * 3
     assert trained(model) == lora | (under(model, *parts) - under(model, *NEVER))
@@ -57,9 +57,9 @@ def test_select_lora(switches, parts):
 
 def test_a_tied_head_is_the_embedding():
     model = tiny("qwen2")
-    select(model, "last:1")
+    set_trainable(model, "last:1")
     assert model.lm_head.weight.requires_grad and f"{L}.embed_tokens.weight" in trained(model)
-    select(model, "projector")
+    set_trainable(model, "projector")
     assert trained(model) == under(model, P) and not model.lm_head.weight.requires_grad
 
 
@@ -70,44 +70,44 @@ def test_a_tied_head_is_the_embedding():
     ("projector", dict(train_projector=False), "nothing is left"), ("lora", {}, "no LoRA layer is left")])
 def test_mistakes(train, switches, says):
     with pytest.raises(UserError) as e:
-        select(tiny(), train, **switches)
-    assert says in str(e.value) and "--train" in str(e.value) and str(e.value).isprintable()
+        set_trainable(tiny(), train, **switches)
+    assert says in str(e.value) and str(e.value).startswith("train: ") and str(e.value).isprintable()
 
 
 def test_a_part_learns_whole_or_by_lora():
     model = tiny()
     add_lora(model, LoRAConfig(2, targets=(r"(vision_tower|multi_modal_projector)\..*(q_proj|linear_1)",)))
     for train, switches in (("lora", {}), ("lora", dict(train_projector=False, train_vision=True)), ("full", {})):
-        with pytest.raises(UserError, match="learns whole and has LoRA layers"):
-            select(model, train, **switches)
-    select(model, "lora", train_projector=False)
+        with pytest.raises(UserError, match="is trained whole and has LoRA layers"):
+            set_trainable(model, train, **switches)
+    set_trainable(model, "lora", train_projector=False)
     assert {n for n in trained(model) if ".lora_" not in n} == set()
 
 
 def test_lora_layers_learn_by_lora_alone():
     model = tiny()
     add_lora(model, LoRAConfig(2))
-    select(model, "projector")
+    set_trainable(model, "projector")
     assert trained(model) == under(model, P)
 
 
 def test_lora_where_the_tower_is_never_run_stays_as_it_is():
     model = tiny()
     add_lora(model, LoRAConfig(2, targets=(r"vision_tower\..*\.q_proj",)))
-    select(model, "lora", train_projector=False)
+    set_trainable(model, "lora", train_projector=False)
     assert {n.split(".lora_")[0] for n in trained(model)} == {f"{V}.layers.{i}.self_attn.q_proj" for i in (0, 1)}
-    assert f"{2 * 2 * 32:,} of LoRA's parameters lie" in table(model)
+    assert f"{2 * 2 * 32:,} of LoRA's parameters are" in parameter_table(model)
 
 
 def numbers(model) -> dict[str, list[str]]:
     """The table's rows: part -> parameters, trained, share."""
-    return {line[:30].strip(): line[30:].split() for line in table(model).splitlines()[1:] if line.endswith("%")}
+    return {line[:30].strip(): line[30:].split() for line in parameter_table(model).splitlines()[1:] if line.endswith("%")}
 
 
 def seven_b(config: LoRAConfig, **switches):
     model = on_meta(SIZES["7b"])
     add_lora(model, config)
-    select(model, "lora", **switches)
+    set_trainable(model, "lora", **switches)
     return numbers(model)
 
 
@@ -140,14 +140,14 @@ def backward(model, *pictures: int) -> None:
 def lora_model():
     model = our_model(their_model())
     add_lora(model, LoRAConfig(2, dora=True, targets=(r"(vision_tower|language_model)\..*\.(q_proj|o_proj)",)))
-    select(model, "lora")
+    set_trainable(model, "lora")
     return model
 
 
 @pytest.mark.parametrize("train", ["lora", "full", "freeze_vision", "projector", "last:1"])
 def test_gradients_are_where_they_belong(train):
     model = lora_model() if train == "lora" else our_model(their_model())
-    select(model, train)
+    set_trainable(model, train)
     backward(model, 1, 0)
     check_gradients(model)
 
@@ -181,7 +181,7 @@ def test_a_batch_without_pictures_gives_the_tower_a_gradient_of_zeros():
 def test_a_tower_cut_off_is_found():
     """What LLaVA's `@torch.no_grad()` tower did to those who meant to train it."""
     model = our_model(their_model())
-    select(model, "full")
+    set_trainable(model, "full")
     model.vision_tower.forward = torch.no_grad()(model.vision_tower.forward)
     backward(model, 1, 0)
     with pytest.raises(UserError, match=f"{V}.embeddings.class_embedding.* has no gradient"):

@@ -57,15 +57,17 @@ class Ours:
         start = time.perf_counter()
         import torch
 
-        from llava_min.generate import Options, columns, generate
+        from llava_min.decoding import decode
+        from llava_min.generate import generate
+        from llava_min.sampling import Options
         from llava_min.load import load_model
-        from llava_min.packed import pack
+        from llava_min.fast.cpu_linear import prepack_linears
         self.imported = time.perf_counter() - start
         self.spec, self.version, self.device = spec, torch.__version__, torch.device(spec["device"])
-        self.options, self.columns, self.generate = Options, columns, generate
+        self.options, self.decode, self.generate = Options, decode, generate
         start = time.perf_counter()
         self.model = load_model(Path(spec["folder"]), getattr(torch, spec["dtype"]), self.device)
-        pack(self.model)
+        prepack_linears(self.model)
         self.loaded = now(self.device) - start
         ids, pixels = prompt(self.model.config, 1, TEXT)
         self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
@@ -73,7 +75,7 @@ class Ours:
     def greedy(self, n: int) -> dict:
         times, ids = [now(self.device)], []
         options = self.options(max_new_tokens=n, min_new_tokens=n)
-        for column in self.columns(self.model, self.batch, options, compile=self.spec["compile"]):
+        for column in self.decode(self.model, self.batch, options, compile=self.spec["compile"]):
             ids.append(column)
             if len(ids) in (1, n):
                 times.append(now(self.device))

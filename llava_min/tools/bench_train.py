@@ -85,18 +85,18 @@ class Ours(Program):
 
         from llava_min.load import load_model
         from llava_min.lora import LoRAConfig, add_lora
-        from llava_min.packed import widen
-        from llava_min.step import compile_blocks, recompute_blocks
-        from llava_min.trainable import select
+        from llava_min.fast.cpu_linear import upcast_linears
+        from llava_min.training.wrap import compile_blocks, enable_gradient_checkpointing
+        from llava_min.training.trainable import set_trainable
         self.imported = time.perf_counter() - start
         self.version, self.device = torch.__version__, torch.device(spec["device"])
         start = time.perf_counter()
         model = load_model(Path(spec["folder"]), getattr(torch, spec["dtype"]), self.device)
         add_lora(model, LoRAConfig(spec["lora_r"], 2.0 * spec["lora_r"]))
-        select(model, "lora", train_projector=False)
-        widen(model)
+        set_trainable(model, "lora", train_projector=False)
+        upcast_linears(model)
         if spec["checkpointing"]:
-            recompute_blocks(model, dropout=False)
+            enable_gradient_checkpointing(model, dropout=False)
         if spec["compile"]:
             compile_blocks(model)
         self.ready(model, model.config, spec)

@@ -59,11 +59,11 @@ def write_from_base(folder: Path, state: dict[str, Any], k: SimpleNamespace, bas
     import torch
 
     from llava_min.checkpoint import base_identity, differences
-    from llava_min.dist import World
+    from llava_min.parallel.ranks import World
     from llava_min.files import new_folder
     from llava_min.load import prepare, write_model
     from llava_min.snapshot import restore
-    from llava_min.trainable import select
+    from llava_min.training.trainable import set_trainable
     from llava_min.weights import DTYPES
 
     base = base or state["run"].get("model")
@@ -81,7 +81,7 @@ def write_from_base(folder: Path, state: dict[str, Any], k: SimpleNamespace, bas
                         "give that with --model")
 
     model, device, dtype = ready.model, torch.device("cpu"), DTYPES[k.precision]
-    select(model, k.train, train_projector=k.train_projector, train_vision=k.train_vision)
+    set_trainable(model, k.train, train_projector=k.train_projector, train_vision=k.train_vision)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     frozen = lambda name: not model.get_parameter(name).requires_grad
     ready.entries = {name: entry for name, entry in ready.entries.items() if frozen(name)}

@@ -21,7 +21,7 @@ import llava_min
 from llava_min.config import SIZES
 from llava_min.data import toy
 from llava_min.load import load_model, on_meta
-from llava_min.step import try_step
+from llava_min.training.batch_size import try_step
 from llava_min.tools.worker import write_random
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA: pytest tests/gpu on a machine with one")

@@ -1,12 +1,12 @@
-"""lean.py and attention.py: the same values and gradients as PyTorch's own functions, and less kept for the backward."""
+"""ops.py, fast/recompute.py and fast/attention.py: the same values and gradients as PyTorch's own functions, and less kept for the backward."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from llava_min import attention as room
-from llava_min.attention import attention
-from llava_min.lean import rms_norm, swiglu
+from llava_min.fast import attention as fast_attention
+from llava_min.ops import attention
+from llava_min.ops import rms_norm, swiglu
 
 
 def gradients(f, *inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -45,7 +45,7 @@ def test_a_frozen_norm_gets_no_gradient():
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("slow", [True, False])
 def test_attention_is_pytorchs(kv, kind, length, dtype, tolerance, slow, monkeypatch):
-    monkeypatch.setattr(room, "slow", lambda x: slow and x.dtype == torch.bfloat16)
+    monkeypatch.setattr(fast_attention, "bf16_is_slow", lambda x: slow and x.dtype == torch.bfloat16)
     q, k, v = normal(2, 4, length, 16, dtype=dtype), normal(2, kv, length, 16, dtype=dtype, seed=1), normal(2, kv, length, 16, dtype=dtype, seed=2)
     mask = torch.rand(2, 1, length, length, generator=torch.Generator().manual_seed(3)) < 0.5
     mask = mask | torch.eye(length, dtype=torch.bool) if kind == "mask" else None
@@ -58,7 +58,7 @@ def test_attention_is_pytorchs(kv, kind, length, dtype, tolerance, slow, monkeyp
 
 
 def test_autocast_does_not_narrow_what_was_widened(monkeypatch):
-    monkeypatch.setattr(room, "slow", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(fast_attention, "bf16_is_slow", lambda x: x.dtype == torch.bfloat16)
     real, made = F.scaled_dot_product_attention, []
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **kw: made.append(real(*a, **kw)) or made[-1])
     q = normal(1, 2, 9, 16, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""packed.py: packed weights give the plain layer's products and gradients, by either path, and stay themselves."""
+"""cpu_linear.py: packed weights give the plain layer's products and gradients, by either path, and stay themselves."""
 
 import platform
 
@@ -9,9 +9,9 @@ from conftest import our_model, pixels, rows, their_model
 from torch import nn
 
 import llava_min
-from llava_min import packed
+from llava_min.fast import cpu_linear
 from llava_min.lora import LoRAConfig, add_lora
-from llava_min.packed import FrozenLinear, dense
+from llava_min.fast.cpu_linear import PrepackedLinear, unpacked
 
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64") or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
                                 reason="oneDNN has no bf16 here")
@@ -20,24 +20,24 @@ pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64") or
 @pytest.fixture(params=[True, False], ids=["wide", "narrow"])
 def path(request, monkeypatch):
     """Both paths of a large product, whatever this CPU prefers."""
-    monkeypatch.setattr(packed, "slow", lambda x: request.param)
-    monkeypatch.setattr(packed, "widen", lambda model: packed.swap(model, lambda weight: weight))
+    monkeypatch.setattr(cpu_linear, "bf16_is_slow", lambda x: request.param)
+    monkeypatch.setattr(cpu_linear, "upcast_linears", lambda model: cpu_linear.swap_linears(model, lambda weight: weight))
 
 
 def near(a: torch.Tensor, b: torch.Tensor) -> None:
     assert a.dtype == b.dtype == torch.bfloat16 and (a - b).float().norm() <= 0.01 * b.float().norm()
 
 
-@pytest.mark.parametrize("swap", ["pack", "widen"])
+@pytest.mark.parametrize("swap", ["prepack_linears", "upcast_linears"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("count", [1, 4, 47, 48, 200])
 def test_packed_is_plain(path, swap, bias, count, monkeypatch):
-    monkeypatch.setattr(packed, "PIECE", 1000)  # several pieces, the last one smaller
+    monkeypatch.setattr(cpu_linear, "CHUNK", 1000)  # several pieces, the last one smaller
     torch.manual_seed(0)
     layer = nn.Linear(48, 72, bias=bias).bfloat16().requires_grad_(False)
     x = torch.randn(2, count, 48).bfloat16()
     model = nn.Sequential(layer)
-    getattr(packed, swap)(model)
+    getattr(cpu_linear, swap)(model)
     near(model(x), layer(x))
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     weights = torch.randn(2, count, 72).bfloat16()
@@ -47,13 +47,13 @@ def test_packed_is_plain(path, swap, bias, count, monkeypatch):
 
 
 def test_autocast_does_not_narrow_what_was_widened(monkeypatch):
-    monkeypatch.setattr(packed, "slow", lambda x: True)
+    monkeypatch.setattr(cpu_linear, "bf16_is_slow", lambda x: True)
     torch.manual_seed(0)
     layer = nn.Linear(64, 64, bias=False).bfloat16().requires_grad_(False)
     x, seen = torch.randn(100, 64), []
     monkeypatch.setattr(F, "linear", lambda *a, real=F.linear: seen.append(real(*a).dtype) or real(*a))
     with torch.autocast("cpu", torch.bfloat16):
-        y = FrozenLinear(layer, lambda weight: weight)(x)
+        y = PrepackedLinear(layer, lambda weight: weight)(x)
     assert y.dtype == torch.bfloat16 and seen == [torch.float32]
 
 
@@ -63,18 +63,18 @@ def test_a_packed_model_answers_alike_and_keeps_its_tensors(path):
     ids, pictures = rows(1, 2, length=60), pixels(3)
     with torch.no_grad():
         logits = model(ids, pictures)
-        packed.pack(model)
+        cpu_linear.prepack_linears(model)
         near(model(ids, pictures), logits)
-    assert sum(isinstance(m, FrozenLinear) for m in model.modules()) == 6 * 3 + 2 + 7 * 2 + 1
+    assert sum(isinstance(m, PrepackedLinear) for m in model.modules()) == 6 * 3 + 2 + 7 * 2 + 1
     got = dict(model.named_parameters())
-    assert got.keys() == want.keys() and all(torch.equal(dense(got[n]), p) and got[n].shape == p.shape for n, p in want.items())
+    assert got.keys() == want.keys() and all(torch.equal(unpacked(got[n]), p) and got[n].shape == p.shape for n, p in want.items())
 
 
 def test_what_is_trained_is_left_alone():
     model = our_model(their_model()).bfloat16()
     model.multi_modal_projector.requires_grad_()
     model.lm_head.float()
-    packed.pack(model)
+    cpu_linear.prepack_linears(model)
     assert isinstance(model.multi_modal_projector.linear_1, nn.Linear) and isinstance(model.lm_head, nn.Linear)
 
 
@@ -82,7 +82,7 @@ def test_lora_learns_over_packed_layers(path):
     torch.manual_seed(0)
     ids, pictures = rows(1, length=60), pixels(1)
     grads = []
-    for swap in (lambda model: None, packed.pack, packed.widen):
+    for swap in (lambda model: None, cpu_linear.prepack_linears, cpu_linear.upcast_linears):
         model = our_model(their_model()).bfloat16()
         swap(model)
         torch.manual_seed(0)
@@ -102,12 +102,12 @@ def test_lora_learns_over_packed_layers(path):
 
 def test_load_packs_in_bf16():
     model, _ = llava_min.load("tiny", dtype="bf16", device="cpu")
-    assert isinstance(model.language_model.layers[0].mlp.up_proj, FrozenLinear)
+    assert isinstance(model.language_model.layers[0].mlp.up_proj, PrepackedLinear)
 
 
 def test_a_tied_head_stays_tied():
     model = our_model(their_model("qwen2")).bfloat16()
-    packed.pack(model)
+    cpu_linear.prepack_linears(model)
     assert model.lm_head.weight is model.language_model.embed_tokens.weight and not model.lm_head.weight.is_mkldnn
 
 
@@ -118,7 +118,7 @@ def test_a_packed_model_is_saved_as_it_was_read(tmp_path):
     model = our_model(their_model()).bfloat16()
     save_weights(dict(model.named_parameters()), tmp_path)
     plain = load_file(tmp_path / "model.safetensors")
-    packed.pack(model)
+    cpu_linear.prepack_linears(model)
     save_weights(dict(model.named_parameters()), tmp_path)
     again = load_file(tmp_path / "model.safetensors")
     assert plain.keys() == again.keys() and all(torch.equal(again[n], x) for n, x in plain.items())

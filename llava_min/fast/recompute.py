@@ -1,7 +1,7 @@
-"""Functions of the decoder whose backward pass keeps only what went in, and computes the rest again.
+"""RMSNorm and SwiGLU that save only their inputs and recompute the rest in the backward pass.
 
-PyTorch's own would keep the fp32 copy that RMSNorm works on and the gate's activation: a third of what a decoder block
-leaves behind for the backward pass. What they give is the same.
+PyTorch's own save the fp32 copy that RMSNorm works on and the activated gate: a third of what a
+decoder block keeps for its backward pass. Values and gradients are the same.
 """
 
 import torch
@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def handles() -> bool:
+    """Only a forward that will have a backward keeps anything."""
+    return torch.is_grad_enabled()
+
+
 class RMSNorm(torch.autograd.Function):
+    """y = x / rms(x) * weight; x (..., C), weight (C,)."""
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -24,18 +31,18 @@ class RMSNorm(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         g, n = grad.to(wide), x.to(wide)
         scale = (n.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
-        n = n * scale
-        d_weight = (g * n).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        n = n * scale  # the normalized input
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = (g * n).flatten(0, -2).sum(0).to(weight.dtype)
+        # d(x / rms): the part of the gradient along n changes only the length, which is divided out
         g = g * weight
         return ((g - n * (g * n).mean(-1, keepdim=True)) * scale).to(x.dtype), d_weight, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (..., C), weight (C,) -> x / rms(x) * weight (Zhang and Sennrich 2019), the norm itself in fp32."""
-    return RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else F.rms_norm(x, weight.shape, weight, eps)
-
-
 class SwiGLU(torch.autograd.Function):
+    """y = silu(gate) * up, elementwise."""
+
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
@@ -46,8 +53,3 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """gate, up -> silu(gate) * up (Shazeer 2020)."""
-    return SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate) * up

@@ -1,6 +1,7 @@
 """Processes that work on one model together: who takes part, and what they tell each other.
 
-Started by torchrun or SLURM; plain `python` is one process without a group, and then all of this is free.
+Started by torchrun or SLURM; plain `python` is one process without a group, and then all of this is
+free.
 """
 
 import json
@@ -21,12 +22,15 @@ from llava_min.cli import UserError, note, printable
 
 # torchrun's variables, and SLURM's for the same.
 RANKS = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-PORTS = 20000, 30000  # from which a SLURM job takes one by its id, so that two jobs of one machine do not meet
+# from which a SLURM job takes one by its id, so that two jobs of one machine do not meet
+PORTS = 20000, 30000
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all. `with start(...) as world:` ends the job in one line when any rank fails."""
+    """This process among all. `with start(...) as world:` ends the job in one line when any rank
+    fails.
+    """
 
     rank: int
     size: int
@@ -39,41 +43,54 @@ class World:
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
         if error is None:
             try:
-                return stop(self)
+                return leave(self)
             except RuntimeError as e:
                 error = e
         if self.size > 1:
-            end(self, error)
+            abort(self, error)
 
 
 def read_ranks() -> tuple[int, int, int]:
-    """(rank, size, local rank) of torchrun or else SLURM, (0, 1, 0) without; SLURM's become torchrun's variables.
+    """(rank, size, local rank) of torchrun or else SLURM, (0, 1, 0) without; SLURM's become
+    torchrun's variables.
 
     Raises UserError for variables that are incomplete, no numbers, or contradict each other.
     """
     env = os.environ
-    if not {"RANK", "WORLD_SIZE"} & env.keys() and "SLURM_PROCID" in env and env.get("SLURM_NTASKS", "1") != "1":
+    if (
+        not {"RANK", "WORLD_SIZE"} & env.keys()
+        and "SLURM_PROCID" in env
+        and env.get("SLURM_NTASKS", "1") != "1"
+    ):
         env.update({ours: env[slurms] for ours, slurms in RANKS.items() if slurms in env})
         low, high = PORTS
         job = re.sub(r"\D", "", env.get("SLURM_JOB_ID", "")) or "0"
         env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_JOB_NODELIST", "")))
         env.setdefault("MASTER_PORT", str(low + int(job) % (high - low)))
-    if not {"RANK", "WORLD_SIZE"} & env.keys() or env.get("WORLD_SIZE") == "1" and env.get("RANK", "0") == "0":
+    if (
+        not {"RANK", "WORLD_SIZE"} & env.keys()
+        or env.get("WORLD_SIZE") == "1"
+        and env.get("RANK", "0") == "0"
+    ):
         return 0, 1, 0
     if absent := [name for name in (*RANKS, "MASTER_ADDR", "MASTER_PORT") if not env.get(name)]:
         given = "RANK" if "RANK" in env else "WORLD_SIZE"
-        raise UserError(f"{given} is set and {', '.join(absent)} not, so the other processes cannot be found; "
-                        f"start with torchrun or srun, or unset {given} to run as one process")
-    size = whole("WORLD_SIZE", 1, 1 << 20)
-    whole("MASTER_PORT", 1, 65535)
-    return whole("RANK", 0, size - 1), size, whole("LOCAL_RANK", 0, size - 1)
+        raise UserError(
+            f"{given} is set and {', '.join(absent)} not, so the other processes cannot be found; "
+            f"start with torchrun or srun, or unset {given} to run as one process"
+        )
+    size = env_int("WORLD_SIZE", 1, 1 << 20)
+    env_int("MASTER_PORT", 1, 65535)
+    return env_int("RANK", 0, size - 1), size, env_int("LOCAL_RANK", 0, size - 1)
 
 
-def whole(name: str, low: int, high: int) -> int:
+def env_int(name: str, low: int, high: int) -> int:
     text = os.environ[name]
     if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
-        raise UserError(f"{name}: {printable(text)[:40]!r} is not a whole number from {low} to {high}; "
-                        "start with torchrun or srun, which set it")
+        raise UserError(
+            f"{name}: {printable(text)[:40]!r} is not a whole number from {low} to {high}; "
+            "start with torchrun or srun, which set it"
+        )
     return int(text)
 
 
@@ -89,11 +106,17 @@ def pick_device(device: str | torch.device) -> torch.device:
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError):
-        raise UserError(f"device: {device!r} is not a device; give auto, cpu, cuda or cuda:N") from None
+        raise UserError(
+            f"device: {device!r} is not a device; give auto, cpu, cuda or cuda:N"
+        ) from None
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device: {device} is not a device that this code runs on; give auto, cpu, cuda or cuda:N")
+        raise UserError(
+            f"device: {device} is not a device that this code runs on; give auto, cpu, cuda or cuda:N"
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda was asked for and torch finds no CUDA GPU on this machine; give cpu")
+        raise UserError(
+            "device: cuda was asked for and torch finds no CUDA GPU on this machine; give cpu"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise UserError(f"device: {device} was asked for and there are {count} GPUs; give cuda:0")
@@ -101,9 +124,11 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 
 def start(device: str | torch.device = "auto", timeout: float = 600.0) -> World:
-    """Join the other ranks, if there are any. `timeout`: seconds any of them may keep the others waiting.
+    """Join the other ranks, if there are any. `timeout`: seconds any of them may keep the others
+    waiting.
 
-    Raises UserError for launch variables that cannot be right, and when the ranks do not find each other.
+    Raises UserError for launch variables that cannot be right, and when the ranks do not find each
+    other.
     """
     rank, size, local_rank = read_ranks()
     device = pick_device(device)
@@ -111,30 +136,39 @@ def start(device: str | torch.device = "auto", timeout: float = 600.0) -> World:
         return World(0, 1, 0, device)
     if device.type == "cuda":
         if device.index is not None:
-            raise UserError(f"device: {device} was asked for by each of {size} ranks; "
-                            "give cuda, and each takes its own")
+            raise UserError(
+                f"device: {device} was asked for by each of {size} ranks; "
+                "give cuda, and each takes its own"
+            )
         if local_rank >= (count := torch.cuda.device_count()):
-            raise UserError(f"LOCAL_RANK: {local_rank}, and this machine has {count} GPUs; "
-                            "start at most one process per GPU (torchrun --nproc_per_node)")
+            raise UserError(
+                f"LOCAL_RANK: {local_rank}, and this machine has {count} GPUs; "
+                "start at most one process per GPU (torchrun --nproc_per_node)"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     try:
         dist.init_process_group(backend(device), timeout=timedelta(seconds=timeout))
     except (RuntimeError, ValueError) as e:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(f"rank {rank} of {size} did not meet the others at {printable(where)[:200]} ({first_line(e)}); "
-                        "are all started, is the address right and its port free?") from None
+        raise UserError(
+            f"rank {rank} of {size} did not meet the others at {printable(where)[:200]} ({first_line(e)}); "
+            "are all started, is the address right and its port free?"
+        ) from None
     if device.type == "cpu":
-        use_cores(rank)
+        use_all_cores(rank)
     return World(rank, size, local_rank, device)
 
 
 def backend(device: torch.device) -> str:
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # counts and offloaded parameters are on the CPU
+    # counts and offloaded parameters are on the CPU
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
-def use_cores(rank: int) -> None:
-    """torchrun sets OMP_NUM_THREADS to 1 where it is unset, and most cores of the machine would be idle."""
+def use_all_cores(rank: int) -> None:
+    """torchrun sets OMP_NUM_THREADS to 1 where it is unset, and most cores of the machine would be
+    idle.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
         threads = len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])
         if threads > 1:
@@ -143,28 +177,35 @@ def use_cores(rank: int) -> None:
                 note(f"{threads} threads a rank instead of torchrun's OMP_NUM_THREADS=1")
 
 
-def stop(world: World) -> None:
+def leave(world: World) -> None:
     """Leave the group, once all have come this far; RuntimeError where another did not."""
     if dist.is_initialized():
-        any_of(world, False)
+        any_rank(world, False)
         dist.destroy_process_group()
 
 
-def end(world: World, error: BaseException) -> NoReturn:
+def abort(world: World, error: BaseException) -> NoReturn:
     """End this process at once, the cause in one line.
 
-    Nothing is taken down in order: that would wait for ranks that no longer answer. torchrun ends its report with the
-    line of the rank that failed first.
+    Nothing is taken down in order: that would wait for ranks that no longer answer. torchrun ends
+    its report with the line of the rank that failed first.
     """
     reason, code = f"{type(error).__name__}: {first_line(error)}", 1
     if isinstance(error, SystemExit):
-        reason, code = (None, error.code or 0) if isinstance(error.code, int | None) else (error.code, 1)
+        reason, code = (
+            (None, error.code or 0) if isinstance(error.code, int | None) else (error.code, 1)
+        )
     elif isinstance(error, KeyboardInterrupt):
         reason, code = "stopped", 130
     elif isinstance(error, UserError):
         reason, code = str(error), 2
-    elif isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error):
-        what = re.sub(r"^\[\S*\] ", "", first_line(error)).partition(". ")[0]  # without gloo's file and line
+    elif (
+        isinstance(error, dist.DistError)
+        or isinstance(error, RuntimeError)
+        and "gloo" in str(error)
+    ):
+        # without gloo's file and line
+        what = re.sub(r"^\[\S*\] ", "", first_line(error)).partition(". ")[0]
         reason = f"another rank ended or does not answer ({what}); its own message says why"
         time.sleep(1)  # so that it comes first
     else:
@@ -188,7 +229,7 @@ def first_line(error: BaseException) -> str:
 # ---- what the ranks tell each other; in one process, what it knows itself
 
 
-def total(world: World, *numbers: float | Tensor) -> list[float]:
+def all_reduce_sum(world: World, *numbers: float | Tensor) -> list[float]:
     """Each number summed over the ranks, in fp64."""
     sums = torch.tensor([float(n) for n in numbers], dtype=torch.float64)
     if world.size > 1:
@@ -196,11 +237,11 @@ def total(world: World, *numbers: float | Tensor) -> list[float]:
     return sums.tolist()
 
 
-def any_of(world: World, flag: bool) -> bool:
-    return total(world, flag)[0] > 0
+def any_rank(world: World, flag: bool) -> bool:
+    return all_reduce_sum(world, flag)[0] > 0
 
 
-def gather(world: World, value: Any) -> list[Any]:
+def all_gather(world: World, value: Any) -> list[Any]:
     """The JSON-like value of every rank, in rank order, on every rank."""
     values = [value] * world.size
     if world.size > 1:
@@ -208,14 +249,16 @@ def gather(world: World, value: Any) -> list[Any]:
     return values
 
 
-def agree(world: World, name: str, value: Any) -> None:
+def assert_same_on_ranks(world: World, name: str, value: Any) -> None:
     """`value` is the same on every rank, or UserError on all of them; of a dict it names the key."""
-    first, *others = gather(world, value)
+    first, *others = all_gather(world, value)
     for rank, other in enumerate(others, 1):
         if other != first:
             if isinstance(first, dict) and isinstance(other, dict):
                 key = next(key for key in first | other if first.get(key) != other.get(key))
                 name, first, other = f"{name}, {key}", first.get(key), other.get(key)
             show = lambda x: printable(x)[:100]
-            raise UserError(f"{name}: {show(first)} on rank 0 and {show(other)} on rank {rank}; "
-                            "start every rank with the same command, code and files")
+            raise UserError(
+                f"{name}: {show(first)} on rank 0 and {show(other)} on rank {rank}; "
+                "start every rank with the same command, code and files"
+            )

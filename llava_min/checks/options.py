@@ -1,0 +1,169 @@
+"""What may be asked of `generate`: the range of each option, and which of them go together."""
+
+import difflib
+import math
+import operator
+from collections.abc import Callable, Iterable
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+from llava_min.errors import UserError, escape_controls, warn_once
+
+MAX_FORKS = 1024  # answers or beams of one prompt: each has keys and values of its own
+
+# transformers' names for what `Options` has under another
+SYNONYMS = {
+    "do_sample": "temperature",
+    "max_length": "max_new_tokens",
+    "min_length": "min_new_tokens",
+}
+
+
+class Range(NamedTuple):
+    kind: type
+    fits: Callable[[Any], bool]
+    expected: str
+
+
+FORKS = Range(int, lambda n: 1 <= n <= MAX_FORKS, f"an integer from 1 to {MAX_FORKS}")
+RANGES = {
+    "max_new_tokens": Range(int, lambda n: n >= 1, "an integer of at least 1"),
+    "min_new_tokens": Range(int, lambda n: n >= 0, "an integer of at least 0"),
+    "num_beams": FORKS,
+    "num_return_sequences": FORKS,
+    "length_penalty": Range(float, lambda x: abs(x) <= 50, "a number from -50 to 50"),
+    "temperature": Range(
+        float, lambda x: x == 0 or x >= 1e-5, "0 (greedy) or a number of at least 1e-5"
+    ),
+    "top_k": Range(int, lambda n: n >= 0, "an integer of at least 0 (0 is all tokens)"),
+    "top_p": Range(float, lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
+    "repetition_penalty": Range(
+        float, lambda x: 1e-3 <= x <= 1e3, "a number from 0.001 to 1000 (1 is no penalty)"
+    ),
+    "seed": Range(int, lambda n: 0 <= n < 2**63, "an integer from 0 to 2**63 - 1"),
+}
+
+
+def check_option_names(names: Iterable[str], known: list[str]) -> None:
+    """Every name is an option, or UserError with the nearest that there is."""
+    for name in names:
+        if name in known:
+            continue
+        near = [SYNONYMS[name]] if name in SYNONYMS else difflib.get_close_matches(name, known, 1)
+        fix = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise UserError(f"no option of generate; {fix}", escape_controls(name)[:100])
+
+
+def check_options(options: dict[str, Any]) -> dict[str, Any]:
+    """All fields of `Options`, numbers as Python's own, in their ranges and going together, or
+    UserError.
+    """
+    o = {
+        name: check_number(name, value, RANGES[name])
+        if name in RANGES and not (name == "seed" and value is None)
+        else value
+        for name, value in options.items()
+    }
+    stop = o["early_stopping"]
+    if type(stop) is not bool and stop != "never":
+        raise UserError(
+            f"{stop!r:.40} was given, expected True, False or 'never'", "early_stopping"
+        )
+    if o["min_new_tokens"] > o["max_new_tokens"]:
+        most = o["max_new_tokens"]
+        raise UserError(
+            f"{o['min_new_tokens']} was given, expected an integer from 0 to max_new_tokens "
+            f"{most}; "
+            "correct it",
+            "min_new_tokens",
+        )
+    check_answers(o["num_return_sequences"], o["num_beams"], o["temperature"])
+    warn_of_idle(o)
+    return o
+
+
+def check_number(name: str, value: Any, allowed: Range) -> int | float:
+    """`value` as int or float: Python's, or numpy's."""
+    is_number = isinstance(value, Integral if allowed.kind is int else Real)
+    if is_number and not isinstance(value, bool) and math.isfinite(value) and allowed.fits(value):
+        return int(value) if isinstance(value, Integral) else float(value)
+    raise UserError(f"{value!r:.40} was given, expected {allowed.expected}; correct it", name)
+
+
+def check_answers(answers: int, beams: int, temperature: float) -> None:
+    if answers > beams > 1:
+        raise UserError(
+            f"{answers} answers were asked of {beams} beams; ask for at most {beams}, "
+            "or raise num_beams",
+            "num_return_sequences",
+        )
+    if answers > 1 and beams == 1 and not temperature:
+        raise UserError(
+            f"{answers} greedy answers would be the same; set temperature above 0, "
+            f"or num_beams to at least {answers}",
+            "num_return_sequences",
+        )
+
+
+def warn_of_idle(o: dict[str, Any]) -> None:
+    greedy, beamless = not o["temperature"], o["num_beams"] == 1
+    sampling, beams = "temperature above 0 (0 is greedy)", "num_beams above 1"
+    for name, idle, without in (
+        ("top_k", greedy and o["top_k"], sampling),
+        ("top_p", greedy and o["top_p"] < 1, sampling),
+        ("length_penalty", beamless and o["length_penalty"] != 1, beams),
+        ("early_stopping", beamless and o["early_stopping"], beams),
+    ):
+        if idle:
+            warn_once(f"has no effect without {without}", name)
+
+
+def check_token_ids(name: str, ids: int | Iterable[int], vocabulary: int) -> list[int]:
+    """The ids without repeats, of Python, numpy or torch, one or many; some of the vocabulary is
+    left.
+    """
+    found = []
+    for id in ids if isinstance(ids, Iterable) and getattr(ids, "ndim", 1) else [ids]:
+        try:
+            i = -1 if isinstance(id, bool) else operator.index(id)
+        except (TypeError, ValueError, RuntimeError):  # no number; a tensor of several
+            i = -1
+        if not 0 <= i < vocabulary:
+            expected = f"a token id from 0 to {vocabulary - 1}"
+            raise UserError(f"{id!r:.40} was given, expected {expected}", name)
+        found.append(i)
+    ids = list(dict.fromkeys(found))
+    if len(ids) == vocabulary:
+        raise UserError(
+            f"all {vocabulary} ids were given, which leaves no token for an answer; leave some out",
+            name,
+        )
+    return ids
+
+
+def check_suppressed(suppressed: list[int], eos: list[int], vocabulary: int, forced: int) -> None:
+    """With `forced` tokens before EOS, some token is left that is neither."""
+    if forced and len({*suppressed, *eos}) == vocabulary:
+        raise UserError(
+            "all ids but those that end an answer were given, and min_new_tokens lets none end; "
+            "leave some out",
+            "suppress_tokens",
+        )
+
+
+def check_cache(cache: Any, kind: type, config: Any, prompts: int) -> None:
+    """`cache` is a chat's, of this model, and there is one prompt, or UserError."""
+    if prompts != 1 or not isinstance(cache, kind) or cache.config != config:
+        raise UserError(
+            f"came with {prompts} prompts, expected one, and new_cache(model) of this model",
+            "cache",
+        )
+
+
+def check_compile(compile: bool, forks: int) -> None:
+    if compile and forks > 1:
+        raise UserError(
+            "works for one answer per prompt; leave it out with num_beams or num_return_sequences "
+            "above 1",
+            "compile",
+        )

@@ -1,0 +1,74 @@
+"""Errors a user can act on, warnings, and text that is safe to print. Imports nothing of the
+package.
+"""
+
+import functools
+import re
+import sys
+
+MAX_LINE = 2000  # characters of one line on the terminal
+
+_flags: dict[str, str] = {}  # field of the library -> flag of the script that runs, see `label`
+
+
+class UserError(ValueError):
+    """A mistake of the caller: one line that says what came, what was expected and what to do.
+
+    `field` is the argument that the line is about. A caller of the library reads `device: …`; the
+    user of a script reads the flag he typed, `--device: …`.
+    """
+
+    def __init__(self, text: str, field: str | None = None):
+        super().__init__(f"{label(field)}: {text}" if field else by_flag(text))
+        self.field = field
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to stop, at a point where it may stop at once."""
+
+
+def label(field: str) -> str:
+    """What the person who runs this calls the argument `field`: its flag in a script."""
+    return _flags.get(field, field)
+
+
+def set_labels(flags: dict[str, str]) -> None:
+    """From here on `label` gives these flags for their fields; {} for none."""
+    _flags.clear()
+    _flags.update(flags)
+
+
+def by_flag(line: str) -> str:
+    for keyword, flag in _flags.items():
+        if begins := re.match(rf"(--)?{keyword.replace('_', '[_ -]')}(?=:| .*:)", line):
+            return flag + line[begins.end() :]
+    return line
+
+
+def escape_controls(text: object) -> str:
+    """`text` with control and bidirectional-override characters escaped: data cannot drive the
+    terminal.
+    """
+    escape = lambda c: c.encode("unicode_escape").decode()
+    return "".join(c if c.isprintable() or c == " " else escape(c) for c in str(text))
+
+
+def shorten(x: object, n: int = 60) -> str:
+    """`x` as text that a message can quote: printable, and at most `n` characters."""
+    text = escape_controls(x)
+    return text if len(text) <= n else text[:n] + "…"
+
+
+def info(text: str) -> None:
+    """One line for the person, on stderr; in one piece, whatever other processes write."""
+    print(escape_controls(text)[:MAX_LINE] + "\n", end="", file=sys.stderr, flush=True)
+
+
+def warn(text: str, field: str | None = None) -> None:
+    info(f"warning: {label(field)}: {text}" if field else f"warning: {by_flag(text)}")
+
+
+@functools.cache
+def warn_once(text: str, field: str | None = None) -> None:
+    """A warning, once in a process, however often its cause returns."""
+    warn(text, field)

@@ -1,0 +1,135 @@
+"""The options of `generate`, and how they turn a step's logits into the next tokens. What each
+option means, and the order in which they act on the scores, is `generate` of Hugging Face
+transformers 5.23; given the same logits the ids are equal, sampled ones included. To compare:
+https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/generation/logits_process.py
+
+Shapes: R rows (answers or beams), V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_min.checks.options import (
+    check_option_names,
+    check_options,
+    check_suppressed,
+    check_token_ids,
+)
+from llava_min.llava import Llava
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to choose the new tokens: greedily at temperature 0, above it by sampling."""
+
+    max_new_tokens: int = 256  # tokens of an answer at the most
+    min_new_tokens: int = 0  # minimum tokens before EOS
+    num_beams: int = 1  # 1 is no beam search
+    num_return_sequences: int = 1  # answers per prompt
+    length_penalty: float = 1.0  # beams are ranked by log probability / length ** length_penalty
+    early_stopping: bool | str = (
+        False  # when to stop looking for better beams: True, False, "never"
+    )
+    temperature: float = 0.0  # 0 is greedy; higher is more random
+    top_k: int = 0  # keep the k most likely tokens; 0 = all
+    top_p: float = 1.0  # keep the fewest tokens that hold this much probability
+    repetition_penalty: float = 1.0  # above 1, less of what the prompt or the answer already has
+    seed: int | None = None  # None draws from torch's global generator
+    eos_token_id: int | Sequence[int] | None = None  # None: what the model's config says
+    suppress_tokens: int | Sequence[int] | None = None  # ids that are never chosen
+
+    def __post_init__(self):
+        self.__dict__.update(check_options(self.__dict__))
+
+    @property
+    def forks(self) -> int:
+        """Answers or beams that share a prompt."""
+        return max(self.num_beams, self.num_return_sequences)
+
+    def eos_ids(self, model: Llava) -> list[int]:
+        """The ids that end an answer."""
+        text = model.config.text
+        ids = text.eos_token_ids if self.eos_token_id is None else self.eos_token_id
+        return check_token_ids("eos_token_id", ids, text.vocab_size)
+
+
+def read_options(options: dict[str, Any]) -> Options:
+    """`Options(**options)`; UserError for a name it does not have."""
+    check_option_names(options, [field.name for field in fields(Options)])
+    return Options(**options)
+
+
+@dataclass
+class LogitsProcessor:
+    """The options that act on the scores, in transformers' order, and the draw."""
+
+    options: Options
+    eos: Tensor  # ids that end an answer
+    suppressed: Tensor | None = None  # ids that are never chosen
+    seen: Tensor | None = (
+        None  # (R, V) bool: what the prompt, its images included, or the answer has
+    )
+    generator: torch.Generator | None = None
+
+    @classmethod
+    def of(cls, model: Llava, ids: Tensor, valid: Tensor, o: Options) -> "LogitsProcessor":
+        tensor = lambda ids: torch.tensor(ids, dtype=torch.long, device=model.device)
+        vocabulary, eos = model.config.text.vocab_size, o.eos_ids(model)
+        suppressed = seen = generator = None
+        if o.suppress_tokens is not None:
+            suppressed = check_token_ids("suppress_tokens", o.suppress_tokens, vocabulary)
+            check_suppressed(suppressed, eos, vocabulary, o.min_new_tokens)
+            suppressed = tensor(suppressed)
+        if o.repetition_penalty != 1:
+            counts = torch.zeros(len(ids), vocabulary, device=ids.device)
+            seen = counts.scatter_add_(1, ids, valid.float()) > 0
+            seen = seen.repeat_interleave(o.forks, dim=0)
+        if o.seed is not None:
+            generator = torch.Generator(model.device).manual_seed(o.seed)
+        return cls(o, tensor(eos), suppressed, seen, generator)
+
+    def __call__(self, scores: Tensor, i: int) -> Tensor:
+        """Scores (R, V) of the i-th new token: fp32 logits, or log probabilities of beams."""
+        o = self.options
+        if self.seen is not None:
+            scaled = scores * o.repetition_penalty
+            scaled = torch.where(scores < 0, scaled, scores / o.repetition_penalty)
+            scores = torch.where(self.seen, scaled, scores)
+        if i < o.min_new_tokens:
+            scores = scores.index_fill(1, self.eos, -math.inf)
+        if self.suppressed is not None:
+            scores = scores.index_fill(1, self.suppressed, -math.inf)
+        if not o.temperature:
+            return scores
+        # beams need a token to continue with, even if every EOS is drawn
+        keep = 1 if o.num_beams == 1 else max(2, 1 + len(self.eos))
+        scores = scores / o.temperature
+        if o.top_k:
+            k = min(max(o.top_k, keep), scores.shape[-1])
+            scores = scores.masked_fill(scores < scores.topk(k)[0][:, -1:], -math.inf)
+        if o.top_p < 1:
+            ascending, order = scores.sort()
+            drop = ascending.softmax(-1).cumsum(-1) <= 1 - o.top_p
+            drop[:, -keep:] = False
+            scores = scores.masked_fill(drop.scatter(1, order, drop), -math.inf)
+        return scores
+
+    def sample(self, scores: Tensor, n: int) -> Tensor:
+        """n different indices of each row (R, n), drawn with the probabilities softmax(scores).
+
+        The draw of `torch.multinomial` without its look at the values, which waits for the device
+        and, on CUDA, ends the process at the first NaN.
+        """
+        probabilities = scores.softmax(-1)
+        noise = torch.empty_like(probabilities).exponential_(1, generator=self.generator)
+        return (probabilities / noise).topk(n)[1]
+
+    def update(self, ids: Tensor, rows: Tensor | slice = slice(None)) -> None:
+        """Token ids (R,) were appended to `rows` of the answers so far."""
+        if self.seen is not None:
+            self.seen = self.seen[rows].scatter(1, ids[:, None], True)
