@@ -79,8 +79,7 @@ def part_of(name: str) -> str:
 
 def idle(model: nn.Module) -> set[str]:
     """Modules of the tower that are never run: the blocks after the one that LLaVA reads, and the last norm."""
-    unread = range(model.vision_tower.layers_used, len(model.vision_tower.layers))
-    return {f"{VISION}.post_layernorm", *(f"{VISION}.layers.{i}" for i in unread)}
+    return {f"{VISION}.{name}" for name in model.vision_tower.unused_modules()}
 
 
 def table(model: nn.Module) -> str:

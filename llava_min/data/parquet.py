@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from llava_min.cli import UserError, short
-from llava_min.data.picture import MAX_BYTES, decode_image
+from llava_min.checks.image_file import MAX_BYTES, decode_image
 
 BYTES, PATH = "images.list.element.bytes", "images.list.element.path"
 MAX_GROUP = 2**30  # bytes of text in a row group, unpacked

@@ -22,7 +22,7 @@ from PIL import Image
 from llava_min.cli import UserError, short
 from llava_min.data.chat import exchanges
 from llava_min.data.parquet import Embedded
-from llava_min.data.picture import open_image
+from llava_min.checks.image_file import open_image
 from llava_min.data.processor import MARK
 
 ROLES = {"human": "user", "gpt": "assistant"}
