@@ -106,8 +106,8 @@ def test_bf16_keeps_what_is_trained_in_fp32(data, tmp_path):
     (["--lr", "0"], "--lr"), (["--timeout", "1e30"], "--timeout"), (["--image-folder", ""], "--image-folder: is empty"), (["--lora-dropout", "1"], "--lora-dropout: 1"),
     (["--eval-data", "VAL", "--max-new-tokens", "1020"], "--max-new-tokens: 1020 and the .* tokens of record captions-val-000000 .* context of 1024"),
     (["--device", "meta"], "--device: meta is not"), (["--device", "xpu"], "--device: xpu is not"), (["--lora-alpha", "2e6"], "--lora-alpha: '2e6' is not"),
-    (["--lora-r", "2000000000"], "--lora-r: 2000000000 is above the model's width"), (["--epochs", "1e9"], "--epochs 1e.09"),
-    (["--max-steps", "2000000000"], "--max-steps 2000000000: the run would have 1.6e.10 rows"), *((["--lora-targets", regex], "--lora-targets: .* at most two repetitions")
+    (["--lora-r", "2000000000"], "--lora-r: 2000000000 is above the model's width"), (["--epochs", "1e9"], "--epochs: 1e.09"),
+    (["--max-steps", "2000000000"], "--max-steps: 2000000000 steps would be 1.6e.10 rows"), *((["--lora-targets", regex], "--lora-targets: .* at most two repetitions")
         for regex in ("(.*)*x", "(a|a)+x", ".*.*.*x", "(", "a{99999999999}")),
     (["--betas", "0.9,1"], "--betas: .* two numbers below 1"), (["--save-every", "0m"], "--save-every: 0m"),
     # what would be ignored
@@ -411,7 +411,7 @@ def test_the_rows_of_a_step_are_at_most_what_the_model_holds():
         row_length(513, 512)
 
 
-@pytest.mark.parametrize("mode, place", [("lora", (Llava, "hidden", 2)), ("full", (evaluate, "generate", 1))], ids=["loss", "answers"])
+@pytest.mark.parametrize("mode, place", [("lora", (Llava, "hidden_states", 2)), ("full", (evaluate, "generate", 1))], ids=["loss", "answers"])
 def test_a_signal_in_an_evaluation_of_two_ranks_is_not_waited_for(home, tmp_path, mode, place):
     """One of them gets it, in the evaluation at step 2; the run then goes on as if nothing had been."""
     shape = ("--train", mode, "--max-steps", "4", "--eval-data", home / "data" / "val.json", "--eval-every", "2", "--eval-batch-size", "1",

@@ -34,14 +34,14 @@ def words() -> list[str]:
 
 def toy_words() -> list[str]:
     """Every word of the toy world except its printed strings, and all that begin sentences."""
-    words = set(STARTERS)
+    found = set(STARTERS)
     for task in toy.TASKS:
         for record, _ in toy.generate(task, 300):
             for turn in record["conversations"]:
-                words.update(
+                found.update(
                     w.strip("?.,") for w in turn["value"].removeprefix("<image>\n").split()
                 )
-    return sorted(w for w in words if w[1:].islower() or len(w) == 1 and w.islower())
+    return sorted(w for w in found if w[1:].islower() or len(w) == 1 and w.islower())
 
 
 def tokenizer_model(words: list[str], always: list[str], vocab_size: int = VOCAB_SIZE) -> bytes:
