@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
 
 
 def answer(knobs: Knobs, prompt: str | None) -> None:
-    from llava_min.data.picture import open_image
+    from llava_min.checks.image_file import open_image
     from llava_min.sampling import Options
     from llava_min.load import load, prepare
 
@@ -219,7 +219,7 @@ def questions(first: str | None) -> Iterator[str]:
 
 
 def chat(model: Any, processor: Any, image: Any, first: str | None, exif: bool, options: dict) -> None:
-    from llava_min.data.picture import open_image
+    from llava_min.checks.image_file import open_image
     from llava_min.generate import new_cache
 
     cache, talk = new_cache(model), []

@@ -152,9 +152,10 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
 
     from llava_min import checkpoint
     from llava_min.adapter import adapter_names, save_adapter
-    from llava_min.data import toy
-    from llava_min.data.dataset import Dataset, loader
+    from llava_min.data.dataset import Dataset
+    from llava_min.data.loader import loader
     from llava_min.data.records import Skips, read_records, with_images
+    from llava_min.toy import draw as toy
     from llava_min.data.sampler import plan as make_plan, records_of
     from llava_min.parallel.ranks import assert_same_on_ranks, any_rank, all_gather, all_reduce_sum
     from llava_min.evaluate import check_room, on_held_out

@@ -1,18 +1,21 @@
-"""CLIP's vision tower: pictures in, one feature per patch out.
+"""CLIP's vision tower: images in, one feature per patch out.
 
-Follows Radford et al. 2021 (https://arxiv.org/abs/2103.00020) and the names of OpenAI's checkpoints, `pre_layrnorm`
-included. LLaVA reads the features before the last block, so that block and `post_layernorm` are never run; they are
-kept because the checkpoint has them and what is loaded must be saved again.
+Follows Radford et al. 2021 (https://arxiv.org/abs/2103.00020) and the names of OpenAI's
+checkpoints, `pre_layrnorm` included. To compare:
+https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/clip/modeling_clip.py
 
-Shapes: B pictures, S pixels a side, P patches, C width, H heads, D head dim.
+LLaVA reads the features before the last block, so that block and `post_layernorm` are never run;
+they are kept because the checkpoint has them and what is loaded must be saved again.
+
+Shapes: B images, S pixels a side, P patches, C width, H heads, D head dim.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llava_min.ops import attention
 from llava_min.config import VisionConfig
+from llava_min.ops import attention
 
 
 class Embeddings(nn.Module):
@@ -53,7 +56,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
-        x = x * (1.702 * x).sigmoid_() if self.quick else F.gelu(x)  # quick: OpenAI's approximation
+        # quick_gelu is OpenAI's approximation
+        x = x * (1.702 * x).sigmoid_() if self.quick else F.gelu(x)
         return self.fc2(x)
 
 
@@ -80,6 +84,15 @@ class VisionTower(nn.Module):
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pre_layrnorm.weight.dtype
+
+    def unused_modules(self) -> set[str]:
+        """Names of the parts that are never run, and so never get a gradient."""
+        unread = range(self.layers_used, len(self.layers))
+        return {"post_layernorm", *(f"layers.{i}" for i in unread)}
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, S, S) -> features (B, 1 + P, C), the class token first."""

@@ -75,6 +75,7 @@ class VisionConfig:
     projection_dim: int = 768  # of CLIP's contrastive head, which LLaVA has no use for
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
+    model_type: str = "clip_vision_model"  # a row of llava.TOWERS
 
     @property
     def num_patches(self) -> int:

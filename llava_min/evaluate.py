@@ -24,9 +24,10 @@ from torch import Tensor
 
 from llava_min.cli import UserError, printable, short, warn
 from llava_min.data.chat import render
-from llava_min.data.dataset import Dataset, evaluation_batch, loader
+from llava_min.data.dataset import Dataset, evaluation_batch
+from llava_min.data.loader import loader
 from llava_min.data.parquet import Embedded
-from llava_min.data.picture import Encoded
+from llava_min.data.data_uri import Encoded
 from llava_min.data.processor import Processor
 from llava_min.data.record import Bad, Record, check_text, text_of
 from llava_min.data.records import told

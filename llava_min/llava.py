@@ -11,6 +11,8 @@ Shapes: B batch, T tokens, N images in the batch, S pixels a side, P tokens per 
 V vocabulary.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +25,21 @@ from llava_min.config import IGNORE, LlavaConfig
 from llava_min.llama import Llama
 
 LOGIT_ROWS = 1024  # supervised positions whose logits exist at one time
+
+
+class Tower(NamedTuple):
+    """A kind of vision tower.
+
+    Its module is built from (VisionConfig, number of blocks to run), takes pixels (N, 3, S, S) and
+    gives their features (N, P, C), after that of the class token if it has one. It says its `dtype`
+    and its `unused_modules()`.
+    """
+
+    module: type[nn.Module]
+    has_class_token: bool
+
+
+TOWERS = {"clip_vision_model": Tower(VisionTower, has_class_token=True)}  # by model_type
 
 
 class Projector(nn.Module):
@@ -58,7 +75,8 @@ class Llava(nn.Module):
     def __init__(self, config: LlavaConfig):
         super().__init__()
         self.config = config
-        self.vision_tower = VisionTower(config.vision, config.vision_layers_used)
+        tower = TOWERS[config.vision.model_type]
+        self.vision_tower = tower.module(config.vision, config.vision_layers_used)
         self.multi_modal_projector = Projector(config)
         self.language_model = Llama(config.text)
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
@@ -79,10 +97,11 @@ class Llava(nn.Module):
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """pixel_values (N, 3, S, S) -> the embeddings of their image tokens (N, P, C)."""
-        tower = self.vision_tower
-        features = tower(pixel_values.to(self.device, tower.pre_layrnorm.weight.dtype))
-        if self.config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]  # without the class token
+        config, tower = self.config, self.vision_tower
+        features = tower(pixel_values.to(self.device, tower.dtype))
+        has_class_token = TOWERS[config.vision.model_type].has_class_token
+        if has_class_token and config.vision_feature_select_strategy == "default":
+            features = features[:, 1:]  # those of the patches alone
         return self.multi_modal_projector(features)
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from llava_min.cli import UserError, note, printable
-from llava_min.data.picture import Encoded
+from llava_min.data.data_uri import Encoded
 from llava_min.data.record import Record, earlier
 from llava_min.files import replace
 

@@ -50,7 +50,7 @@ def check_finished(folder: Path, k: Any, argv: Sequence[str], ranks: int) -> Non
 
 def check_settings(k: Any, argv: Sequence[str]) -> None:
     """`k`: train.py's knobs; `argv`: what of them was typed. Raises UserError."""
-    from llava_min.data.toy import TASKS  # and Pillow, which --help need not wait for
+    from llava_min.toy.draw import TASKS  # and Pillow, which --help need not wait for
 
     toy, saved = (k.data or "").startswith("toy:"), k.save_every != "0"
     tasks = [f"toy:{task}" for task in TASKS]

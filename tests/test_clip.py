@@ -52,6 +52,8 @@ def test_only_the_blocks_that_are_read_are_run(layers_used):
     assert [f"layers.{i}" for i in range(3)
             if f"layers.{i}" in run] == [f"layers.{i}" for i in range(layers_used)]
     assert "post_layernorm" not in run
+    parts = {"pre_layrnorm", "post_layernorm", *(f"layers.{i}" for i in range(3))}
+    assert ours.unused_modules() == parts - set(run)
     # kept for the round trip
     assert {"post_layernorm.weight", "layers.2.mlp.fc1.weight"} <= ours.state_dict().keys()
 

@@ -22,8 +22,9 @@ from test_processor import bytes_folder
 from test_records import GOOD, IMAGE, images, png, record, refused, written  # noqa: F401  images: a fixture
 
 from llava_min.config import LlavaConfig
-from llava_min.data import toy_vocab
-from llava_min.data.dataset import Dataset, Record, collate, evaluation_batch, join, loader
+from llava_min.toy import vocab as toy_vocab
+from llava_min.data.dataset import Dataset, Record, collate, evaluation_batch, join
+from llava_min.data.loader import loader
 from llava_min.data.image import ImageConfig
 from llava_min.data.processor import IGNORE, Processor
 from llava_min.data.records import read_records
@@ -90,7 +91,7 @@ def test_too_long_is_refused_before_training_and_nothing_is_cut(images, processo
     lengths = [len(Dataset(records, processor)[i]["input_ids"]) for i in range(4)]
     longest = max(lengths)
     assert [len(Dataset(records, processor, max_length=longest)[i]["input_ids"]) for i in range(4)] == lengths
-    message = refused(lambda: Dataset(records, processor, max_length=longest - 1), f"--max-length {longest - 1}: 1 of 4", f"({longest})")
+    message = refused(lambda: Dataset(records, processor, max_length=longest - 1), f"max_length: 1 of 4 records have more than {longest - 1} tokens", f"({longest})")
     assert records[lengths.index(longest)].id in message
 
 
@@ -402,7 +403,7 @@ def test_a_killed_worker_is_one_line(images, processor):
     next(batches)
     (worker,) = pids() - before
     os.kill(worker, signal.SIGKILL)
-    message = refused(lambda: list(batches), "--workers 1", "was killed", "lower --workers")
+    message = refused(lambda: list(batches), "workers: one of 1", "was killed", "lower workers")
     assert "Traceback" not in message and pids() == before  # nobody is left behind
 
 
@@ -411,13 +412,13 @@ def test_where_the_system_starts_no_more_processes(images, processor, monkeypatc
     refuse = lambda: made.append(0) or (fork() if len(made) == 1 else os.strerror(os.dup(1 << 20)))  # a BlockingIOError in life
     monkeypatch.setattr(os, "fork", refuse)
     before = pids()
-    refused(lambda: list(loader(Dataset(records_of(images), processor), [[(0,)]], 2)), "--workers 2: the system starts no more processes (")
+    refused(lambda: list(loader(Dataset(records_of(images), processor), [[(0,)]], 2)), "workers: the system starts no more processes (", "and 2 were asked for")
     gc.collect()
     assert len(made) == 2 and pids() == before and "Traceback" not in capsys.readouterr().err  # the first is taken down
 
 
 def test_a_process_that_ends_with_workers_at_work_ends_at_once(tmp_path):
-    code = ("import time, torch\nfrom llava_min.data.dataset import loader\n"
+    code = ("import time, torch\nfrom llava_min.data.loader import loader\n"
             "class D(torch.utils.data.Dataset):\n    def __getitem__(self, i): return {'input_ids': [1, 2], 'labels': [1, 2]}\n"
             "batches = loader(D(), [[(i,)] for i in range(100)], 2)\nnext(batches)\nprint(time.time())\nraise KeyError('a fault')\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1])

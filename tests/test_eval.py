@@ -18,7 +18,7 @@ from test_snapshot import ALONE
 
 from llava_min import evaluate
 from llava_min.cli import UserError
-from llava_min.data import toy
+from llava_min.toy import draw as toy
 from llava_min.data.records import read_records
 from llava_min.evaluate import difference, measure_all, predict, read_answers, score
 from llava_min.decoding import beam_search, decode

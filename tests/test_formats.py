@@ -11,10 +11,11 @@ from test_dataset import processor  # noqa: F401  a fixture
 from test_parquet import parquet, picture, red  # noqa: F401  parquet: a fixture
 from test_records import GOOD, IMAGE, chat, images, messages, png, record, refused, talk, written  # noqa: F401
 
-from llava_min.data import formats, picture as picture_module
+from llava_min.checks import image_file as picture_module
+from llava_min.data import formats
 from llava_min.data.chat import TEMPLATES, render
 from llava_min.data.dataset import Dataset
-from llava_min.data.picture import Encoded, from_data_uri, is_data_uri
+from llava_min.data.data_uri import Encoded, from_data_uri, is_data_uri
 from llava_min.data.record import Bad, text_of
 from llava_min.data.records import read_records, with_images
 from llava_min.data.unread import names_media, placeholder

@@ -43,6 +43,15 @@ def test_features_of_every_layer(layer, strategy):
     assert feed((theirs, ours), rows(1, 2, patches=patches), px) <= 1e-4
 
 
+def test_a_tower_without_a_class_token_keeps_all_its_features(monkeypatch):
+    ours = our_model(their_model())
+    px = pixels(2)
+    assert ours.encode_images(px).shape[1] == PATCHES
+    row = llava.TOWERS[ours.config.vision.model_type]._replace(has_class_token=False)
+    monkeypatch.setitem(llava.TOWERS, ours.config.vision.model_type, row)
+    assert ours.encode_images(px).shape[1] == PATCHES + 1
+
+
 def test_projector_without_bias():
     theirs = their_model(multimodal_projector_bias=False)
     assert feed((theirs, our_model(theirs)), rows(2), pixels(2)) <= 1e-4

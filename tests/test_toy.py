@@ -13,7 +13,8 @@ import sentencepiece
 from PIL import Image, ImageChops
 
 from llava_min.cli import UserError
-from llava_min.data import toy, toy_vocab
+from llava_min.toy import draw as toy
+from llava_min.toy import vocab as toy_vocab
 from llava_min.data.records import read_records
 
 # Written without looking at words.txt: what a person may type about a picture or a day.
@@ -189,7 +190,7 @@ def test_records():
 
 
 def test_same_seed_same_pictures_in_any_process():
-    code = ("import hashlib; from llava_min.data import toy; h = hashlib.sha256()\n"
+    code = ("import hashlib; from llava_min.toy import draw as toy; h = hashlib.sha256()\n"
             "for t in toy.TASKS:\n for r, im in toy.generate(t, 30, 3): h.update(repr(r).encode() + im.tobytes())\n"
             "print(h.hexdigest())")
     run = lambda salt: subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": salt},

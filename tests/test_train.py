@@ -18,7 +18,7 @@ from training import lines, make_home, train
 from llava_min import evaluate
 from llava_min.cli import UserError, parse
 from llava_min.config import SIZES
-from llava_min.data import toy
+from llava_min.toy import draw as toy
 from llava_min.data.dataset import Dataset, collate
 from llava_min.data.processor_files import read_settings
 from llava_min.data.records import read_records
@@ -98,18 +98,18 @@ def test_bf16_keeps_what_is_trained_in_fp32(data, tmp_path):
 @pytest.mark.parametrize("argv, named", [
     (["--data", "absent.json"], "absent.json"), (["--data", "toy:poems"], "toy:poems"), (["--recipe", "nothing"], "nothing"),
     (["--model", "no/such/folder"], "no/such/folder"), (["--model", "/etc"], "/etc: holds no config.json"), (["--betas", "0.9"], "--betas"),
-    (["--lora-targets", "c_proj"], "--lora-targets: 'c_proj'"), (["--max-length", "70"], "--max-length 70: 24 of 24"),
+    (["--lora-targets", "c_proj"], "--lora-targets: 'c_proj'"), (["--max-length", "70"], "--max-length: 24 of 24 records have more than 70"),
     (["--max-length", "1025"], "--max-length: 1025 tokens were asked for, and the model's context is 1024"),
     (["--device", "cuda:9"], "--device: cuda"), (["--device", "tpu"], "--device: 'tpu'"), (["--template", "poem"], "--template: poem"),
     (["--template", "chatml"], "--template chatml: needs"), (["--train", "all"], "--train: .all. is not one of"), (["--train", "last:9"], "last:9"),
-    (["--warmup-steps", "50"], "--warmup-steps 50"), (["--batch-size", "25"], "--batch-size 25"), (["--save-every", "5s"], "--save-every"),
+    (["--warmup-steps", "50"], "--warmup-steps 50"), (["--batch-size", "25"], "--batch-size: 24 records"), (["--save-every", "5s"], "--save-every"),
     (["--eval-metrics", "beauty", "--eval-data", "VAL"], "--eval-metrics: 'beauty'"), (["--optimizer", "torch.optim:Adamw"], "--optimizer: torch.optim:Adamw"),
     (["--optimizer", "torch.optim:LBFGS"], "--optimizer: torch.optim:LBFGS"), (["--log", "paper"], "--log"), (["--resume", "no/checkpoint"], "--resume no/checkpoint"),
     (["--lr", "0"], "--lr"), (["--timeout", "1e30"], "--timeout"), (["--image-folder", ""], "--image-folder: is empty"), (["--lora-dropout", "1"], "--lora-dropout: 1"),
     (["--eval-data", "VAL", "--max-new-tokens", "1020"], "--max-new-tokens: 1020 and the .* tokens of record captions-val-000000 .* context of 1024"),
     (["--device", "meta"], "--device: meta is not"), (["--device", "xpu"], "--device: xpu is not"), (["--lora-alpha", "2e6"], "--lora-alpha: '2e6' is not"),
-    (["--lora-r", "2000000000"], "--lora-r: 2000000000 is above the model's width"), (["--epochs", "1e9"], "--epochs 1e.09"),
-    (["--max-steps", "2000000000"], "--max-steps 2000000000: the run would have 1.6e.10 rows"), *((["--lora-targets", regex], "--lora-targets: .* at most two repetitions")
+    (["--lora-r", "2000000000"], "--lora-r: 2000000000 is above the model's width"), (["--epochs", "1e9"], "--epochs: 1e.09"),
+    (["--max-steps", "2000000000"], "--max-steps: 2000000000 steps would be 1.6e.10 rows"), *((["--lora-targets", regex], "--lora-targets: .* at most two repetitions")
         for regex in ("(.*)*x", "(a|a)+x", ".*.*.*x", "(", "a{99999999999}")),
     (["--betas", "0.9,1"], "--betas: .* two numbers below 1"), (["--save-every", "0m"], "--save-every: 0m"),
     # what would be ignored

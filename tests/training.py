@@ -10,7 +10,7 @@ from conftest import load_script
 
 from llava_min.cli import UserError, note
 from llava_min.config import LlavaConfig, TextConfig, VisionConfig
-from llava_min.data import toy
+from llava_min.toy import draw as toy
 from llava_min.data.image import ImageConfig
 from llava_min.data.processor import Processor
 from llava_min.data.tokenizer import Tokenizer

@@ -25,7 +25,7 @@ from pathlib import Path
 from llava_min.cli import UserError, short
 from llava_min.data.chat import exchanges
 from llava_min.data.parquet import Embedded
-from llava_min.data.picture import Encoded, from_data_uri, is_data_uri
+from llava_min.data.data_uri import Encoded, from_data_uri, is_data_uri
 from llava_min.data.processor import MARK
 from llava_min.data.record import Bad, Record, check_text, in_folder, kind, text_of
 from llava_min.data.unread import (HINTS, check_learnt, check_media, is_learnt, marks_as_text, media_keys,

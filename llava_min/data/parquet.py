@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from llava_min.cli import UserError, short
-from llava_min.data.picture import MAX_BYTES, decode_image
+from llava_min.checks.image_file import MAX_BYTES, decode_image
 
 NAMES = ("images", "image")
 BINARY = ("binary", "large_binary", "binary_view")

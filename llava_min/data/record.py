@@ -13,7 +13,8 @@ from PIL import Image
 
 from llava_min.cli import UserError, short
 from llava_min.data.parquet import Embedded
-from llava_min.data.picture import Encoded, open_image
+from llava_min.checks.image_file import open_image
+from llava_min.data.data_uri import Encoded
 
 MAX_TEXT = 1_000_000  # characters in a turn; more is a broken export
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from llava_min.cli import UserError, short, warn
 from llava_min.data.formats import from_raw, is_container, told_of
 from llava_min.data.parquet import parquet_records
+from llava_min.checks.sampler import MAX_ROWS
 from llava_min.data.record import Bad, Record
-from llava_min.data.sampler import MOST
 from llava_min.files import check_file
 
 SAMPLE = 256  # pictures that stand for all
@@ -225,8 +225,8 @@ def read_records(data: str | os.PathLike, image_folder: str | os.PathLike | None
     for path, weight in files:
         read = read_file(path, image_folder, skips, f"{path.name}:" if len(files) > 1 else "")
         seen.update(r.id for r in read)
-        if len(records) + len(read) * weight > MOST:
-            raise UserError(f"{short(data, 200)}: {path.name} {float(weight):g} times is more than {MOST} records; lower the weight")
+        if len(records) + len(read) * weight > MAX_ROWS:
+            raise UserError(f"{short(data, 200)}: {path.name} {float(weight):g} times is more than {MAX_ROWS} records; lower the weight")
         records += [r for i, r in enumerate(read) for _ in range(int((i + 1) * weight) - int(i * weight))]
     if skips is not None:
         skips.add([])

@@ -11,7 +11,7 @@ from PIL import Image
 
 from llava_min.cli import UserError
 from llava_min.data.image import to_rgb
-from llava_min.data.picture import open_image
+from llava_min.checks.image_file import open_image
 
 PICTURES = 24 * 2**20  # bytes of all thumbnails as base64; beyond it they shrink and then stop, and the page says so
 SIDES = (192, 144, 96, 64)  # pixels of a thumbnail's longer side

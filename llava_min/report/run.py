@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llava_min.cli import UserError
 from llava_min.data.parquet import Embedded
-from llava_min.data.picture import Encoded, from_data_uri, is_data_uri
+from llava_min.data.data_uri import Encoded, from_data_uri, is_data_uri
 from llava_min.report.curves import curve, figures
 from llava_min.report.page import LONGEST, cut, escape, finite, heading, notes_list, number, page, settings_list, write
 from llava_min.report.pictures import PICTURES, Thumbnails

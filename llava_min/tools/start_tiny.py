@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
         raise UserError("OUT: give the one folder to write")
 
     from llava_min.config import LlavaConfig, TextConfig, VisionConfig
-    from llava_min.data import toy_vocab
+    from llava_min.toy import vocab as toy_vocab
     from llava_min.data.image import ImageConfig
     from llava_min.data.processor import Processor
     from llava_min.data.tokenizer import Tokenizer

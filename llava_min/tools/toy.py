@@ -24,6 +24,6 @@ def main(argv: list[str]) -> None:
     if knobs.text is not None and knobs.task != "questions":
         raise UserError(f"--text: pictures of task {knobs.task} all have a string or none; leave it out, or give --task questions")
 
-    from llava_min.data import toy
+    from llava_min.toy import draw as toy
     toy.write(knobs.out[0], knobs.task, knobs.train, knobs.val, knobs.seed, **({} if knobs.text is None else {"text": knobs.text}))
     note(f"{knobs.out[0]}: {knobs.train} training and {knobs.val} validation pictures, task {knobs.task}")

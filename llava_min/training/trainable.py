@@ -127,8 +127,7 @@ def top_module(name: str) -> str:
 
 def unused_modules(model: nn.Module) -> set[str]:
     """Modules of the tower that never run: blocks after the one LLaVA reads, and the last norm."""
-    unread = range(model.vision_tower.layers_used, len(model.vision_tower.layers))
-    return {f"{VISION}.post_layernorm", *(f"{VISION}.layers.{i}" for i in unread)}
+    return {f"{VISION}.{name}" for name in model.vision_tower.unused_modules()}
 
 
 def parameter_table(model: nn.Module) -> str:

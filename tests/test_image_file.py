@@ -1,4 +1,4 @@
-"""data/picture.py: what a picture file can do to us (group A of the catalogue of bad inputs), and what is read of a good one."""
+"""checks/image_file.py: what a picture file can do to us (group A of the catalogue of bad inputs), and what is read of a good one."""
 
 import os
 import random
@@ -15,7 +15,7 @@ from test_image import CLIP, MEAN, STD, encoded, picture
 
 from llava_min.cli import UserError
 from llava_min.data.image import ImageConfig, to_pixels
-from llava_min.data.picture import FORMATS, MAX_ASPECT, MAX_BYTES, decode_image, open_image
+from llava_min.checks.image_file import FORMATS, MAX_ASPECT, MAX_BYTES, decode_image, open_image
 
 
 def chunk(kind: bytes, data: bytes, bad_crc: bool = False) -> bytes:

@@ -1,0 +1,45 @@
+"""Images inside a record, as data URIs (RFC 2397); they obey the limits of image files."""
+
+import base64
+import binascii
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from llava_min.checks.image_file import MAX_BYTES, decode_image
+from llava_min.errors import UserError, shorten
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An image inside a record: the bytes of its file, out of a data URI (RFC 2397)."""
+
+    data: bytes = field(repr=False)
+    name: str  # for messages
+
+    def open(self, exif: bool = False) -> Image.Image:
+        return decode_image(self.data, self.name, exif=exif)
+
+    @property
+    def uri(self) -> str:
+        return "data:;base64," + base64.b64encode(self.data).decode()
+
+
+def is_data_uri(text: object) -> bool:
+    return isinstance(text, str) and text[:5].lower() == "data:"
+
+
+def from_data_uri(uri: str, name: str) -> Encoded:
+    """`data:image/png;base64,iVBO…` -> the image, not yet decoded. Raises UserError: it is not base64, or is too large."""
+    head, _, data = uri.partition(",")
+    if not head.lower().endswith(";base64"):
+        raise UserError(f"{name}: {shorten(uri)} is a data URI without base64; expected data:image/png;base64,…")
+    if len(data) > MAX_BYTES * 4 / 3 + 4:
+        raise UserError(f"{name}: is larger than the limit of {MAX_BYTES >> 20} MiB; save it smaller")
+    try:
+        found = base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as e:  # ValueError: characters beyond ASCII
+        raise UserError(f"{name}: {shorten(uri)} is not whole base64 ({shorten(e, 80)}); encode it again") from None
+    if not found:
+        raise UserError(f"{name}: is empty (0 bytes); encode it again")
+    return Encoded(found, name)
