@@ -45,7 +45,7 @@ def state_of(tensors: dict[str, Tensor]) -> dict:
         if name.startswith(STATE):
             try:
                 return dict(json.loads(bytes(x.tolist())))
-            except ValueError:
+            except (ValueError, TypeError):
                 break
     raise UserError("a 4-bit layer has no readable quant_state; save the checkpoint again with bitsandbytes")
 
@@ -53,34 +53,33 @@ def state_of(tensors: dict[str, Tensor]) -> dict:
 def fill(layer: CodebookLinear | Int8Linear, tensors: dict[str, Tensor]) -> None:
     """Give `layer` the numbers of `tensors` (suffix -> tensor, without the bias) as they are.
 
-    Raises UserError for tensors that are missing, or of another shape, block size or kind than the layer's.
+    Raises UserError for tensors that are missing, or of another shape, block size or kind than the layer's; the layer
+    then keeps what it had.
     """
-    if isinstance(layer, Int8Linear):
-        want = {"weight_packed": "weight", "SCB": "SCB"}
-        if tensors.get("weight_format", torch.tensor(0)).item() != 0:
-            raise UserError("an int8 layer's weight_format is not 0; save the checkpoint again with bitsandbytes")
-    else:
-        state = state_of(tensors)
-        found = {"quant_type": layer.kind, "blocksize": BLOCK, "shape": [layer.out_features, layer.in_features]}
-        found |= {"nested_blocksize": NESTED} if layer.double_quant else {}
-        for name, ours in found.items():
-            if state.get(name) != ours:
-                raise UserError(f"quant_state: {name} is {str(state.get(name))[:40]!r}, {ours!r} is what is read; "
-                                "quantize the 16-bit checkpoint anew")
-        layer.dtype = DTYPES.get(state.get("dtype"), torch.float32)
-        want = {"weight_packed": "weight", "absmax": "weight.absmax"}
-        if layer.double_quant:
-            want["nested_absmax"] = "weight.nested_absmax"
-            offset = torch.tensor([float(state["nested_offset"])], device=tensors["weight"].device)
-            layer.store(nested_offset=offset)
-        check_maps(layer, tensors)
-    layer.store_read({ours: tensors.get(theirs) for ours, theirs in want.items()})
+    if isinstance(layer, CodebookLinear):
+        return fill_four_bits(layer, tensors)
+    if tensors.get("weight_format", torch.tensor(0)).item() != 0:
+        raise UserError("an int8 layer's weight_format is not 0; save the checkpoint again with bitsandbytes")
+    layer.store_read({"weight_packed": tensors.get("weight"), "SCB": tensors.get("SCB")})
 
 
-def check_maps(layer: CodebookLinear, tensors: dict[str, Tensor]) -> None:
-    cpu = torch.device("cpu")
-    maps = {"weight.quant_map": codebook(layer.kind, cpu)}
-    maps |= {"weight.nested_quant_map": dynamic_map(cpu)} if layer.double_quant else {}
+def fill_four_bits(layer: CodebookLinear, tensors: dict[str, Tensor]) -> None:
+    state = state_of(tensors)
+    want = {"quant_type": layer.kind, "blocksize": BLOCK, "shape": [layer.out_features, layer.in_features]}
+    maps = {"weight.quant_map": codebook(layer.kind, torch.device("cpu"))}
+    read = {"weight_packed": tensors.get("weight"), "absmax": tensors.get("weight.absmax")}
+    if layer.double_quant:
+        want["nested_blocksize"] = NESTED
+        maps["weight.nested_quant_map"] = dynamic_map(torch.device("cpu"))
+        read["nested_absmax"] = tensors.get("weight.nested_absmax")
+        offset = state.get("nested_offset")
+        read["nested_offset"] = torch.tensor([offset]).float() if type(offset) is float else None
+    for name, ours in want.items():
+        if state.get(name) != ours:
+            raise UserError(f"quant_state: {name} is {str(state.get(name))[:40]!r}, {ours!r} is what is read; "
+                            "quantize the 16-bit checkpoint anew")
     for name, ours in maps.items():
         if name in tensors and not torch.allclose(tensors[name].cpu().float(), ours, rtol=0, atol=1e-6):
             raise UserError(f"{name} has other numbers than {layer.kind} has; quantize the 16-bit checkpoint anew")
+    layer.store_read(read)
+    layer.dtype = DTYPES.get(state.get("dtype"), torch.float32)

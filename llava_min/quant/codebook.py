@@ -71,7 +71,8 @@ def quantize_sizes(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     nested = x.abs().amax(1)
     x = (x / nested.clamp(min=1e-38).unsqueeze(1)).clamp_(-1, 1)
     steps = ((x + 1) * 0.5 * 65535 + 0.5).int()
-    return dynamic_codes(absmax.device)[steps].flatten()[: len(absmax)], nested, offset.view(1)
+    codes = dynamic_codes(absmax.device)[steps].flatten()[: len(absmax)]
+    return codes.clone(), nested, offset.view(1)  # without the padding
 
 
 def quantize_blocks(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
