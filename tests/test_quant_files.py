@@ -161,6 +161,7 @@ def test_tensors_that_do_not_fit_are_one_line():
              ("nf4", bitsandbytes, {**nf4, key: torch.tensor([49], dtype=torch.uint8)}, "quant_state"),
              ("fp4", bitsandbytes, nf4, "quant_type is 'nf4'"),
              ("nf4", bitsandbytes, {**nf4, "weight.quant_map": torch.zeros(16)}, "other numbers"),
+             ("nf4", bitsandbytes, {**nf4, "weight.nested_quant_map": torch.zeros(5)}, "other numbers"),
              ("nf4", bitsandbytes, without(nf4, "weight.absmax"), "absmax of a quantized layer is missing"),
              ("nf4", bitsandbytes, {**nf4, "weight": nf4["weight"][:5]}, "uint8 (5, 1)"),
              ("int8", bitsandbytes, {**int8, "weight_format": torch.tensor(1)}, "weight_format"),

@@ -72,14 +72,15 @@ def fill_four_bits(layer: CodebookLinear, tensors: dict[str, Tensor]) -> None:
         want["nested_blocksize"] = NESTED
         maps["weight.nested_quant_map"] = dynamic_map(torch.device("cpu"))
         read["nested_absmax"] = tensors.get("weight.nested_absmax")
-        offset = state.get("nested_offset")
-        read["nested_offset"] = torch.tensor([offset]).float() if type(offset) is float else None
+        offset, device = state.get("nested_offset"), getattr(tensors.get("weight"), "device", None)
+        read["nested_offset"] = torch.tensor([offset], device=device) if type(offset) is float else None
     for name, ours in want.items():
         if state.get(name) != ours:
             raise UserError(f"quant_state: {name} is {str(state.get(name))[:40]!r}, {ours!r} is what is read; "
                             "quantize the 16-bit checkpoint anew")
     for name, ours in maps.items():
-        if name in tensors and not torch.allclose(tensors[name].cpu().float(), ours, rtol=0, atol=1e-6):
+        x = tensors.get(name, ours)
+        if x.shape != ours.shape or not torch.allclose(x.cpu().float(), ours, rtol=0, atol=1e-6):
             raise UserError(f"{name} has other numbers than {layer.kind} has; quantize the 16-bit checkpoint anew")
     layer.store_read(read)
     layer.dtype = DTYPES.get(state.get("dtype"), torch.float32)
