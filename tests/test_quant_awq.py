@@ -1,5 +1,5 @@
-"""quant/awq.py: the search against its definition, what is folded computes the same, and rounding is beaten on every
-layer."""
+"""quant/awq.py: the search against its definition, what is folded computes the same, and rounding
+is beaten on every layer."""
 
 import pytest
 import torch
@@ -43,7 +43,8 @@ def test_the_callers_output_decides():
     rounded, w, x = storage().rounded, weight(), inputs()
     seen = []
     s = search_scales([w], x, rounded, lambda ws: seen.append(len(ws)) or torch.zeros(1))
-    assert seen == [1] * 21 and torch.equal(s, torch.ones(256))  # nothing is better than plain rounding, the first
+    # nothing is better than plain rounding, the first
+    assert seen == [1] * 21 and torch.equal(s, torch.ones(256))
 
 
 def test_clips_are_their_definition():
@@ -55,10 +56,12 @@ def test_clips_are_their_definition():
     for step in range(10):
         size = w.unflatten(1, (4, 64)).abs().amax(-1, keepdim=True) * (1 - step / 20)
         d = layer.rounded(w.unflatten(1, (4, 64)).clamp(-size, size).flatten(1)) - w
-        e = torch.einsum("ngi,rgi->rng", d.unflatten(1, (4, 64)), rows.unflatten(1, (4, 64))).square().mean(0)
+        d, x = d.unflatten(1, (4, 64)), rows.unflatten(1, (4, 64))
+        e = torch.einsum("ngi,rgi->rng", d, x).square().mean(0)
         want, best = torch.where(e < best, size.squeeze(-1), want), torch.minimum(e, best)
     same = torch.isclose(clips.squeeze(-1), want, rtol=1e-5)
-    assert same.float().mean() > 0.99 and (want < w.unflatten(1, (4, 64)).abs().amax(-1)).float().mean() > 0.3
+    cut = want < w.unflatten(1, (4, 64)).abs().amax(-1)
+    assert same.float().mean() > 0.99 and cut.float().mean() > 0.3
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -73,7 +76,8 @@ def test_awq_beats_rounding_on_every_layer(seed, symmetric, bits):
     assert scaled < 0.8 * plain and clipped < scaled
 
 
-@pytest.mark.parametrize("before", [nn.LayerNorm(256), nn.RMSNorm(256), nn.Linear(40, 256), nn.Linear(40, 256, bias=False)],
+@pytest.mark.parametrize("before", [nn.LayerNorm(256), nn.RMSNorm(256), nn.Linear(40, 256),
+                                    nn.Linear(40, 256, bias=False)],
                          ids=["layer norm", "rms norm", "linear", "no bias"])
 def test_what_is_folded_computes_the_same(before):
     layers = [linear(), linear(48, bias=False)]

@@ -1,5 +1,5 @@
-"""fast/int_matmul.py: the fast products are the plain ones within rounding, gradients too; the kernel's order gives
-back exactly what was stored, and takes its place."""
+"""fast/int_matmul.py: the fast products are the plain ones within rounding, gradients too; the
+kernel's order gives back exactly what was stored, and takes its place."""
 
 import copy
 import os
@@ -39,11 +39,13 @@ def many(request, monkeypatch):
 def test_fast_is_plain(many, method, rows, dtype):
     plain = quantized(linear(208, 256, dtype=dtype), method)  # three tiles of 64 rows and one of 16
     layer = fast(plain, dtype)
-    assert isinstance(layer, ByRows) and isinstance(layer, Int4Linear) == (dtype == BF16 and "4" in method and "f" not in method)
+    kernel = dtype == BF16 and method in ("int4", "awq4", "hqq4")
+    assert isinstance(layer, ByRows) and isinstance(layer, Int4Linear) == kernel
     x = torch.randn(1, rows, 256).to(dtype)
     y, target = layer(x), plain(x)
     assert y.shape == target.shape and y.dtype == dtype
-    assert (y - target).float().norm() <= (1e-5 if dtype == torch.float32 else 8e-3) * target.float().norm()
+    most = 1e-5 if dtype == torch.float32 else 8e-3
+    assert (y - target).float().norm() <= most * target.float().norm()
     grads = []
     weights = torch.randn_like(y)
     for one in (layer, plain):
@@ -51,7 +53,8 @@ def test_fast_is_plain(many, method, rows, dtype):
         one(z).backward(weights)
         grads.append(z.grad)
     assert grads[0].dtype == dtype
-    assert (grads[0] - grads[1]).float().norm() <= (1e-6 if dtype == torch.float32 else 4e-3) * grads[1].float().norm()
+    most = 1e-6 if dtype == torch.float32 else 4e-3
+    assert (grads[0] - grads[1]).float().norm() <= most * grads[1].float().norm()
 
 
 @pytest.mark.parametrize("method", ["int4", "hqq4", "int8", "w8a8", "nf4", "hqq2"])
@@ -67,11 +70,13 @@ def test_autocast_and_inference(many, method, rows):
 
 
 def group_layers():
-    """Layers of 4 bits of every kind that the kernel takes, and shapes with and without whole tiles."""
+    """Layers of 4 bits of every kind that the kernel takes, and shapes with and without whole
+    tiles."""
     for n in (16, 48, 64, 112, 208):
         for g in (32, 64, 128, 256):
             for choose, symmetric in ((half_quadratic, False), (None, False), (None, True)):
-                layer = GroupLinear(256, n, bits=4, group_size=g, symmetric=symmetric, choose=choose)
+                layer = GroupLinear(256, n, bits=4, group_size=g, symmetric=symmetric,
+                                    choose=choose)
                 layer.load(linear(n, 256, dtype=BF16, seed=n + g).weight)
                 yield layer
 
@@ -79,7 +84,8 @@ def group_layers():
 def test_the_kernels_order_takes_the_place_of_ours_and_gives_it_back():
     for layer in group_layers():
         other = fast(layer)
-        assert isinstance(other, Int4Linear) and other.weight_kernel.nbytes == layer.weight_packed.nbytes
+        assert isinstance(other, Int4Linear)
+        assert other.weight_kernel.nbytes == layer.weight_packed.nbytes
         assert {name for name, _ in other.named_parameters()} == {"weight_kernel", "scale_and_zero"}
         assert torch.equal(other.dequantize(), layer.dequantize())
         model = nn.Sequential(other)
@@ -101,7 +107,8 @@ def test_published_fp16_scales_stay():
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_other_cpus_order_is_found_too(capability):
-    """The packed order depends on the CPU's instructions: asked to do without some, the kernel has another."""
+    """The packed order depends on the CPU's instructions: asked to do without some, the kernel has
+    another."""
     code = ("import torch; torch.manual_seed(0)\n"
             "from llava_min.fast.int_matmul import Int4Linear, cpu_block, kernel_pack\n"
             "from llava_min.quant.methods import empty_layer\n"
@@ -121,7 +128,8 @@ def test_layers_without_a_kernel_are_left():
         layer = GroupLinear(256, n, bits=4, group_size=g)
         layer.load(linear(n, 256, dtype=BF16).weight)
         other = fast(layer)
-        assert type(other) is int_matmul.GroupByRows and torch.equal(other.weight_packed, layer.weight_packed)
+        assert type(other) is int_matmul.GroupByRows
+        assert torch.equal(other.weight_packed, layer.weight_packed)
 
 
 def test_speed_up_leaves_no_second_copy_and_portable_undoes_it():
@@ -134,12 +142,15 @@ def test_speed_up_leaves_no_second_copy_and_portable_undoes_it():
     portable(model)
     for ours, theirs in zip(model, layers):
         assert type(ours) is type(theirs) and set(ours.state_dict()) == set(theirs.state_dict())
-        assert all(torch.equal(x, theirs.state_dict()[name]) for name, x in ours.state_dict().items())
+        want = theirs.state_dict()
+        assert all(torch.equal(x, want[name]) for name, x in ours.state_dict().items())
 
 
 def test_w8a8_tells_its_error():
-    """8-bit inputs: about a hundredth of the output; a token's scale is its own, so the others do not move it."""
-    plain, exact = (quantized(linear(dtype=BF16, bias=False), method) for method in ("w8a8", "int8"))
+    """8-bit inputs: about a hundredth of the output; a token's scale is its own, so the others do
+    not move it."""
+    layer = linear(dtype=BF16, bias=False)
+    plain, exact = quantized(layer, "w8a8"), quantized(layer, "int8")
     x = torch.randn(64, 256, dtype=BF16)
     error = (plain(x) - exact(x)).float().norm() / exact(x).float().norm()
     assert 1e-3 < error < 2e-2

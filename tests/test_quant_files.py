@@ -1,5 +1,5 @@
-"""quant/'s files: bit for bit bitsandbytes' tensors, both ways; compressed-tensors' and AWQ's packing by their own
-means."""
+"""quant/'s files: bit for bit bitsandbytes' tensors, both ways; compressed-tensors' and AWQ's
+packing by their own means."""
 
 import json
 
@@ -26,7 +26,8 @@ def bnb():
 
 
 def raw(n: int = 192, k: int = 448, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
-    """A weight with whole blocks of zeros, values on the edge of two codes, and one far from the rest."""
+    """A weight with whole blocks of zeros, values on the edge of two codes, and one far from the
+    rest."""
     w = weight(n, k, seed)
     w[0, :64], w[1, 0], w[2] = 0, 1.0, torch.linspace(-0.02, 0.02, k)
     return w.to(dtype)
@@ -34,7 +35,8 @@ def raw(n: int = 192, k: int = 448, dtype=torch.float32, seed: int = 0) -> torch
 
 def theirs(bnb, w, kind: str, double: bool = True) -> dict[str, torch.Tensor]:
     packed, state = bnb.quantize_4bit(w, blocksize=64, compress_statistics=double, quant_type=kind)
-    return {"weight": packed, **{f"weight.{name}": x for name, x in state.as_dict(packed=True).items()}}
+    stats = state.as_dict(packed=True)
+    return {"weight": packed, **{f"weight.{name}": x for name, x in stats.items()}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -48,7 +50,8 @@ def test_four_bits_are_bitsandbytes_both_ways(bnb, kind, dtype, double, tmp_path
     assert set(ours) == set(want)
     for name, x in want.items():
         assert ours[name].dtype == x.dtype and torch.equal(ours[name], x), name
-    state = bnb.QuantState.from_dict({k: v.clone() for k, v in ours.items() if k != "weight"}, torch.device("cpu"))
+    stats = {name: x.clone() for name, x in ours.items() if name != "weight"}
+    state = bnb.QuantState.from_dict(stats, torch.device("cpu"))
     back = bnb.dequantize_4bit(ours["weight"], state)
     assert back.dtype == dtype and torch.equal(back, layer.dequantize(dtype))
 
@@ -63,10 +66,12 @@ def test_four_bits_are_bitsandbytes_both_ways(bnb, kind, dtype, double, tmp_path
 def test_many_sizes_are_rounded_as_bitsandbytes_does(bnb):
     """Millions, so that those beside the middle of two codes are among them."""
     for seed in range(3):
-        sizes = torch.rand(400_000 + seed, generator=torch.Generator().manual_seed(seed)) ** (1 + 3 * seed)
+        g = torch.Generator().manual_seed(seed)
+        sizes = torch.rand(400_000 + seed, generator=g) ** (1 + 3 * seed)
         codes, nested, offset = quantize_sizes(sizes)
         want, state = bnb.quantize_blockwise(sizes - sizes.mean(), blocksize=256)
-        assert torch.equal(codes, want) and torch.equal(nested, state.absmax) and offset == sizes.mean()
+        assert torch.equal(codes, want) and torch.equal(nested, state.absmax)
+        assert offset == sizes.mean()
     assert torch.equal(dynamic_map(torch.device("cpu")), bnb.create_dynamic_map())
 
 
@@ -84,7 +89,7 @@ def test_int8_is_bitsandbytes_both_ways(bnb, dtype):
     assert ours["weight_format"].dtype == torch.uint8 and ours["weight_format"].dim() == 0
     assert torch.equal(layer.dequantize(), bnb.int8_vectorwise_dequant(ours["weight"], sizes))
     read = empty_layer("int8", 448, 192, device="meta")
-    bitsandbytes.fill(read, {"weight": codes, "SCB": sizes, "weight_format": torch.tensor(0, dtype=torch.uint8)})
+    bitsandbytes.fill(read, {"weight": codes, "SCB": sizes, "weight_format": ours["weight_format"]})
     assert torch.equal(read.dequantize()[rows], layer.dequantize()[rows])
 
 
@@ -93,29 +98,31 @@ def test_a_bitsandbytes_layer_loads_ours(bnb, kind):
     import bitsandbytes as package
     layer = quantized(linear(128, 256, dtype=torch.bfloat16), kind)
     tensors = bitsandbytes.tensors_of(layer)
-    module = package.nn.Linear4bit(256, 128, bias=True, compute_dtype=torch.bfloat16, quant_type=kind)
+    module = package.nn.Linear4bit(256, 128, compute_dtype=torch.bfloat16, quant_type=kind)
     stats = {name.removeprefix("weight."): x for name, x in tensors.items() if name != "weight"}
     module.weight = package.nn.Params4bit.from_prequantized(tensors["weight"], stats, device="cpu")
     module.bias = layer.bias
     x = torch.randn(70, 256, dtype=torch.bfloat16, requires_grad=True)
     with torch.no_grad():
-        assert torch.equal(layer.dequantize(torch.bfloat16), package.functional.dequantize_4bit(module.weight.data,
-                                                                                             module.weight.quant_state))
+        back = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        assert torch.equal(layer.dequantize(torch.bfloat16), back)
     assert (module(x) - layer(x)).float().norm() <= 0.01 * layer(x).float().norm()
 
 
 def test_compressed_tensors_reads_ours_and_we_theirs():
-    pytest.importorskip("compressed_tensors", reason="the oracle of this test; pip install compressed-tensors")
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+    pytest.importorskip("compressed_tensors", reason="the oracle; pip install compressed-tensors")
+    from compressed_tensors.compressors.pack_quantized import helpers
     layer = quantized(linear(96, 256, dtype=torch.bfloat16), "int4")
     tensors = compressed_tensors.tensors_of(layer)
-    assert tensors["weight_packed"].dtype == torch.int32 and tensors["weight_packed"].shape == (96, 32)
-    assert tensors["weight_scale"].dtype == torch.bfloat16 and tensors["weight_shape"].tolist() == [96, 256]
-    values = unpack_from_int32(tensors["weight_packed"], 4, torch.Size([96, 256]))
+    packed, scale = tensors["weight_packed"], tensors["weight_scale"]
+    assert packed.dtype == torch.int32 and packed.shape == (96, 32)
+    assert scale.dtype == torch.bfloat16 and tensors["weight_shape"].tolist() == [96, 256]
+    values = helpers.unpack_from_int32(tensors["weight_packed"], 4, torch.Size([96, 256]))
     back = values.view(96, 2, 128).float() * tensors["weight_scale"].float().unsqueeze(-1)
     assert torch.equal(back.flatten(1), layer.dequantize())
     read = empty_layer("int4", 256, 96, device="meta")
-    compressed_tensors.fill(read, {**tensors, "weight_packed": pack_to_int32(values.to(torch.int8), 4)})
+    packed = helpers.pack_to_int32(values.to(torch.int8), 4)
+    compressed_tensors.fill(read, {**tensors, "weight_packed": packed})
     assert torch.equal(read.dequantize(), layer.dequantize())
 
 
@@ -130,24 +137,28 @@ def gemm_words(codes: torch.Tensor) -> torch.Tensor:
 
 def test_awq_gemm_is_read_exactly():
     g = torch.Generator().manual_seed(0)
-    codes, zeros = torch.randint(0, 16, (256, 96), generator=g), torch.randint(0, 16, (2, 96), generator=g)
+    codes = torch.randint(0, 16, (256, 96), generator=g)
+    zeros = torch.randint(0, 16, (2, 96), generator=g)
     scales = (torch.rand(2, 96, generator=g) * 0.01 + 0.001).half()
     layer = GroupLinear(256, 96, bits=4, group_size=128, device="meta")
-    awq_gemm.fill(layer, {"qweight": gemm_words(codes), "qzeros": gemm_words(zeros), "scales": scales})
+    tensors = {"qweight": gemm_words(codes), "qzeros": gemm_words(zeros), "scales": scales}
+    awq_gemm.fill(layer, tensors)
     want = (codes - zeros.repeat_interleave(128, 0)) * scales.float().repeat_interleave(128, 0)
     assert torch.equal(layer.dequantize(), want.T)
     with pytest.raises(UserError, match="qzeros of an AWQ layer"):
         other = GroupLinear(256, 96, bits=4, group_size=64, device="meta")
-        awq_gemm.fill(other, {"qweight": gemm_words(codes), "qzeros": gemm_words(zeros), "scales": scales})
+        awq_gemm.fill(other, tensors)
 
 
 def test_tensors_that_do_not_fit_are_one_line():
     nf4 = bitsandbytes.tensors_of(quantized(linear(), "nf4"))
     key = bitsandbytes.STATE + "nf4"
 
+    bytes_ = lambda x: torch.tensor(x, dtype=torch.uint8)
+
     def state(**changes):
         found = {**json.loads(bytes(nf4[key].tolist())), **changes}
-        return {**nf4, key: torch.tensor(list(json.dumps(found).encode()), dtype=torch.uint8)}
+        return {**nf4, key: bytes_(list(json.dumps(found).encode()))}
 
     int8 = bitsandbytes.tensors_of(quantized(linear(), "int8"))
     int4 = compressed_tensors.tensors_of(quantized(linear(), "int4"))
@@ -155,20 +166,24 @@ def test_tensors_that_do_not_fit_are_one_line():
     cases = [("nf4", bitsandbytes, state(blocksize=128), "blocksize is '128'"),
              ("nf4", bitsandbytes, state(shape=[4, 4]), "shape is"),
              ("nf4", bitsandbytes, state(nested_blocksize=64), "nested_blocksize"),
-             ("nf4", bitsandbytes, state(nested_offset=None), "nested_offset of a quantized layer is missing"),
+             ("nf4", bitsandbytes, state(nested_offset=None), "nested_offset of a quantized layer"),
              ("nf4", bitsandbytes, without(nf4, key), "quant_state"),
-             ("nf4", bitsandbytes, {**nf4, key: torch.tensor([255], dtype=torch.uint8)}, "quant_state"),
-             ("nf4", bitsandbytes, {**nf4, key: torch.tensor([49], dtype=torch.uint8)}, "quant_state"),
+             ("nf4", bitsandbytes, {**nf4, key: bytes_([255])}, "quant_state"),
+             ("nf4", bitsandbytes, {**nf4, key: bytes_([49])}, "quant_state"),
              ("fp4", bitsandbytes, nf4, "quant_type is 'nf4'"),
              ("nf4", bitsandbytes, {**nf4, "weight.quant_map": torch.zeros(16)}, "other numbers"),
-             ("nf4", bitsandbytes, {**nf4, "weight.nested_quant_map": torch.zeros(5)}, "other numbers"),
-             ("nf4", bitsandbytes, without(nf4, "weight.absmax"), "absmax of a quantized layer is missing"),
+             ("nf4", bitsandbytes, {**nf4, "weight.nested_quant_map": torch.zeros(5)},
+              "other numbers"),
+             ("nf4", bitsandbytes, without(nf4, "weight.absmax"),
+              "absmax of a quantized layer is missing"),
              ("nf4", bitsandbytes, {**nf4, "weight": nf4["weight"][:5]}, "uint8 (5, 1)"),
              ("int8", bitsandbytes, {**int8, "weight_format": torch.tensor(1)}, "weight_format"),
              ("int8", bitsandbytes, without(int8, "SCB"), "SCB of a quantized layer is missing"),
-             ("int4", compressed_tensors, {**int4, "weight_shape": torch.tensor([96, 128])}, "weight_shape"),
+             ("int4", compressed_tensors, {**int4, "weight_shape": torch.tensor([96, 128])},
+              "weight_shape"),
              ("int4", compressed_tensors, without(int4, "weight_scale"), "missing"),
-             ("int4", compressed_tensors, {**int4, "weight_scale": int4["weight_scale"][:, :1]}, "(96, 1)")]
+             ("int4", compressed_tensors, {**int4, "weight_scale": int4["weight_scale"][:, :1]},
+              "(96, 1)")]
     for method, page, tensors, words in cases:
         layer = quantized(linear(), method)
         before = layer.dequantize()

@@ -1,12 +1,15 @@
-"""AWQ, activation-aware weight quantization (Lin et al. 2023, https://arxiv.org/abs/2306.00978; llm-awq's search).
+"""AWQ, activation-aware weight quantization (Lin et al. 2023, https://arxiv.org/abs/2306.00978;
+llm-awq's search).
 
-A channel whose inputs are large matters more. Multiplied by s > 1 before it is rounded and divided by s after it, its
-relative error is 1 / s of what it was; the division goes into what comes before the layer, a norm or a linear layer,
-so the model computes the same and nothing is added to it. s = mean|x|^r, the exponent r by search. Then each group's
-range is cut by up to half if that brings its output nearer.
+A channel whose inputs are large matters more. Multiplied by s > 1 before it is rounded and divided
+by s after it, its relative error is 1 / s of what it was; the division goes into what comes before
+the layer, a norm or a linear layer, so the model computes the same and nothing is added to it. s =
+mean|x|^r, the exponent r by search. Then each group's range is cut by up to half if that brings its
+output nearer.
 
-Everything here takes inputs that the caller captured in the real forward, of images and text alike; it knows neither
-model nor data. The layers that read one input share one s: q, k and v; gate and up; o alone; down alone.
+Everything here takes inputs that the caller captured in the real forward, of images and text alike;
+it knows neither model nor data. The layers that read one input share one s: q, k and v; gate and
+up; o alone; down alone.
 
 Shapes: N out_features, K in_features, R rows of input, G groups a row, g weights a group.
 """
@@ -26,22 +29,26 @@ PIECE = 1 << 22  # weights whose cuts are tried at one time
 
 
 def checked(x: Tensor, width: int) -> Tensor:
-    """Captured inputs (…, K) as (R, K) fp32. Raises UserError for too few rows, NaN or infinity."""
+    """Captured inputs (…, K) as (R, K) fp32. Raises UserError for too few rows, NaN, infinity."""
     x = x.detach().flatten(0, -2).float()
     assert x.shape[1] == width
     if len(x) < LEAST_ROWS:
-        raise UserError(f"calibration: {len(x)} rows of input came, at least {LEAST_ROWS} are needed; give more records")
+        raise UserError(f"calibration: {len(x)} rows of input came, at least {LEAST_ROWS} are "
+                        "needed; give more records")
     if not torch.isfinite(x).all():
-        raise UserError("calibration: the inputs of a layer hold NaN or infinity; calibrate in another dtype")
+        raise UserError("calibration: the inputs of a layer hold NaN or infinity; "
+                        "calibrate in another dtype")
     return x
 
 
 def search_scales(weights: list[Tensor], x: Tensor, rounded: Callable[[Tensor], Tensor],
                   outputs: Callable[[list[Tensor]], Tensor] | None = None) -> Tensor:
-    """s (K,) of the linear layers `weights` (N_i, K) that read `x` (…, K): the exponent whose rounded weights give the
-    least mean square error of `outputs(weights)`, by default of the layers' own outputs.
+    """s (K,) of the linear layers `weights` (N_i, K) that read `x` (…, K): the exponent whose
+    rounded weights give the least mean square error of `outputs(weights)`, by default of the
+    layers' own outputs.
 
-    rounded: a weight quantized and read back, `GroupLinear.rounded`. Exponent 0, plain rounding, is the first tried.
+    rounded: a weight quantized and read back, `GroupLinear.rounded`. Exponent 0, plain rounding, is
+    the first tried.
     """
     x = checked(x, weights[0].shape[1])
     size = x.abs().mean(0)
@@ -50,7 +57,8 @@ def search_scales(weights: list[Tensor], x: Tensor, rounded: Callable[[Tensor], 
     for step in range(RATIOS):
         s = size.pow(step / RATIOS).clamp_(min=1e-4)
         s /= (s.max() * s.min()).sqrt()
-        error = (outputs([rounded(w * s) / s for w in weights]) - target).float().square_().mean().item()
+        new = outputs([rounded(w * s) / s for w in weights])
+        error = (new - target).float().square_().mean().item()
         if error < best:
             best, kept = error, s
     return kept
@@ -58,8 +66,8 @@ def search_scales(weights: list[Tensor], x: Tensor, rounded: Callable[[Tensor], 
 
 @torch.no_grad()
 def fold(before: nn.Module, layers: list[nn.Linear], s: Tensor) -> None:
-    """Divide what `before` gives, a norm's or a linear layer's output (…, K), by s (K,), and multiply the columns of
-    the `layers` that read it: together they compute what they did."""
+    """Divide what `before` gives, a norm's or a linear layer's output (…, K), by s (K,), and
+    multiply the columns of the `layers` that read it: together they compute what they did."""
     divide = s if before.weight.dim() == 1 else s.unsqueeze(1)
     before.weight.div_(divide.to(before.weight.device))
     if getattr(before, "bias", None) is not None:
@@ -69,15 +77,19 @@ def fold(before: nn.Module, layers: list[nn.Linear], s: Tensor) -> None:
 
 
 def search_clips(weight: Tensor, x: Tensor, layer: GroupLinear) -> Tensor:
-    """Largest size (N, G, 1) of the weights of each group of `weight` (N, K), by search: the cut whose rounded weights
-    give the least mean square error of the group's part of the output. llm-awq leaves q and k out.
+    """Largest size (N, G, 1) of the weights of each group of `weight` (N, K), by search: the cut
+    whose rounded weights give the least mean square error of the group's part of the output.
+    llm-awq leaves q and k out.
 
-    The error of rows x and a difference d is mean (x d)^2 = d H d with H = x^T x / R of the group's g columns.
+    The error of rows x and a difference d is mean (x d)^2 = d H d with H = x^T x / R of the group's
+    g columns.
     """
     x = checked(x, weight.shape[1])
-    x = x[:: max(1, len(x) // CLIP_ROWS)][:CLIP_ROWS].unflatten(1, (-1, layer.group_size))  # (R, G, g)
+    x = x[:: max(1, len(x) // CLIP_ROWS)][:CLIP_ROWS]
+    x = x.unflatten(1, (-1, layer.group_size))  # (R, G, g)
     h = torch.einsum("rgi,rgj->gij", x, x) / len(x)
-    return torch.cat([_clips(rows.float(), h, layer) for rows in weight.split(max(1, PIECE // weight.shape[1]))])
+    pieces = weight.split(max(1, PIECE // weight.shape[1]))
+    return torch.cat([_clips(piece.float(), h, layer) for piece in pieces])
 
 
 def _clips(weight: Tensor, h: Tensor, layer: GroupLinear) -> Tensor:
@@ -94,4 +106,5 @@ def _clips(weight: Tensor, h: Tensor, layer: GroupLinear) -> Tensor:
 
 def clip(weight: Tensor, clips: Tensor) -> Tensor:
     """`weight` (N, K) with each group within ± its clip (N, G, 1)."""
-    return weight.unflatten(1, (clips.shape[1], -1)).clamp(-clips.to(weight), clips.to(weight)).flatten(1)
+    clips = clips.to(weight)
+    return weight.unflatten(1, (clips.shape[1], -1)).clamp(-clips, clips).flatten(1)

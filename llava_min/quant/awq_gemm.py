@@ -34,8 +34,8 @@ def fill(layer: GroupLinear, tensors: dict[str, Tensor]) -> None:
     for name, shape in want.items():
         came = tuple(tensors[name].shape) if name in tensors else "missing"
         if came != shape:
-            raise UserError(f"{name} of an AWQ layer is {came}, {shape} was expected for group size {g}; "
-                            "the checkpoint does not belong to its config")
+            raise UserError(f"{name} of an AWQ layer is {came}, {shape} was expected for group "
+                            f"size {g}; the checkpoint does not belong to its config")
     layer.store(weight_packed=pack(codes_of(tensors["qweight"]).T.contiguous(), 4),
                 weight_scale=tensors["scales"].half().T.contiguous(),
                 weight_zero=(codes_of(tensors["qzeros"]) << 4).T.contiguous())

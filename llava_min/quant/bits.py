@@ -1,8 +1,9 @@
 """Codes of 8, 4, 3, 2 or 1 bits, packed without a gap.
 
-A row is one little-endian stream of bits: code i stands at bits [i b, (i + 1) b). So 8 codes fill exactly b bytes,
-also for 3 bits, where ten codes in a 32-bit word would waste a sixteenth; for 4 bits the lower nibble comes first, and
-four bytes read as an int32 are compressed-tensors' `weight_packed`.
+A row is one little-endian stream of bits: code i stands at bits [i b, (i + 1) b). So 8 codes fill
+exactly b bytes, also for 3 bits, where ten codes in a 32-bit word would waste a sixteenth; for 4
+bits the lower nibble comes first, and four bytes read as an int32 are compressed-tensors'
+`weight_packed`.
 
 Shapes: N rows, K codes a row, b bits.
 """

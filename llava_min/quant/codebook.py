@@ -1,18 +1,21 @@
-"""NF4 and FP4 with double quantization (QLoRA, Dettmers et al. 2023, https://arxiv.org/abs/2305.14314).
+"""NF4 and FP4 with double quantization (QLoRA, Dettmers et al. 2023,
+https://arxiv.org/abs/2305.14314).
 
-The weight, flat, in blocks of 64: each weight is its block's largest size times one of 16 numbers. NF4's are quantiles
-of a normal distribution, FP4's a sign, two bits of exponent and one of mantissa. The sizes themselves are stored in 8
-bits: less their mean, in blocks of 256, as one of 256 numbers that are dense near 0.
+The weight, flat, in blocks of 64: each weight is its block's largest size times one of 16 numbers.
+NF4's are quantiles of a normal distribution, FP4's a sign, two bits of exponent and one of
+mantissa. The sizes themselves are stored in 8 bits: less their mean, in blocks of 256, as one of
+256 numbers that are dense near 0.
 
-Bit for bit the tensors of bitsandbytes 0.50 on CPU (its CUDA kernels may round a size on the edge of two codes the
-other way). In the state dict stand
+Bit for bit the tensors of bitsandbytes 0.50 on CPU (its CUDA kernels may round a size on the edge
+of two codes the other way). In the state dict stand
 
     weight_packed  (N K / 2, 1)      uint8  two codes a byte, the first in the upper half
     absmax         (N K / 64,)       uint8  sizes of the blocks
     nested_absmax  (⌈N K / 16384⌉,)  fp32   sizes of the blocks of sizes
     nested_offset  (1,)              fp32   the mean size
 
-and without double quantization `absmax` in fp32 alone. Bits per weight: 4 + 8/64 + 32/16384 = 4.127, without 4.5.
+and without double quantization `absmax` in fp32 alone. Bits per weight: 4 + 8/64 + 32/16384 =
+4.127, without 4.5.
 
 Shapes: N out_features, K in_features.
 """
@@ -29,9 +32,10 @@ from llava_min.quant.linear import QuantLinear
 BLOCK, NESTED = 64, 256
 PIECE = 1 << 20  # weights handled at one time, a multiple of BLOCK
 VALUES = {
-    "nf4": (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-            -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-            0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    "nf4": (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+            -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+            0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+            0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     # sign, exponent, mantissa 000 to 111, of which 12 is the largest
     "fp4": tuple(sign * v / 12 for sign in (1, -1) for v in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
 }
@@ -45,8 +49,9 @@ def codebook(kind: str, device: torch.device) -> Tensor:
 
 @cache
 def dynamic_map(device: torch.device) -> Tensor:
-    """The 256 numbers, ascending, fp32: of each power of ten 10^-6 to 1, of either sign, the middles of 1, 2, 4 … 64
-    even parts of [0.1, 1]; and 0 and 1 (Dettmers 2015, https://arxiv.org/abs/1511.04561)."""
+    """The 256 numbers, ascending, fp32: of each power of ten 10^-6 to 1, of either sign, the
+    middles of 1, 2, 4 … 64 even parts of [0.1, 1]; and 0 and 1 (Dettmers 2015,
+    https://arxiv.org/abs/1511.04561)."""
     parts = [torch.zeros(1), torch.ones(1)]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1)
@@ -57,8 +62,8 @@ def dynamic_map(device: torch.device) -> Tensor:
 
 @cache
 def dynamic_codes(device: torch.device) -> Tensor:
-    """The code nearest to each of 65536 even steps from -1 to 1. bitsandbytes looks codes up there, which beside the
-    middle of two numbers is not the nearest to the number itself."""
+    """The code nearest to each of 65536 even steps from -1 to 1. bitsandbytes looks codes up there,
+    which beside the middle of two numbers is not the nearest to the number itself."""
     numbers = dynamic_map(device)
     steps = torch.arange(1 << 16, device=device).float() * 2 / 65535 - 1
     return torch.bucketize(steps, (numbers[:-1] + numbers[1:]) / 2).to(torch.uint8)
@@ -91,22 +96,24 @@ def quantize_blocks(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 class CodebookLinear(QuantLinear):
-    """kind: "nf4" or "fp4". Raises UserError for another, or a weight that is not of whole blocks."""
+    """kind: "nf4" or "fp4". Raises UserError for another, or a weight that is not of whole
+    blocks."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, *, kind: str, double_quant: bool = True,
-                 device=None):
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, *, kind: str,
+                 double_quant: bool = True, device=None):
         super().__init__(in_features, out_features, bias, device)
         count = in_features * out_features
         if kind not in VALUES:
             raise UserError(f"kind: {kind!r} came; there are nf4 and fp4")
         if count % BLOCK:
-            raise UserError(f"{kind}: a layer of shape ({out_features}, {in_features}) is not of whole blocks of "
-                            f"{BLOCK} weights; choose another method")
+            raise UserError(f"{kind}: a layer of shape ({out_features}, {in_features}) is not of "
+                            f"whole blocks of {BLOCK} weights; choose another method")
         self.kind, self.double_quant = kind, double_quant
         self.dtype = torch.float32  # of the weight that came, which bitsandbytes records
         empty = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device=device)
-        self.store(weight_packed=empty(count // 2, 1, dtype=torch.uint8))
-        self.store(absmax=empty(count // BLOCK, dtype=torch.uint8 if double_quant else torch.float32))
+        size_dtype = torch.uint8 if double_quant else torch.float32
+        self.store(weight_packed=empty(count // 2, 1, dtype=torch.uint8),
+                   absmax=empty(count // BLOCK, dtype=size_dtype))
         if double_quant:
             self.store(nested_absmax=empty(-(-count // (BLOCK * NESTED))), nested_offset=empty(1))
 
@@ -116,7 +123,8 @@ class CodebookLinear(QuantLinear):
         if not self.double_quant:
             return {"weight_packed": packed, "absmax": absmax}
         codes, nested, offset = quantize_sizes(absmax)
-        return {"weight_packed": packed, "absmax": codes, "nested_absmax": nested, "nested_offset": offset}
+        return {"weight_packed": packed, "absmax": codes, "nested_absmax": nested,
+                "nested_offset": offset}
 
     def sizes(self, first: int, end: int) -> Tensor:
         """Of the blocks first to end (n, 1), fp32."""
@@ -124,7 +132,8 @@ class CodebookLinear(QuantLinear):
         if self.double_quant:
             block = torch.arange(first, end, device=size.device)
             nested = self.nested_absmax.index_select(0, block // NESTED)
-            size = dynamic_map(size.device).index_select(0, size.int()) * nested + self.nested_offset
+            numbers = dynamic_map(size.device).index_select(0, size.int())
+            size = numbers * nested + self.nested_offset
         return size.unsqueeze(1)
 
     def rows(self, first: int, end: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -4,7 +4,8 @@
     weight_scale   (N, K / g) bf16
     weight_shape   (2,)       int64  N, K
 
-Four bytes of group.py's `weight_packed` are one such word on a little-endian machine, so only the dtype changes.
+Four bytes of group.py's `weight_packed` are one such word on a little-endian machine, so only the
+dtype changes.
 """
 
 import torch
@@ -17,7 +18,8 @@ from llava_min.quant.group import GroupLinear
 def tensors_of(layer: GroupLinear) -> dict[str, Tensor]:
     """Suffix -> tensor, without the bias, of a symmetric 4-bit layer."""
     assert layer.bits == 4 and layer.symmetric
-    return {"weight_packed": layer.weight_packed.detach().view(torch.int32), "weight_scale": layer.weight_scale.detach(),
+    return {"weight_packed": layer.weight_packed.detach().view(torch.int32),
+            "weight_scale": layer.weight_scale.detach(),
             "weight_shape": torch.tensor([layer.out_features, layer.in_features])}
 
 
@@ -28,8 +30,9 @@ def fill(layer: GroupLinear, tensors: dict[str, Tensor]) -> None:
     """
     packed, scale, shape = (tensors.get(f"weight_{name}") for name in ("packed", "scale", "shape"))
     if shape is not None and shape.tolist() != [layer.out_features, layer.in_features]:
-        raise UserError(f"weight_shape is {shape.tolist()}, [{layer.out_features}, {layer.in_features}] was expected; "
-                        "the checkpoint does not belong to its config")
+        raise UserError(f"weight_shape is {shape.tolist()}, [{layer.out_features}, "
+                        f"{layer.in_features}] was expected; the checkpoint does not belong to its "
+                        "config")
     if packed is not None and packed.dtype == torch.int32:
         packed = packed.contiguous().view(torch.uint8)
     scale = None if scale is None else scale.to(torch.bfloat16)

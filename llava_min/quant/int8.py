@@ -1,7 +1,9 @@
-"""int8 with one scale a row, as LLM.int8() stores it (Dettmers et al. 2022, https://arxiv.org/abs/2208.07339), and
-w8a8, where the input is rounded to int8 as well, with a scale a token, so that the product is one of integers.
+"""int8 with one scale a row, as LLM.int8() stores it (Dettmers et al. 2022,
+https://arxiv.org/abs/2208.07339), and w8a8, where the input is rounded to int8 as well, with a
+scale a token, so that the product is one of integers.
 
-The outliers that LLM.int8() multiplies apart in 16 bit are not kept apart here. In the state dict stand
+The outliers that LLM.int8() multiplies apart in 16 bit are not kept apart here. In the state dict
+stand
 
     weight_packed  (N, K) int8  round(w 127 / SCB)
     SCB            (N,)   fp32  largest size of each row
@@ -27,14 +29,15 @@ def per_token(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Linear(QuantLinear):
-    """round_input: w8a8. Its gradient is that of the dequantized layer, the rounding of the input passed over."""
+    """round_input: w8a8. Its gradient is that of the dequantized layer, the rounding of the input
+    passed over."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, *, round_input: bool = False,
-                 device=None):
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, *,
+                 round_input: bool = False, device=None):
         super().__init__(in_features, out_features, bias, device)
         self.round_input = round_input
-        self.store(weight_packed=torch.empty(out_features, in_features, dtype=torch.int8, device=device),
-                   SCB=torch.empty(out_features, device=device))
+        codes = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
+        self.store(weight_packed=codes, SCB=torch.empty(out_features, device=device))
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         codes, sizes = [], []
@@ -50,14 +53,16 @@ class Int8Linear(QuantLinear):
         return self.SCB * (1 / 127)
 
     def rows(self, first: int, end: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return (self.weight_packed[first:end] * self.SCB[first:end].unsqueeze(1) * (1 / 127)).to(dtype)
+        sizes = self.SCB[first:end].unsqueeze(1)
+        return (self.weight_packed[first:end] * sizes * (1 / 127)).to(dtype)
 
     def product(self, x: Tensor) -> Tensor:
         if not self.round_input:
             return super().product(x)
         codes, scale = per_token(x)
         with torch.autocast(x.device.type, enabled=False):
-            return (F.linear(codes.float(), self.weight_packed.float()) * scale * self.scale()).to(x.dtype)
+            y = F.linear(codes.float(), self.weight_packed.float())
+            return (y * scale * self.scale()).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}{', round_input' if self.round_input else ''}"

@@ -1,10 +1,12 @@
 """Scale and zero-point of a group of weights, and the codes that follow: w = (code - zero) scale.
 
-Round to nearest (rtn): the range of the group is divided evenly. Symmetric, the zero-point is the middle code, as in
-compressed-tensors (scale = max|w| / (2^b - 1) * 2); asymmetric, the range runs from the least to the greatest weight.
+Round to nearest (rtn): the range of the group is divided evenly. Symmetric, the zero-point is the
+middle code, as in compressed-tensors (scale = max|w| / (2^b - 1) * 2); asymmetric, the range runs
+from the least to the greatest weight.
 
-Every way to choose them has one signature, choose(w, bits, stored) -> (scale, zero): `stored` rounds both to what the
-storage keeps, so the codes are the best for the numbers that will be read again, not for those before rounding.
+Every way to choose them has one signature, choose(w, bits, stored) -> (scale, zero): `stored`
+rounds both to what the storage keeps, so the codes are the best for the numbers that will be read
+again, not for those before rounding.
 
 Shapes: w (N, G, g): N rows, G groups a row, g weights a group; scale and zero (N, G, 1), all fp32.
 """
@@ -23,11 +25,12 @@ def encode(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return (w / scale).add_(zero).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
-def decode(codes: Tensor, scale: Tensor, zero: Tensor | float, dtype: torch.dtype = torch.float32) -> Tensor:
+def decode(codes: Tensor, scale: Tensor, zero: Tensor | float,
+           dtype: torch.dtype = torch.float32) -> Tensor:
     """codes (N, G, g) -> weights, the exact product rounded once to `dtype`.
 
-    A stored zero-point has 8 bits, so code - zero has 8 and is exact in bf16 too: with a bf16 scale, bf16 throughout
-    gives the same as fp32, in half the bytes.
+    A stored zero-point has 8 bits, so code - zero has 8 and is exact in bf16 too: with a bf16
+    scale, bf16 throughout gives the same as fp32, in half the bytes.
     """
     work = torch.bfloat16 if dtype == scale.dtype == torch.bfloat16 else torch.float32
     zero = zero.to(work) if isinstance(zero, Tensor) else zero
@@ -35,10 +38,9 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor | float, dtype: torch.dtyp
 
 
 def limits(w: Tensor) -> tuple[Tensor, Tensor]:
-    """(least, greatest) weight of each group, or 0 beyond them: then the zero-point is one of the codes' range, which
-    is what 8 bits can hold. A group of real weights has both signs."""
-    low, high = w.aminmax(dim=-1, keepdim=True)
-    return low.clamp(max=0), high.clamp(min=0)
+    """(least, greatest) weight of each group, or 0 beyond them: then the zero-point is one of the
+    codes' range, which is what 8 bits can hold. A group of real weights has both signs."""
+    return w.amin(-1, keepdim=True).clamp_(max=0), w.amax(-1, keepdim=True).clamp_(min=0)
 
 
 def symmetric(w: Tensor, bits: int, stored: Stored) -> tuple[Tensor, Tensor]:
