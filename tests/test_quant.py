@@ -220,11 +220,12 @@ CONFIG_7B = {
 
 
 @pytest.mark.parametrize("method, gib", [("nf4", 4.21), ("int4", 4.20), ("awq4", 4.20),
-                                         ("hqq2", 2.88), ("hqq4", 4.39), ("hqq3", 3.64), ("hqq1", 2.13),
+                                         ("hqq2", 2.88), ("hqq4", 4.39), ("hqq3", 3.64),
+                                         ("hqq1", 2.13),
                                          ("int8", 7.13), ("hqq8", 7.41)])
 def test_7b_by_its_shapes(method, gib):
-    """GiB of weights, all but the blocks' linear layers in 16 bit, to two places. int4: 4.204, and 4.180 without
-    the tower's last block, which is never run."""
+    """GiB of weights to two places, all but the blocks' linear layers in 16 bit. int4 is 4.204, and
+    4.180 without the tower's last block, which is never run."""
     with torch.device("meta"):
         model = Llava(LlavaConfig.from_hf(CONFIG_7B))
     parts = {name: p.shape for name, p in model.named_parameters()}

@@ -10,7 +10,7 @@ from test_quant import linear, weight
 
 from llava_min.cli import UserError
 from llava_min.quant import awq_gemm, bitsandbytes, compressed_tensors
-from llava_min.quant.codebook import CodebookLinear, dynamic_map, quantize_sizes
+from llava_min.quant.codebook import CodebookLinear, codebook, quantize_sizes
 from llava_min.quant.group import GroupLinear
 from llava_min.quant.methods import empty_layer, quantized
 
@@ -72,7 +72,7 @@ def test_many_sizes_are_rounded_as_bitsandbytes_does(bnb):
         want, state = bnb.quantize_blockwise(sizes - sizes.mean(), blocksize=256)
         assert torch.equal(codes, want) and torch.equal(nested, state.absmax)
         assert offset == sizes.mean()
-    assert torch.equal(dynamic_map(torch.device("cpu")), bnb.create_dynamic_map())
+    assert torch.equal(codebook("dynamic", torch.device("cpu")), bnb.create_dynamic_map())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llava_min.cli import UserError
-from llava_min.quant.codebook import BLOCK, NESTED, CodebookLinear, codebook, dynamic_map
+from llava_min.quant.codebook import BLOCK, NESTED, CodebookLinear, codebook
 from llava_min.quant.int8 import Int8Linear
 
 STATE = "weight.quant_state.bitsandbytes__"
@@ -35,7 +35,7 @@ def tensors_of(layer: CodebookLinear | Int8Linear) -> dict[str, Tensor]:
              "shape": [layer.out_features, layer.in_features]}
     if layer.double_quant:
         out |= {"weight.nested_absmax": layer.nested_absmax.detach(),
-                "weight.nested_quant_map": dynamic_map(device).clone()}
+                "weight.nested_quant_map": codebook("dynamic", device).clone()}
         state |= {"nested_blocksize": NESTED, "nested_dtype": "float32",
                   "nested_offset": layer.nested_offset.item()}
     text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
@@ -77,15 +77,16 @@ def fill_four_bits(layer: CodebookLinear, tensors: dict[str, Tensor]) -> None:
     read = {"weight_packed": tensors.get("weight"), "absmax": tensors.get("weight.absmax")}
     if layer.double_quant:
         want["nested_blocksize"] = NESTED
-        maps["weight.nested_quant_map"] = dynamic_map(torch.device("cpu"))
+        maps["weight.nested_quant_map"] = codebook("dynamic", torch.device("cpu"))
         read["nested_absmax"] = tensors.get("weight.nested_absmax")
         offset, device = state.get("nested_offset"), getattr(tensors.get("weight"), "device", None)
         known = type(offset) is float
         read["nested_offset"] = torch.tensor([offset], device=device) if known else None
     for name, ours in want.items():
         if state.get(name) != ours:
-            raise UserError(f"quant_state: {name} is {str(state.get(name))[:40]!r}, {ours!r} is what "
-                            "is read; quantize the 16-bit checkpoint anew")
+            came = str(state.get(name))[:40]
+            raise UserError(f"quant_state: {name} is {came!r}, {ours!r} is what is read; "
+                            "quantize the 16-bit checkpoint anew")
     for name, ours in maps.items():
         x = tensors.get(name, ours)
         if x.shape != ours.shape or not torch.allclose(x.cpu().float(), ours, rtol=0, atol=1e-6):

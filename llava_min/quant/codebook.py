@@ -41,30 +41,31 @@ VALUES = {
 }
 
 
-@cache
-def codebook(kind: str, device: torch.device) -> Tensor:
-    """The 16 numbers, fp32, by code."""
-    return torch.tensor(VALUES[kind], device=device)
-
-
-@cache
-def dynamic_map(device: torch.device) -> Tensor:
-    """The 256 numbers, ascending, fp32: of each power of ten 10^-6 to 1, of either sign, the
-    middles of 1, 2, 4 … 64 even parts of [0.1, 1]; and 0 and 1 (Dettmers 2015,
-    https://arxiv.org/abs/1511.04561)."""
+def dynamic_map() -> tuple[float, ...]:
+    """256 numbers, ascending: of each power of ten 10^-6 to 1, of either sign, the middles of 1, 2,
+    4 … 64 even parts of [0.1, 1]; and 0 and 1 (Dettmers 2015, https://arxiv.org/abs/1511.04561)."""
     parts = [torch.zeros(1), torch.ones(1)]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1)
         middles = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
         parts += [middles, -middles]
-    return torch.cat(parts).sort().values.to(device)
+    return tuple(torch.cat(parts).sort().values.tolist())
+
+
+VALUES["dynamic"] = dynamic_map()
+
+
+@cache
+def codebook(kind: str, device: torch.device) -> Tensor:
+    """The numbers of VALUES, fp32, by code."""
+    return torch.tensor(VALUES[kind], device=device)
 
 
 @cache
 def dynamic_codes(device: torch.device) -> Tensor:
     """The code nearest to each of 65536 even steps from -1 to 1. bitsandbytes looks codes up there,
     which beside the middle of two numbers is not the nearest to the number itself."""
-    numbers = dynamic_map(device)
+    numbers = codebook("dynamic", device)
     steps = torch.arange(1 << 16, device=device).float() * 2 / 65535 - 1
     return torch.bucketize(steps, (numbers[:-1] + numbers[1:]) / 2).to(torch.uint8)
 
@@ -103,7 +104,7 @@ class CodebookLinear(QuantLinear):
                  double_quant: bool = True, device=None):
         super().__init__(in_features, out_features, bias, device)
         count = in_features * out_features
-        if kind not in VALUES:
+        if kind not in ("nf4", "fp4"):
             raise UserError(f"kind: {kind!r} came; there are nf4 and fp4")
         if count % BLOCK:
             raise UserError(f"{kind}: a layer of shape ({out_features}, {in_features}) is not of "
@@ -132,7 +133,7 @@ class CodebookLinear(QuantLinear):
         if self.double_quant:
             block = torch.arange(first, end, device=size.device)
             nested = self.nested_absmax.index_select(0, block // NESTED)
-            numbers = dynamic_map(size.device).index_select(0, size.int())
+            numbers = codebook("dynamic", size.device).index_select(0, size.int())
             size = numbers * nested + self.nested_offset
         return size.unsqueeze(1)
 

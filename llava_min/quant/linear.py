@@ -60,7 +60,8 @@ class QuantLinear(nn.Module):
         if weight.shape != shape:
             raise UserError(f"a weight of shape {tuple(weight.shape)} came for a linear layer of "
                             f"shape {shape}; quantize the checkpoint that this config belongs to")
-        if not torch.isfinite(weight).all():
+        # by the limits, where NaN shows too: isfinite of every weight takes their size twice
+        if not all(torch.isfinite(limit) for limit in weight.aminmax()):
             raise UserError(f"a weight of shape {shape} holds NaN or infinity and cannot be "
                             "quantized; load it in another dtype, or download it again")
         self.store(**self.quantize(weight.detach()))
@@ -73,8 +74,8 @@ class QuantLinear(nn.Module):
             if x is None or x.shape != there.shape or x.dtype != there.dtype:
                 came = "is missing" if x is None else f"is {described(x)}"
                 raise UserError(f"{name} of a quantized layer {came}, {described(there)} was "
-                                "expected; the checkpoint is broken or does not belong to its config, "
-                                "download it again")
+                                "expected; the checkpoint is broken or does not belong to its "
+                                "config, download it again")
         self.store(**tensors)
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
