@@ -43,7 +43,8 @@ VALUES = {
 
 def dynamic_map() -> tuple[float, ...]:
     """256 numbers, ascending: of each power of ten 10^-6 to 1, of either sign, the middles of 1, 2,
-    4 … 64 even parts of [0.1, 1]; and 0 and 1 (Dettmers 2015, https://arxiv.org/abs/1511.04561)."""
+    4 … 64 even parts of [0.1, 1]; and 0 and 1 (Dettmers 2015,
+    https://arxiv.org/abs/1511.04561)."""
     parts = [torch.zeros(1), torch.ones(1)]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1)
