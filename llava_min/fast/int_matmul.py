@@ -34,7 +34,7 @@ from llava_min.quant.int8 import Int8Linear, per_token
 from llava_min.quant.linear import QuantLinear
 from llava_min.quant.rounding import decode
 
-FEW = 32  # rows up to which the kernels win
+FEW = 64  # rows up to which the kernels win
 PIECE = 1 << 19  # weights dequantized at one time on CPU
 GROUPS = (32, 64, 128, 256)  # that the 4-bit kernels know
 INNER = 8  # tiles of 16 columns that one CUDA thread block reads at once
