@@ -1,0 +1,54 @@
+"""HQQ, half-quadratic quantization (Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog/;
+defaults of `hqq`).
+
+Few weights far from the rest should not decide where the grid lies, so the error is measured by
+|e|^p with p < 1. That is not smooth; a second variable e takes up what is far off, and in turn
+
+    e    = shrink(w - w_q)            sign(x) max(0, |x| - |x|^(p - 1) / beta)
+    zero = mean(code - (w - e) / scale)
+
+until the mean error stops falling. Only the zero-point moves, and no data is needed. Two things are
+ours: the best zero-point is kept, not the one after it, so the mean error never rises above that of
+the start; and the stop is that of the piece of rows at hand, which stays in the cache.
+
+Shapes as in rounding.py.
+"""
+
+import torch
+from torch import Tensor
+
+from llava_min.quant.rounding import Stored, limits
+
+P, BETA, ITERATIONS = 0.7, 10.0, 20
+LARGEST = 2e4  # of 1 / scale
+# 0.17: up to this size all is shrunk to 0, and the errors of real weights stay below
+VANISHES = BETA ** (1 / (P - 2))
+
+
+def shrink(x: Tensor) -> Tensor:
+    """sign(x) max(0, |x| - |x|^(p - 1) / beta)."""
+    size = x.abs()
+    return x.sign() * (size - size.pow(P - 1) / BETA).relu_()
+
+
+def half_quadratic(w: Tensor, bits: int, stored: Stored) -> tuple[Tensor, Tensor]:
+    """w (N, G, g) -> scale, zero (N, G, 1)."""
+    low, high = limits(w)
+    scale, _ = stored(((high - low) / (2**bits - 1)).clamp_(min=1 / LARGEST), low)
+    zero = -low / scale
+    _, zero = stored(scale, zero.round_() if bits == 4 else zero)
+    scaled = w / scale
+    best, kept, up, size = float("inf"), zero, torch.empty_like(scaled), torch.empty_like(scaled)
+    for _ in range(ITERATIONS):
+        torch.add(scaled, zero, out=up).round_().clamp_(0, 2**bits - 1)
+        up.sub_(scaled)  # code - w / scale
+        following = up.mean(-1, keepdim=True)
+        torch.abs(up.sub_(zero), out=size)  # |w_q - w| / scale
+        error = (size.mean(-1, keepdim=True) * scale).mean().item()
+        if error >= best:
+            break
+        best, kept = error, zero
+        if (size.amax(-1, keepdim=True) * scale).amax() > VANISHES:
+            following = following + (shrink(up.mul_(-scale)) / scale).mean(-1, keepdim=True)
+        _, zero = stored(scale, following)
+    return scale, kept
