@@ -5,8 +5,9 @@
         --data TextVQA_0.5.1_val.json,TextVQA_Rosetta_OCR_v0.2_val.json --image-folder train_images
     python eval.py --model tiny --data toy/val.json --compare runs/toy-1/adapter
 
-`--out` holds settings.json, predictions.jsonl, metrics.json and report.html; a run that was interrupted goes on there when
-it is started again. docs/evaluation.md has the metrics and the benchmarks.
+`--out` holds settings.json, predictions.jsonl, metrics.json and report.html; a run that was
+interrupted goes on there when it is started again. docs/evaluation.md has the metrics and the
+benchmarks.
 """
 
 import fcntl
@@ -21,36 +22,74 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from llava_min.cli import Count, Place, Seed, UserError, flags, note, parse, printable, run, short
+from llava_min.errors import UserError, escape_controls, info, shorten
+from llava_min.util.cli import PathArg, PositiveInt, Seed, flags, parse, run
 
 # What the answers depend on. A folder holds answers of one such set of settings.
-SAME = ("weights", "model_files", "data_sha256", "template", "image_aspect_ratio", "exif", "dtype", "num_beams", "max_new_tokens",
-        "logprob")
-# The small files of a checkpoint that its answers depend on, as far as it has them; an adapter has the last.
-FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template.json",
-         "chat_template.jinja", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-         "added_tokens.json", "adapter_config.json")
+SAME = (
+    "weights",
+    "model_files",
+    "data_sha256",
+    "template",
+    "image_aspect_ratio",
+    "exif",
+    "dtype",
+    "num_beams",
+    "max_new_tokens",
+    "logprob",
+)
+# The small files of a checkpoint that its answers depend on, as far as it has them; an adapter has
+# the last.
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "adapter_config.json",
+)
 CHECKED = 8  # answers that are asked again one at a time where arithmetic depends on the batch
 
 
 @dataclass
 class Knobs:
-    model: Place = "tiny"  # a folder, a hub id, or tiny
-    adapter: Place | None = None  # a PEFT folder, applied unmerged
-    data: Place | None = None  # records with the right answers, as train.py reads them; with --benchmark, its files
-    image_folder: Place | None = None  # where the pictures lie; the data file's own folder if not given
-    benchmark: Place | None = None  # vqav2, textvqa, textvqa-ocr, pope, or a settings file: how data is read and asked
-    metrics: tuple[str, ...] | None = None  # names, with commas between, or module:function; exact_match if not given
-    batch_size: Count = 8  # rows generated at a time; the answers do not depend on it
-    num_beams: Count = 1  # 1 is greedy
-    max_new_tokens: Count | None = None  # tokens of an answer; 128 if not given
-    by: str | None = None  # a field of the records (kind, in the toy questions): scores for each of its values too
-    out: Place | None = None  # folder for predictions, scores and the report; none is written if not given
-    compare: Place | None = None  # another model, or an adapter of this one, on the same records
+    model: PathArg = "tiny"  # a folder, a hub id, or tiny
+    adapter: PathArg | None = None  # a PEFT folder, applied unmerged
+    data: PathArg | None = (
+        None  # records with the right answers, as train.py reads them; with --benchmark, its files
+    )
+    image_folder: PathArg | None = (
+        None  # where the pictures lie; the data file's own folder if not given
+    )
+    benchmark: PathArg | None = (
+        None  # vqav2, textvqa, textvqa-ocr, pope, or a settings file: how data is read and asked
+    )
+    metrics: tuple[str, ...] | None = (
+        None  # names, with commas between, or module:function; exact_match if not given
+    )
+    batch_size: PositiveInt = 8  # rows generated at a time; the answers do not depend on it
+    num_beams: PositiveInt = 1  # 1 is greedy
+    max_new_tokens: PositiveInt | None = None  # tokens of an answer; 128 if not given
+    by: str | None = (
+        # a field of the records (kind, in the toy questions): scores for each of its values too
+        None
+    )
+    out: PathArg | None = (
+        None  # folder for predictions, scores and the report; none is written if not given
+    )
+    compare: PathArg | None = None  # another model, or an adapter of this one, on the same records
     logprob: bool = False  # each answer's mean log probability too; one more pass over the data
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the weights
     device: str = "auto"  # cpu, cuda, cuda:N
-    image_aspect_ratio: Literal["pad", "crop"] | None = None  # what the checkpoint records if not given
+    image_aspect_ratio: Literal["pad", "crop"] | None = (
+        None  # what the checkpoint records if not given
+    )
     template: str | None = None  # chat template; the checkpoint's if not given
     exif: bool = False  # turn pictures as their orientation tag says
     seed: Seed = 0  # of the intervals' resampling
@@ -59,18 +98,21 @@ class Knobs:
         if self.data is None:
             raise UserError("--data: not given; give a file of records with answers")
         if self.logprob and self.out is None:
-            raise UserError("--logprob: is written into predictions.jsonl alone; give --out DIR, or leave it out")
+            raise UserError(
+                "--logprob: is written into predictions.jsonl alone; give --out DIR, or leave it "
+                "out"
+            )
 
 
 def main(argv: list[str]) -> int | None:
     knobs = parse(Knobs, argv, "Answer a file of questions and score the answers.")
 
-    from llava_min.benchmarks import benchmark_records, read_benchmark
     from llava_min.data.records import read_records, with_images
+    from llava_min.evaluation.benchmarks import benchmark_records, read_benchmark
+    from llava_min.evaluation.metrics import find
+    from llava_min.evaluation.metrics.blind import told
+    from llava_min.evaluation.predict import difference, references
     from llava_min.parallel.ranks import start
-    from llava_min.evaluate import difference, references
-    from llava_min.metrics import find
-    from llava_min.metrics.blind import told
 
     if knobs.benchmark:  # what it sets, flags may set otherwise
         benchmark = read_benchmark(knobs.benchmark)
@@ -86,22 +128,33 @@ def main(argv: list[str]) -> int | None:
         else:
             records = read_records(knobs.data, knobs.image_folder)
         if not any([references(record) for record in records]):
-            raise UserError(f"--data: none of its {len(records)} records has a right answer to compare with; give one that has")
+            raise UserError(
+                f"--data: none of its {len(records)} records has a right answer to compare with; "
+                "give one that has"
+            )
         if knobs.by and not any(knobs.by in record.extra for record in records):
-            raise UserError(f"--by {printable(knobs.by)}: no record has such a field; give one that stands beside the "
-                            "conversation")
+            raise UserError(
+                f"--by {escape_controls(knobs.by)}: no record has such a field; give one that "
+                "stands beside the "
+                "conversation"
+            )
         out = Path(knobs.out) if knobs.out else None
         there = [name for name in ("compare", "compare.json") if out and os.path.exists(out / name)]
         if there and not knobs.compare and os.path.exists(out / "settings.json"):
-            raise UserError(f"--out {out}: holds a comparison ({', '.join(there)}), which would stand beside other scores; give "
-                            "--compare as before, or another --out, or remove it")
+            raise UserError(
+                f"--out {out}: holds a comparison ({', '.join(there)}), which would stand beside "
+                "other scores; give "
+                "--compare as before, or another --out, or remove it"
+            )
         folders = (out, out / "compare") if out else (None, None)
         compared = [None, knobs.compare] if knobs.compare else [None]
         ways = [check_side(knobs, records, compare) for compare in compared]
         if world.rank == 0:
-            note(f"{knobs.data}: {with_images(records)}")
-        sides = [answers(knobs, records, world, folder, way, compare, held)
-                 for folder, way, compare in zip(folders, ways, compared)]
+            info(f"{knobs.data}: {with_images(records)}")
+        sides = [
+            answers(knobs, records, world, folder, way, compare, held)
+            for folder, way, compare in zip(folders, ways, compared)
+        ]
         if world.rank:
             return None
 
@@ -111,7 +164,8 @@ def main(argv: list[str]) -> int | None:
         base, tuned, change = None, sides[0], None
         if knobs.compare:
             base, tuned = sides
-            if knobs.adapter and not tuned.settings["adapter"]:  # the side with an adapter is the tuned one
+            # the side with an adapter is the tuned one
+            if knobs.adapter and not tuned.settings["adapter"]:
                 base, tuned = tuned, base
             change = difference(base.found, tuned.found, knobs.seed)
             for value, members in groups(knobs, records, tuned.found).items():
@@ -128,7 +182,7 @@ def main(argv: list[str]) -> int | None:
                     put(out / "compare.json", [change], indent=2)
             write_report(out / "report.html", records, tuned, base, change)
         if base:
-            print(printable(sides[0].name))
+            print(escape_controls(sides[0].name))
         show(sides[0].scores)
         if base:
             show_change(change, base.name, tuned.name)
@@ -138,13 +192,20 @@ def main(argv: list[str]) -> int | None:
                     show_remark(f"{sides[1].name}: {line}")
         for side in sides:
             for line in side.settings["remarks"]:
-                note(f"{side.name}: {line}")
+                info(f"{side.name}: {line}")
         if out:
-            note(f"wrote {out}")
-        failed = [name for name in find(knobs.metrics) if any(name not in side.found.parts for side in sides)]
+            info(f"wrote {out}")
+        failed = [
+            name
+            for name in find(knobs.metrics)
+            if any(name not in side.found.parts for side in sides)
+        ]
         if failed:
             again = " and start again with the same --out, which keeps the answers" if out else ""
-            raise UserError(f"--metrics: {', '.join(failed)} failed, as the warnings above say; correct it{again}")
+            raise UserError(
+                f"--metrics: {', '.join(failed)} failed, as the warnings above say; correct "
+                f"it{again}"
+            )
     return None
 
 
@@ -164,12 +225,14 @@ class Side:
 
 def weigh(side: Side, knobs: Knobs, records: list) -> None:
     """Scores of every row, of all rows together, and of those of each value of --by."""
-    from llava_min.evaluate import cut_answers, measure_all, table
+    from llava_min.evaluation.predict import cut_answers, measure_all, table
 
     side.found = measure_all(side.rows, knobs.metrics)
     side.scores = table(side.found, knobs.seed)
     for value, members in groups(knobs, records, side.found).items():
-        side.scores |= {f"{name} {value}": m for name, m in table(side.found, knobs.seed, members).items()}
+        side.scores |= {
+            f"{name} {value}": m for name, m in table(side.found, knobs.seed, members).items()
+        }
     other = ", with another --out" if knobs.out else ""
     cut = [line + other for line in cut_answers(side.rows, knobs.max_new_tokens)]
     side.settings["remarks"] = remarks(side.rows) + cut
@@ -190,73 +253,139 @@ def which(knobs: Knobs, compare: str | None) -> tuple[str, str | None]:
     """The model and the adapter of a side."""
     if not compare:
         return knobs.model, knobs.adapter
-    return (knobs.model, compare) if os.path.isfile(Path(compare, "adapter_config.json")) else (compare, None)
+    return (
+        (knobs.model, compare)
+        if os.path.isfile(Path(compare, "adapter_config.json"))
+        else (compare, None)
+    )
 
 
 def check_side(knobs: Knobs, records: list, compare: str | None) -> dict[str, str]:
-    """What is wrong with a model, an adapter or the room for answers is found before the first side, which may take hours,
-    has answered. -> how the model is to be asked, as its files or the flags say."""
+    """What is wrong with a model, an adapter or the room for answers is found before the first
+    side, which may take hours, has answered. -> how the model is to be asked, as its files or the
+    flags say.
+    """
     from llava_min.adapter import read_adapter
-    from llava_min.evaluate import check_room
+    from llava_min.evaluation.predict import check_room
     from llava_min.load import prepare
 
     source, adapter = which(knobs, compare)
-    ready = prepare(source, adapter=adapter, image_aspect_ratio=knobs.image_aspect_ratio, template=knobs.template)
+    ready = prepare(
+        source,
+        adapter=adapter,
+        image_aspect_ratio=knobs.image_aspect_ratio,
+        template=knobs.template,
+    )
     if adapter:
         read_adapter(ready.model, Path(adapter))
     check_room(ready.model, ready.processor, records, knobs.max_new_tokens)
-    return {"image_aspect_ratio": ready.processor.image_config.aspect, "template": ready.processor.template_name}
+    return {
+        "image_aspect_ratio": ready.processor.image_config.aspect,
+        "template": ready.processor.template_name,
+    }
 
 
-def answers(knobs: Knobs, records: list, world: Any, folder: Path | None, way: dict[str, str], compare: str | None,
-            held: ExitStack) -> Side:
-    """What --model answers, or the model or adapter it is compared with; `folder`, if there is one, is continued, and
-    locked for as long as `held` is open."""
+def answers(
+    knobs: Knobs,
+    records: list,
+    world: Any,
+    folder: Path | None,
+    way: dict[str, str],
+    compare: str | None,
+    held: ExitStack,
+) -> Side:
+    """What --model answers, or the model or adapter it is compared with; `folder`, if there is one,
+    is continued, and locked for as long as `held` is open.
+    """
     import torch
 
-    from llava_min.evaluate import predict
+    from llava_min.evaluation.predict import predict
     from llava_min.load import load
 
     model_name, adapter = which(knobs, compare)
-    options = dict(num_beams=knobs.num_beams, max_new_tokens=knobs.max_new_tokens, exif=knobs.exif, logprob=knobs.logprob)
-    settings = {"model": model_name, "adapter": adapter, "data": knobs.data, "image_folder": knobs.image_folder,
-                "benchmark": knobs.benchmark,
-                "decoding": f"beam search with {knobs.num_beams} beams" if knobs.num_beams > 1 else "greedy", **options,
-                "data_sha256": hashes(knobs.data), "model_files": small_files(model_name, adapter)}
+    options = dict(
+        num_beams=knobs.num_beams,
+        max_new_tokens=knobs.max_new_tokens,
+        exif=knobs.exif,
+        logprob=knobs.logprob,
+    )
+    settings = {
+        "model": model_name,
+        "adapter": adapter,
+        "data": knobs.data,
+        "image_folder": knobs.image_folder,
+        "benchmark": knobs.benchmark,
+        "decoding": f"beam search with {knobs.num_beams} beams"
+        if knobs.num_beams > 1
+        else "greedy",
+        **options,
+        "data_sha256": hashes(knobs.data),
+        "model_files": small_files(model_name, adapter),
+    }
     if folder and world.rank == 0:
         with writing(folder):
             check_same(folder, settings)
             if not folder.exists():
                 held.callback(remove_empty, folder)
             folder.mkdir(parents=True, exist_ok=True)
-    model, processor = load(model_name, dtype=knobs.dtype, device=world.device, adapter=adapter, **way)
-    settings |= {"weights": hash_weights(model), "template": processor.template_name,
-                 "prompt": exact_prompt(processor, records[0]), "image_aspect_ratio": processor.image_config.aspect,
-                 "image_size": processor.image_config.size, "dtype": str(model.dtype).removeprefix("torch."),
-                 "device": str(model.device), "batch_size": knobs.batch_size, "ranks": world.size,
-                 "metrics": list(knobs.metrics), "seed": knobs.seed, "versions": versions()}
+    model, processor = load(
+        model_name, dtype=knobs.dtype, device=world.device, adapter=adapter, **way
+    )
+    settings |= {
+        "weights": hash_weights(model),
+        "template": processor.template_name,
+        "prompt": exact_prompt(processor, records[0]),
+        "image_aspect_ratio": processor.image_config.aspect,
+        "image_size": processor.image_config.size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "batch_size": knobs.batch_size,
+        "ranks": world.size,
+        "metrics": list(knobs.metrics),
+        "seed": knobs.seed,
+        "versions": versions(),
+    }
     done, file = {}, None
     if folder:
         file, done = open_answers(folder, settings, records, world, held)
         if done and world.rank == 0:
-            note(f"{folder}: goes on after {len(done)} of {len(records)} answers")
+            info(f"{folder}: goes on after {len(done)} of {len(records)} answers")
 
     def save(rows: list[dict]) -> None:
         if file:
             with writing(folder):
-                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if "error" not in row))
+                file.write(
+                    "".join(
+                        json.dumps(row, ensure_ascii=False) + "\n"
+                        for row in rows
+                        if "error" not in row
+                    )
+                )
                 file.flush()
 
     name = f"{adapter or model_name}: " if knobs.compare else ""
-    rows = predict(model, processor, records, knobs.batch_size, progress=lambda line: world.rank or note(name + line),
-                   world=world, done=done, save=save, **options)
+    rows = predict(
+        model,
+        processor,
+        records,
+        knobs.batch_size,
+        progress=lambda line: world.rank or info(name + line),
+        world=world,
+        done=done,
+        save=save,
+        **options,
+    )
     if model.dtype == torch.float32:
-        settings["checked"] = "fp32: the answers do not depend on the batch size or the number of ranks"
+        settings["checked"] = (
+            "fp32: the answers do not depend on the batch size or the number of ranks"
+        )
     elif knobs.batch_size * world.size > 1:  # in half precision a sum's order can change a token
         few = [i for i in range(len(records)) if "error" not in rows[i]][:CHECKED]
         alone = predict(model, processor, [records[i] for i in few], 1, **options)
         same = sum(a["prediction"] == rows[i]["prediction"] for i, a in zip(few, alone))
-        settings["checked"] = f"{settings['dtype']}: {same} of {len(few)} answers are the same one at a time"
+        settings["checked"] = (
+            f"{settings['dtype']}: {same} of {len(few)} answers are the same one at a time"
+        )
     return Side(rows, settings)
 
 
@@ -278,12 +407,16 @@ def hash_weights(model: Any) -> str:
 
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
-        digest.update(name.encode() + unpacked(p.detach()).flatten()[:64].float().cpu().numpy().tobytes())
+        digest.update(
+            name.encode() + unpacked(p.detach()).flatten()[:64].float().cpu().numpy().tobytes()
+        )
     return digest.hexdigest()[:16]
 
 
 def small_files(source: str, adapter: str | None) -> str:
-    """sha256, shortened, of what makes a model of the weights: FILES of its folder, its tower's and its adapter's."""
+    """sha256, shortened, of what makes a model of the weights: FILES of its folder, its tower's and
+    its adapter's.
+    """
     from llava_min.layouts import find_folder
     from llava_min.load import TINY, read_config
 
@@ -292,7 +425,9 @@ def small_files(source: str, adapter: str | None) -> str:
     for place in filter(None, (folder, read_config(folder)[1], adapter)):
         for path in (Path(place) / name for name in FILES):
             if path.is_file():
-                digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()} ".encode())
+                digest.update(
+                    f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()} ".encode()
+                )
     return digest.hexdigest()[:16]
 
 
@@ -310,7 +445,16 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     out = {"python": sys.version.split()[0]}
-    for name in ("llava_min", "torch", "pillow", "numpy", "sacrebleu", "rouge-score", "bert-score", "transformers"):
+    for name in (
+        "llava_min",
+        "torch",
+        "pillow",
+        "numpy",
+        "sacrebleu",
+        "rouge-score",
+        "bert-score",
+        "transformers",
+    ):
         try:
             out[name] = version(name)
         except PackageNotFoundError:
@@ -323,24 +467,33 @@ def versions() -> dict[str, str]:
 
 def check_same(folder: Path, settings: dict) -> None:
     """`folder` is free, or holds answers that were made as `settings` say, as far as they say."""
-    from llava_min.files import check_free, read_json
+    from llava_min.util.files import check_free, read_json
 
     if not (folder / "settings.json").is_file():
         return check_free(folder)
     before = read_json(folder / "settings.json")
-    show = lambda x: printable(json.dumps(x, ensure_ascii=False))[:100]
-    differ = [f"{key} ({show(before.get(key))} there, {show(settings[key])} now)" for key in SAME
-              if key in settings and before.get(key) != settings[key]]
+    show = lambda x: escape_controls(json.dumps(x, ensure_ascii=False))[:100]
+    differ = [
+        f"{key} ({show(before.get(key))} there, {show(settings[key])} now)"
+        for key in SAME
+        if key in settings and before.get(key) != settings[key]
+    ]
     if differ:
-        raise UserError(f"--out {folder}: holds answers made with other settings: {', '.join(differ)}; give another --out, "
-                        "or the same settings")
+        raise UserError(
+            f"--out {folder}: holds answers made with other settings: {', '.join(differ)}; give "
+            "another --out, "
+            "or the same settings"
+        )
 
 
-def open_answers(folder: Path, settings: dict, records: list, world: Any, held: ExitStack) -> tuple[TextIO, dict[int, dict]]:
-    """This rank's file of answers, to append to, and those that are there. Rank 0 locks its own, against another run in the
-    same folder, before it writes anything there."""
+def open_answers(
+    folder: Path, settings: dict, records: list, world: Any, held: ExitStack
+) -> tuple[TextIO, dict[int, dict]]:
+    """This rank's file of answers, to append to, and those that are there. Rank 0 locks its own,
+    against another run in the same folder, before it writes anything there.
+    """
+    from llava_min.evaluation.predict import read_answers
     from llava_min.parallel.ranks import all_gather
-    from llava_min.evaluate import read_answers
 
     done = None
     if world.rank:
@@ -351,7 +504,9 @@ def open_answers(folder: Path, settings: dict, records: list, world: Any, held: 
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UserError(f"--out {folder}: another run writes there; wait for it, or give another --out") from None
+        raise UserError(
+            f"--out {folder}: another run writes there; wait for it, or give another --out"
+        ) from None
     if world.rank == 0:
         begun = (folder / "settings.json").exists()
         if begun:
@@ -383,7 +538,7 @@ def finish(folder: Path, rows: list[dict], settings: dict) -> None:
 
 def put(path: Path, items: list[dict], indent: int | None = None) -> None:
     """A file of JSON that is there whole, or as it was before."""
-    from llava_min.files import replace
+    from llava_min.util.files import replace
 
     lines = (json.dumps(item, ensure_ascii=False, indent=indent) + "\n" for item in items)
     replace(path, "".join(lines), errors="backslashreplace")  # a path need not be UTF-8
@@ -394,19 +549,32 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise UserError(f"--out {folder}: cannot be written ({e.strerror or printable(e)}); "
-                        "free space or give another path") from None
+        raise UserError(
+            f"--out {folder}: cannot be written ({e.strerror or escape_controls(e)}); "
+            "free space or give another path"
+        ) from None
 
 
-def write_report(path: Path, records: list, tuned: Side, base: Side | None, change: dict | None) -> None:
+def write_report(
+    path: Path, records: list, tuned: Side, base: Side | None, change: dict | None
+) -> None:
     from llava_min.data.record import earlier
     from llava_min.report import write_eval_report
 
-    rows = [row | {"images": record.images, "earlier": earlier(record)} for row, record in zip(tuned.rows, records, strict=True)]
+    rows = [
+        row | {"images": record.images, "earlier": earlier(record)}
+        for row, record in zip(tuned.rows, records, strict=True)
+    ]
     if base:
-        rows = [row | {"base_prediction": old["prediction"], "base_scores": old["scores"],
-                       "base_stopped": old.get("stopped")}
-                for row, old in zip(rows, base.rows, strict=True)]
+        rows = [
+            row
+            | {
+                "base_prediction": old["prediction"],
+                "base_scores": old["scores"],
+                "base_stopped": old.get("stopped"),
+            }
+            for row, old in zip(rows, base.rows, strict=True)
+        ]
     compare = base and {"name": base.name, "table": base.scores, "difference": change}
     write_eval_report(path, rows, tuned.scores, tuned.settings, compare)
 
@@ -415,41 +583,50 @@ def write_report(path: Path, records: list, tuned: Side, base: Side | None, chan
 
 
 def remarks(rows: list[dict]) -> list[str]:
-    """What scores do not tell: records without pictures, references or an answer, counted and named."""
+    """What scores do not tell: records without pictures, references or an answer, counted and
+    named.
+    """
     from llava_min.data.records import told
 
     out = []
-    for what, ids in (("could not be read and are not scored", [r["id"] for r in rows if "error" in r]),
-                      ("have no reference and are not scored", [r["id"] for r in rows if not r["references"]]),
-                      ("have an empty prediction", [r["id"] for r in rows if not r["prediction"] and "error" not in r])):
+    for what, ids in (
+        ("could not be read and are not scored", [r["id"] for r in rows if "error" in r]),
+        ("have no reference and are not scored", [r["id"] for r in rows if not r["references"]]),
+        (
+            "have an empty prediction",
+            [r["id"] for r in rows if not r["prediction"] and "error" not in r],
+        ),
+    ):
         if ids:
-            out.append(f"{len(ids)} of {len(rows)} records {what}: {told(map(short, ids), ', ')}")
+            out.append(f"{len(ids)} of {len(rows)} records {what}: {told(map(shorten, ids), ', ')}")
     out += [r["error"] for r in rows if "error" in r][:5]
     return out
 
 
 def show(scores: dict[str, dict]) -> None:
     """The table, and under it what its metrics do not measure."""
-    from llava_min.metrics.blind import told
+    from llava_min.evaluation.metrics.blind import told
 
     print(f"{'metric':<28}{'score':>8}{'95 % interval':>20}{'n':>8}")
     for name, m in scores.items():
         interval = f"{m['low']:.3f} to {m['high']:.3f}"
-        print(f"{printable(name):<28.28}{m['score']:>8.3f}{interval:>20}{m['n']:>8}")
+        print(f"{escape_controls(name):<28.28}{m['score']:>8.3f}{interval:>20}{m['n']:>8}")
     for line in told(scores):
         show_remark(line)
 
 
 def show_remark(line: str) -> None:
-    print(textwrap.fill(printable(line), 79, subsequent_indent="  ", break_on_hyphens=False))
+    print(textwrap.fill(escape_controls(line), 79, subsequent_indent="  ", break_on_hyphens=False))
 
 
 def show_change(change: dict[str, dict], base: str, tuned: str) -> None:
-    print(f"\nbase  {printable(base)[-70:]}\ntuned {printable(tuned)[-70:]}")
+    print(f"\nbase  {escape_controls(base)[-70:]}\ntuned {escape_controls(tuned)[-70:]}")
     print(f"{'metric':<26}{'base':>9}{'tuned':>9}{'change':>9}{'95 % interval':>22}")
     for name, m in change.items():
         interval = f"{m['low']:+.3f} to {m['high']:+.3f}"
-        print(f"{printable(name):<26.26}{m['base']:>9.3f}{m['tuned']:>9.3f}{m['score']:>+9.3f}{interval:>22}")
+        print(
+            f"{escape_controls(name):<26.26}{m['base']:>9.3f}{m['tuned']:>9.3f}{m['score']:>+9.3f}{interval:>22}"
+        )
 
 
 if __name__ == "__main__":

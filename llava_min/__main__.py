@@ -6,7 +6,8 @@ import re
 import sys
 from pathlib import Path
 
-from llava_min.cli import UserError, printable, run
+from llava_min.errors import UserError, escape_controls
+from llava_min.util.cli import run
 
 
 def verbs() -> dict[str, str]:
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> int | None:
     if verb not in verbs():
         near = difflib.get_close_matches(verb, verbs(), n=1)
         mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(verbs())}"
-        raise UserError(f"{printable(verb)}: no such verb; {mend}")
+        raise UserError(f"{escape_controls(verb)}: no such verb; {mend}")
     sys.argv[0] = f"python -m llava_min {verb}"  # what --help calls the program
     return importlib.import_module(f"llava_min.tools.{verb}").main(argv[1:])
 

@@ -1,8 +1,8 @@
 """The shapes of a LLaVA: vision tower, language model and how they meet, to and from `config.json`.
 
-A config is read strictly: a field of the wrong type is an error that names its key, and an option that would
-change the result and is not implemented here is refused by name. Missing fields take the defaults of
-transformers' own config class, because published files leave most of them out.
+A config is read strictly: a field of the wrong type is an error that names its key, and an option
+that would change the result and is not implemented here is refused by name. Missing fields take the
+defaults of transformers' own config class, because published files leave most of them out.
 """
 
 import re
@@ -11,31 +11,47 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any
 
-from llava_min.cli import UserError
+from llava_min.errors import UserError
 
 BIG = 1 << 20  # no width or vocabulary of a real model is larger
 DEEP = 1 << 10  # nor depth
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a decoder block
+# of a decoder block
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 IGNORE = -100  # the label of a token that is not learned
 # Towers that are not CLIP as transformers' CLIPVisionModel is, by their published names.
-NO_CLIP = re.compile(r"siglip|intern.?vit|convnext|dino|mobileclip|fastvit|aimv2|pixtral|moonvit"
-                     r"|languagebind|imagebind|(?<![a-z])(eva|sam|mae|swin|c?radio)(?![a-z])")
+NO_CLIP = re.compile(
+    r"siglip|intern.?vit|convnext|dino|mobileclip|fastvit|aimv2|pixtral|moonvit"
+    r"|languagebind|imagebind|(?<![a-z])(eva|sam|mae|swin|c?radio)(?![a-z])"
+)
 ALONE, OTHER = "(nothing else is implemented)", "give another checkpoint"
 
 
 class Fields:
-    """A JSON object whose fields are taken out with a type; errors name the file and the dotted key."""
+    """A JSON object whose fields are taken out with a type; errors name the file and the dotted
+    key.
+    """
 
     def __init__(self, data: Any, where: str, prefix: str = ""):
         self.data, self.where, self.prefix = data, where, prefix
         if not isinstance(data, dict):
             self.fail(prefix.rstrip(".") or "top level", data, "a JSON object")
 
-    def fail(self, key: str, value: Any, expected: str, mend: str = "is it this model's file?") -> None:
-        raise UserError(f"{self.where}: {key} is {reprlib.repr(value)}, expected {expected}; {mend}")
+    def fail(
+        self, key: str, value: Any, expected: str, mend: str = "is it this model's file?"
+    ) -> None:
+        raise UserError(
+            f"{self.where}: {key} is {reprlib.repr(value)}, expected {expected}; {mend}"
+        )
 
-    def take(self, key: str, kind: type, default: Any, low: float = 1, high: float = BIG,
-             null: bool = False) -> Any:
+    def take(
+        self,
+        key: str,
+        kind: type,
+        default: Any,
+        low: float = 1,
+        high: float = BIG,
+        null: bool = False,
+    ) -> Any:
         """The field's value, `default` where it is left out, and None for a null that is allowed."""
         value = self.data.get(key, default)
         if key not in self.data or (null and value is None):
@@ -48,7 +64,10 @@ class Fields:
         return kind(value)
 
     def sizes(self, defaults: dict[str, int]) -> dict[str, int]:
-        return {k: self.take(k, int, n, high=DEEP if k == "num_hidden_layers" else BIG) for k, n in defaults.items()}
+        return {
+            k: self.take(k, int, n, high=DEEP if k == "num_hidden_layers" else BIG)
+            for k, n in defaults.items()
+        }
 
     def only(self, key: str, *allowed: Any) -> None:
         """Refuse by name a setting that would change the result and is not implemented."""
@@ -89,12 +108,26 @@ class VisionConfig:
         f.only("attention_dropout", 0.0)
         f.only("num_channels", 3)
         # not our defaults: a file that leaves fields out means CLIP-B/32, the reference's
-        defaults = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-                        image_size=224, patch_size=32, projection_dim=512)
-        c = cls(**f.sizes(defaults), hidden_act=f.data.get("hidden_act") or "quick_gelu",
-                layer_norm_eps=f.take("layer_norm_eps", float, 1e-5, 0, 1))
+        defaults = dict(
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            image_size=224,
+            patch_size=32,
+            projection_dim=512,
+        )
+        c = cls(
+            **f.sizes(defaults),
+            hidden_act=f.data.get("hidden_act") or "quick_gelu",
+            layer_norm_eps=f.take("layer_norm_eps", float, 1e-5, 0, 1),
+        )
         if c.hidden_size % c.num_attention_heads:
-            f.fail(f"{f.prefix}num_attention_heads", c.num_attention_heads, f"a divisor of {c.hidden_size}")
+            f.fail(
+                f"{f.prefix}num_attention_heads",
+                c.num_attention_heads,
+                f"a divisor of {c.hidden_size}",
+            )
         if c.patch_size > c.image_size:
             f.fail(f"{f.prefix}patch_size", c.patch_size, f"at most image_size {c.image_size}")
         return c
@@ -114,12 +147,30 @@ def read_eos(f: Fields, vocab_size: int, default: int | None = None) -> tuple[in
 
 # What the reference's config classes fill in when a file leaves a field out.
 TEXT_DEFAULTS = {
-    "llama": dict(vocab_size=32000, intermediate_size=11008, num_key_value_heads=None,
-                  max_position_embeddings=2048, bos_token_id=1, eos_token_id=2),
-    "mistral": dict(vocab_size=32000, intermediate_size=14336, num_key_value_heads=8,
-                    max_position_embeddings=131072, bos_token_id=1, eos_token_id=2),
-    "qwen2": dict(vocab_size=151936, intermediate_size=22016, num_key_value_heads=32,
-                  max_position_embeddings=32768, bos_token_id=None, eos_token_id=None),
+    "llama": dict(
+        vocab_size=32000,
+        intermediate_size=11008,
+        num_key_value_heads=None,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "mistral": dict(
+        vocab_size=32000,
+        intermediate_size=14336,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "qwen2": dict(
+        vocab_size=151936,
+        intermediate_size=22016,
+        num_key_value_heads=32,
+        max_position_embeddings=32768,
+        bos_token_id=None,
+        eos_token_id=None,
+    ),
 }
 
 
@@ -138,7 +189,9 @@ class TextConfig:
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    sliding_window: int | None = None  # sequences up to this length do not notice it; longer ones are refused
+    sliding_window: int | None = (
+        None  # sequences up to this length do not notice it; longer ones are refused
+    )
     max_window_layers: int = 0  # Qwen2: the first so many layers have no window
     bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
@@ -151,7 +204,9 @@ class TextConfig:
     @property
     def context(self) -> int:
         """The longest sequence that is taken."""
-        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+        return min(
+            self.max_position_embeddings, self.sliding_window or self.max_position_embeddings
+        )
 
     @classmethod
     def from_hf(cls, f: Fields, kind: str | None = None) -> "TextConfig":
@@ -159,33 +214,63 @@ class TextConfig:
         if kind is None:
             f.only("model_type", *TEXT_DEFAULTS)
             kind = f.data.get("model_type") or "llama"
-        for key, plain in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False),
-                           ("attention_dropout", 0.0), ("partial_rotary_factor", 1.0)):
+        for key, plain in (
+            ("hidden_act", "silu"),
+            ("attention_bias", False),
+            ("mlp_bias", False),
+            ("attention_dropout", 0.0),
+            ("partial_rotary_factor", 1.0),
+        ):
             f.only(key, plain)
         f.only("quantization_config")
-        d = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, **TEXT_DEFAULTS[kind])
-        n = f.sizes({k: d[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                       "num_attention_heads", "max_position_embeddings")})
+        d = dict(
+            hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, **TEXT_DEFAULTS[kind]
+        )
+        n = f.sizes(
+            {
+                k: d[k]
+                for k in (
+                    "vocab_size",
+                    "hidden_size",
+                    "intermediate_size",
+                    "num_hidden_layers",
+                    "num_attention_heads",
+                    "max_position_embeddings",
+                )
+            }
+        )
         heads, width = n["num_attention_heads"], n["hidden_size"]
         kv = f.take("num_key_value_heads", int, d["num_key_value_heads"], null=True) or heads
         head_dim = f.take("head_dim", int, None, null=True)
         if width % heads and (head_dim is None or kind == "llama"):
             f.fail(f"{f.prefix}num_attention_heads", heads, f"a divisor of hidden_size {width}")
         if heads % kv:
-            f.fail(f"{f.prefix}num_key_value_heads", kv, f"a divisor of num_attention_heads {heads}")
+            f.fail(
+                f"{f.prefix}num_key_value_heads", kv, f"a divisor of num_attention_heads {heads}"
+            )
         head_dim = head_dim or width // heads
         if head_dim % 2:
             f.fail(f"{f.prefix}head_dim", head_dim, "an even number, which rotary embedding needs")
         spared = f.take("max_window_layers", int, 28, 0) if kind == "qwen2" else 0
-        windowed = kind == "mistral" or (kind == "qwen2" and f.take("use_sliding_window", bool, False)
-                                         and spared < n["num_hidden_layers"])
+        windowed = kind == "mistral" or (
+            kind == "qwen2"
+            and f.take("use_sliding_window", bool, False)
+            and spared < n["num_hidden_layers"]
+        )
         window = f.take("sliding_window", int, 4096, null=True)
-        return cls(model_type=kind, **n, num_key_value_heads=kv, head_dim=head_dim,
-                   rms_norm_eps=f.take("rms_norm_eps", float, 1e-6, 0, 1), rope_theta=_rope_theta(f),
-                   sliding_window=window if windowed else None, max_window_layers=spared,
-                   bos_token_id=f.take("bos_token_id", int, d["bos_token_id"], 0, null=True),
-                   eos_token_ids=read_eos(f, n["vocab_size"], d["eos_token_id"]),
-                   pad_token_id=f.take("pad_token_id", int, None, -1, null=True))
+        return cls(
+            model_type=kind,
+            **n,
+            num_key_value_heads=kv,
+            head_dim=head_dim,
+            rms_norm_eps=f.take("rms_norm_eps", float, 1e-6, 0, 1),
+            rope_theta=_rope_theta(f),
+            sliding_window=window if windowed else None,
+            max_window_layers=spared,
+            bos_token_id=f.take("bos_token_id", int, d["bos_token_id"], 0, null=True),
+            eos_token_ids=read_eos(f, n["vocab_size"], d["eos_token_id"]),
+            pad_token_id=f.take("pad_token_id", int, None, -1, null=True),
+        )
 
     def to_hf(self) -> dict:
         d = dict(self.__dict__)
@@ -204,7 +289,12 @@ def _rope_theta(f: Fields) -> float:
     for key in ("rope_scaling", "rope_parameters"):  # before transformers 5, and since
         rope = f.inner(key).data
         if any(k != "rope_theta" and v != plain.get(k) for k, v in rope.items()):
-            f.fail(f.prefix + key, rope, "plain rotary embedding (rope scaling is not implemented)", OTHER)
+            f.fail(
+                f.prefix + key,
+                rope,
+                "plain rotary embedding (rope scaling is not implemented)",
+                OTHER,
+            )
     theta = f.take("rope_theta", float, 10000.0, 1, 1e12)
     rope = f.inner("rope_scaling" if f.data.get("rope_scaling") else "rope_parameters")
     return rope.take("rope_theta", float, theta, 1, 1e12)
@@ -217,12 +307,18 @@ class LlavaConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     image_token_id: int = 32000
-    vision_feature_layer: int = -2  # index into [embeddings, block 1, block 2, …], as transformers counts
-    vision_feature_select_strategy: str = "default"  # "default" drops the class token, "full" keeps it
+    vision_feature_layer: int = (
+        -2
+    )  # index into [embeddings, block 1, block 2, …], as transformers counts
+    vision_feature_select_strategy: str = (
+        "default"  # "default" drops the class token, "full" keeps it
+    )
     projector_bias: bool = True
     tie_word_embeddings: bool = False
     dtype: str | None = None  # of the stored weights
-    vision_source: str | None = None  # original layout only: the CLIP folder or hub id that holds the tower
+    vision_source: str | None = (
+        None  # original layout only: the CLIP folder or hub id that holds the tower
+    )
 
     @property
     def vision_layers_used(self) -> int:
@@ -237,7 +333,8 @@ class LlavaConfig:
     def from_hf(cls, data: dict, where: str = "config.json") -> "LlavaConfig":
         """Read a `config.json` of the llava-hf or of the original (liuhaotian) layout.
 
-        Raises UserError for another architecture, a field of a wrong type, an option that is not implemented.
+        Raises UserError for another architecture, a field of a wrong type, an option that is not
+        implemented.
         """
         f = Fields(data, where)
         f.only("quantization_config")
@@ -253,23 +350,36 @@ class LlavaConfig:
         f.only("vision_feature_select_strategy", "default", "full")
         vision, text = f.inner("vision_config"), f.inner("text_config")
         tied = [g.take("tie_word_embeddings", bool, False) for g in (f, text)]
-        c = cls(VisionConfig() if data.get("vision_config") is None else VisionConfig.from_hf(vision),
-                TextConfig.from_hf(text),
-                image_token_id=f.take("image_token_index", int, f.take("image_token_id", int, 32000, 0), 0),
-                vision_feature_layer=f.take("vision_feature_layer", int, -2, -BIG),
-                vision_feature_select_strategy=data.get("vision_feature_select_strategy") or "default",
-                projector_bias=f.take("multimodal_projector_bias", bool, True),
-                tie_word_embeddings=any(tied),
-                dtype=_dtype_name(f) or _dtype_name(text))
+        c = cls(
+            VisionConfig() if data.get("vision_config") is None else VisionConfig.from_hf(vision),
+            TextConfig.from_hf(text),
+            image_token_id=f.take(
+                "image_token_index", int, f.take("image_token_id", int, 32000, 0), 0
+            ),
+            vision_feature_layer=f.take("vision_feature_layer", int, -2, -BIG),
+            vision_feature_select_strategy=data.get("vision_feature_select_strategy") or "default",
+            projector_bias=f.take("multimodal_projector_bias", bool, True),
+            tie_word_embeddings=any(tied),
+            dtype=_dtype_name(f) or _dtype_name(text),
+        )
         return c._checked(f)
 
     @classmethod
     def _from_original(cls, f: Fields) -> "LlavaConfig":
-        kinds = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen2": "qwen2"}
+        kinds = {
+            "llava": "llama",
+            "llava_llama": "llama",
+            "llava_mistral": "mistral",
+            "llava_qwen2": "qwen2",
+        }
         f.only("model_type", *kinds)
-        for key, *allowed in (("mm_use_im_start_end", False), ("mm_use_im_patch_token", False),
-                              ("mm_vision_select_feature", "patch", "cls_patch"),
-                              ("mm_patch_merge_type", "flat"), ("image_aspect_ratio", "pad", "square")):
+        for key, *allowed in (
+            ("mm_use_im_start_end", False),
+            ("mm_use_im_patch_token", False),
+            ("mm_vision_select_feature", "patch", "cls_patch"),
+            ("mm_patch_merge_type", "flat"),
+            ("image_aspect_ratio", "pad", "square"),
+        ):
             f.only(key, *allowed)
         projector, tower = f.data.get("mm_projector_type"), f.data.get("mm_vision_tower")
         if projector != "mlp2x_gelu":
@@ -278,15 +388,22 @@ class LlavaConfig:
         if not named or NO_CLIP.search(PurePath(tower).name.lower()):
             f.fail("mm_vision_tower", tower, f"the folder or hub id of a CLIP {ALONE}", OTHER)
         text = TextConfig.from_hf(f, kinds[f.data.get("model_type") or "llava"])
-        # Every reader of the llava-hf layout wants a row for <image>: the vocabulary grows as its converter
+        # Every reader of the llava-hf layout wants a row for <image>: the vocabulary grows as its
+        # converter
         # grows it, <image> and <pad> added, then up to a multiple of 64.
         image_id = text.vocab_size
         strategy = "full" if f.data.get("mm_vision_select_feature") == "cls_patch" else "default"
-        return cls(text=replace(text, vocab_size=(image_id + 2 + 63) // 64 * 64, pad_token_id=image_id + 1),
-                   image_token_id=image_id, vision_source=tower, dtype=_dtype_name(f),
-                   vision_feature_layer=f.take("mm_vision_select_layer", int, -2, -BIG),
-                   vision_feature_select_strategy=strategy,
-                   tie_word_embeddings=f.take("tie_word_embeddings", bool, False))
+        return cls(
+            text=replace(
+                text, vocab_size=(image_id + 2 + 63) // 64 * 64, pad_token_id=image_id + 1
+            ),
+            image_token_id=image_id,
+            vision_source=tower,
+            dtype=_dtype_name(f),
+            vision_feature_layer=f.take("mm_vision_select_layer", int, -2, -BIG),
+            vision_feature_select_strategy=strategy,
+            tie_word_embeddings=f.take("tie_word_embeddings", bool, False),
+        )
 
     def _checked(self, f: Fields) -> "LlavaConfig":
         n = self.vision.num_hidden_layers
@@ -294,7 +411,11 @@ class LlavaConfig:
             layer = self.vision_feature_layer
             f.fail("vision_feature_layer", layer, f"{-n - 1} to {n}: the tower has {n} blocks")
         if self.image_token_id >= self.text.vocab_size:
-            f.fail("image_token_index", self.image_token_id, f"an id below vocab_size {self.text.vocab_size}")
+            f.fail(
+                "image_token_index",
+                self.image_token_id,
+                f"an id below vocab_size {self.text.vocab_size}",
+            )
         return self
 
     def with_vision(self, vision: VisionConfig, where: str = "config.json") -> "LlavaConfig":
@@ -303,15 +424,22 @@ class LlavaConfig:
 
     def to_hf(self) -> dict:
         """The llava-hf `config.json`, which transformers, vLLM and llama.cpp's converters read."""
-        return {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
-                "image_token_index": self.image_token_id, "image_seq_length": self.tokens_per_image,
-                "vision_feature_layer": self.vision_feature_layer,
-                "vision_feature_select_strategy": self.vision_feature_select_strategy,
-                "projector_hidden_act": "gelu", "multimodal_projector_bias": self.projector_bias,
-                "tie_word_embeddings": self.tie_word_embeddings, "pad_token_id": self.text.pad_token_id,
-                "dtype": self.dtype, "torch_dtype": self.dtype,
-                "vision_config": self.vision.to_hf(),
-                "text_config": {**self.text.to_hf(), "tie_word_embeddings": self.tie_word_embeddings}}
+        return {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "image_token_index": self.image_token_id,
+            "image_seq_length": self.tokens_per_image,
+            "vision_feature_layer": self.vision_feature_layer,
+            "vision_feature_select_strategy": self.vision_feature_select_strategy,
+            "projector_hidden_act": "gelu",
+            "multimodal_projector_bias": self.projector_bias,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "pad_token_id": self.text.pad_token_id,
+            "dtype": self.dtype,
+            "torch_dtype": self.dtype,
+            "vision_config": self.vision.to_hf(),
+            "text_config": {**self.text.to_hf(), "tie_word_embeddings": self.tie_word_embeddings},
+        }
 
 
 def _dtype_name(f: Fields) -> str | None:
@@ -320,9 +448,17 @@ def _dtype_name(f: Fields) -> str | None:
     return f.data.get(key)
 
 
-def _llama(width: int, depth: int, heads: int, mlp: int, image_token_id: int = 32000, **other) -> LlavaConfig:
-    text = dict(hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=mlp,
-                num_key_value_heads=heads, head_dim=width // heads)
+def _llama(
+    width: int, depth: int, heads: int, mlp: int, image_token_id: int = 32000, **other
+) -> LlavaConfig:
+    text = dict(
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        intermediate_size=mlp,
+        num_key_value_heads=heads,
+        head_dim=width // heads,
+    )
     return LlavaConfig(text=TextConfig(**{**text, **other}), image_token_id=image_token_id)
 
 
@@ -332,8 +468,28 @@ SIZES = {
     "1b": _llama(2048, 22, 32, 5632),
     "7b": _llama(4096, 32, 32, 11008),
     "13b": _llama(5120, 40, 40, 13824),
-    "mistral-7b": _llama(4096, 32, 32, 14336, model_type="mistral", num_key_value_heads=8, rope_theta=1e6,
-                         max_position_embeddings=32768),
-    "qwen1.5-4b": _llama(2560, 40, 20, 6912, 151646, model_type="qwen2", vocab_size=151936, rope_theta=5e6,
-                         max_position_embeddings=32768, rms_norm_eps=1e-6, bos_token_id=None, eos_token_ids=(151643,)),
+    "mistral-7b": _llama(
+        4096,
+        32,
+        32,
+        14336,
+        model_type="mistral",
+        num_key_value_heads=8,
+        rope_theta=1e6,
+        max_position_embeddings=32768,
+    ),
+    "qwen1.5-4b": _llama(
+        2560,
+        40,
+        20,
+        6912,
+        151646,
+        model_type="qwen2",
+        vocab_size=151936,
+        rope_theta=5e6,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-6,
+        bos_token_id=None,
+        eos_token_ids=(151643,),
+    ),
 }

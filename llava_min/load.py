@@ -1,7 +1,8 @@
 """Where a ready model is built: config -> modules on meta -> weights -> adapter, and its processor.
 
-Everything that can be wrong with a checkpoint's small files is found before its weights are read. Training stops in
-between: `prepare`, change the model on meta (LoRA, what is trained, who holds what), then `fill`.
+Everything that can be wrong with a checkpoint's small files is found before its weights are read.
+Training stops in between: `prepare`, change the model on meta (LoRA, what is trained, who holds
+what), then `fill`.
 """
 
 import os
@@ -16,33 +17,41 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from llava_min.adapter import apply_adapter, read_adapter
-from llava_min.adapter_kinds import find_adapter
-from llava_min.cli import UserError, printable, short, warn_once
+from llava_min.checks.adapter_kinds import find_adapter
+from llava_min.checks.config_keys import unknown_keys
 from llava_min.config import Fields, LlavaConfig, VisionConfig, read_eos
-from llava_min.config_keys import unknown_keys
+from llava_min.data.from_folder import read_processor, read_settings
 from llava_min.data.processor import Processor
-from llava_min.data.processor_files import read_processor, read_settings
-from llava_min.data.tokenizer_files import read_optional
-from llava_min.parallel.ranks import pick_device
-from llava_min.files import new_folder, read_json, write_json
+from llava_min.data.tokenizer.files import read_optional
+from llava_min.errors import UserError, escape_controls, shorten, warn_once
+from llava_min.fast.cpu_linear import prepack_linears
 from llava_min.layouts import CLIP_REST, Entry, check_entries, find_folder, read_entries
 from llava_min.llava import Llava
-from llava_min.fast.cpu_linear import prepack_linears
+from llava_min.parallel.ranks import pick_device
+from llava_min.util.files import new_folder, read_json, write_json
 from llava_min.weights import DTYPES, NAMES, load_weights, save_weights
 
 TINY = Path(__file__).parent / "tiny"
-CLIP_336 = "openai/clip-vit-large-patch14-336"  # LLaVA-1.5's tower, whose shapes are VisionConfig's defaults
-SMALL = 500_000_000  # parameters: up to here `dtype="auto"` is fp32 on CPU, where exactness costs little
+# LLaVA-1.5's tower, whose shapes are VisionConfig's defaults
+CLIP_336 = "openai/clip-vit-large-patch14-336"
+# parameters: up to here `dtype="auto"` is fp32 on CPU, where exactness costs little
+SMALL = 500_000_000
 
 
 # ---- the model without its weights
 
 
 class WithoutInit(TorchFunctionMode):
-    """Layers are made without initial values: on meta, drawing these imports sympy, a second and 70 MB."""
+    """Layers are made without initial values: on meta, drawing these imports sympy, a second and 70
+    MB.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return None if getattr(func, "__module__", None) == "torch.nn.init" else func(*args, **kwargs or {})
+        return (
+            None
+            if getattr(func, "__module__", None) == "torch.nn.init"
+            else func(*args, **kwargs or {})
+        )
 
 
 def on_meta(config: LlavaConfig) -> Llava:
@@ -52,7 +61,9 @@ def on_meta(config: LlavaConfig) -> Llava:
 
 
 def fresh(config: LlavaConfig, seed: int = 0) -> Llava:
-    """A model of random weights in fp32: matrices normal with deviation fan_in ** -0.5, zero biases, unit norms."""
+    """A model of random weights in fp32: matrices normal with deviation fan_in ** -0.5, zero
+    biases, unit norms.
+    """
     model = on_meta(config).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
@@ -62,7 +73,9 @@ def fresh(config: LlavaConfig, seed: int = 0) -> Llava:
             elif p.dim() == 1 and name == "weight":
                 nn.init.ones_(p)
             else:
-                nn.init.normal_(p, std=p[0].numel() ** -0.5 if p.dim() > 1 else 0.02, generator=generator)
+                nn.init.normal_(
+                    p, std=p[0].numel() ** -0.5 if p.dim() > 1 else 0.02, generator=generator
+                )
     model.tie_weights()
     return model.eval()
 
@@ -71,10 +84,14 @@ def fresh(config: LlavaConfig, seed: int = 0) -> Llava:
 
 
 def read_config(folder: Path) -> tuple[LlavaConfig, Path | None]:
-    """The config, and for the original layout its tower's folder, None where the tower's shapes are known."""
+    """The config, and for the original layout its tower's folder, None where the tower's shapes are
+    known.
+    """
     path = folder / "config.json"
     if not path.exists() or (folder / ".lock").exists():  # which a run of train.py has
-        adapter = next((p for p in (folder, folder / "adapter") if (p / "adapter_config.json").exists()), None)
+        adapter = next(
+            (p for p in (folder, folder / "adapter") if (p / "adapter_config.json").exists()), None
+        )
         what = "holds no config.json of a model, expected the folder of a checkpoint"
         finish = f"`python -m llava_min finish {folder} OUT` makes its adapter or model"
         if (folder / "state.json").exists():
@@ -90,16 +107,23 @@ def read_config(folder: Path) -> tuple[LlavaConfig, Path | None]:
         raise UserError(f"{folder}: {what}; {mend}")
     data = read_json(path)
     config = LlavaConfig.from_hf(data, str(path))
-    generation = folder / "generation_config.json"  # chat models name their end-of-turn token only there
-    if stops := read_eos(Fields(read_optional(generation), str(generation)), config.text.vocab_size):
+    # chat models name their end-of-turn token only there
+    generation = folder / "generation_config.json"
+    if stops := read_eos(
+        Fields(read_optional(generation), str(generation)), config.text.vocab_size
+    ):
         config = replace(config, text=replace(config.text, eos_token_ids=stops))
     config, clip = (config, None) if config.vision_source is None else read_tower(folder, config)
     if unknown := unknown_keys(data):
-        some = [f"{short(key)} = {short(reprlib.repr(value))}" for key, value in unknown.items()]
+        some = [
+            f"{shorten(key)} = {shorten(reprlib.repr(value))}" for key, value in unknown.items()
+        ]
         shown = ", ".join(some[:8]) + (f" and {len(some) - 8} more" if len(some) > 8 else "")
-        warn_once(f"{path}: {shown}: no published config of LLaVA, CLIP or the decoder has such a "
-                  "key, and it is not obeyed; if a fork wrote it to change the model, load it with "
-                  "that fork's code")
+        warn_once(
+            f"{path}: {shown}: no published config of LLaVA, CLIP or the decoder has such a "
+            "key, and it is not obeyed; if a fork wrote it to change the model, load it with "
+            "that fork's code"
+        )
     return config, clip
 
 
@@ -114,7 +138,9 @@ def read_tower(folder: Path, config: LlavaConfig) -> tuple[LlavaConfig, Path | N
         return config.with_vision(VisionConfig(), str(path)), None
     f = Fields(read_json(clip / "config.json"), str(clip / "config.json"))
     f.only("model_type", "clip", "clip_vision_model")
-    vision = VisionConfig.from_hf(f.inner("vision_config") if f.data.get("model_type") == "clip" else f)
+    vision = VisionConfig.from_hf(
+        f.inner("vision_config") if f.data.get("model_type") == "clip" else f
+    )
     return config.with_vision(vision, str(path)), clip
 
 
@@ -125,11 +151,16 @@ def find_tower(folder: Path, config: LlavaConfig) -> Path:
     published = re.search(r"clip-vit-(base|large)-patch(14-336|14|16|32)(?!\d)", tower.lower())
     hub = f"openai/{published[0]}" if published else f"its hub id, such as {CLIP_336}"
     mend = f"write {hub} there" if hub != tower else "check the network"
-    return find_folder(tower, key=f"{folder / 'config.json'}: mm_vision_tower: ",
-                       mend=f"put the folder of that CLIP at {short(beside, 400)}, or {mend}")
+    return find_folder(
+        tower,
+        key=f"{folder / 'config.json'}: mm_vision_tower: ",
+        mend=f"put the folder of that CLIP at {shorten(beside, 400)}, or {mend}",
+    )
 
 
-def collect_entries(folder: Path, config: LlavaConfig, clip_folder: Path | None) -> dict[str, Entry]:
+def collect_entries(
+    folder: Path, config: LlavaConfig, clip_folder: Path | None
+) -> dict[str, Entry]:
     entries = read_entries(folder)
     if config.vision_source and not any(name.startswith("vision_tower.") for name in entries):
         entries |= read_entries(clip_folder or find_tower(folder, config), CLIP_REST)
@@ -138,11 +169,15 @@ def collect_entries(folder: Path, config: LlavaConfig, clip_folder: Path | None)
 
 def stored_rows(config: LlavaConfig) -> dict[str, int]:
     """The original's vocabulary lacks the rows that LlavaConfig adds for <image> and <pad>."""
-    tables = ("language_model.embed_tokens.weight", "lm_head.weight") if config.vision_source else ()
+    tables = (
+        ("language_model.embed_tokens.weight", "lm_head.weight") if config.vision_source else ()
+    )
     return dict.fromkeys(tables, config.image_token_id)
 
 
-def plan_model(folder: Path, config: LlavaConfig, clip_folder: Path | None) -> tuple[Llava, dict[str, Entry]]:
+def plan_model(
+    folder: Path, config: LlavaConfig, clip_folder: Path | None
+) -> tuple[Llava, dict[str, Entry]]:
     """The model on meta, and where each of its tensors stands in the files; all are accounted for."""
     entries, model = collect_entries(folder, config, clip_folder), on_meta(config)
     check_entries(entries, model, stored_rows(config))
@@ -161,19 +196,28 @@ class Prepared:
     entries: dict[str, Entry]
 
     def fill(self, dtype: torch.dtype, device: torch.device, *, offload: bool = False) -> None:
-        """Read the weights: what is trained in fp32, the rest in `dtype`, of a split model this rank's rows.
+        """Read the weights: what is trained in fp32, the rest in `dtype`, of a split model this
+        rank's rows.
 
-        Parameters that the checkpoint does not have, such as LoRA's, are NaN until they are initialised. `offload`
-        puts what is split on the CPU.
+        Parameters that the checkpoint does not have, such as LoRA's, are NaN until they are
+        initialised. `offload` puts what is split on the CPU.
         """
         load_weights(self.model, self.entries, dtype, device, offload)
 
 
-def prepare(source: str, *, adapter: str | None = None, image_aspect_ratio: str | None = None, template: str | None = None,
-            revision: str | None = None) -> Prepared:
+def prepare(
+    source: str,
+    *,
+    adapter: str | None = None,
+    image_aspect_ratio: str | None = None,
+    template: str | None = None,
+    revision: str | None = None,
+) -> Prepared:
     """All of `load` before the weights, the adapter's own too; arguments and errors are the same."""
     if not isinstance(source, (str, os.PathLike)):
-        raise UserError(f"source: {type(source).__name__}, expected a checkpoint's folder, a hub id, or tiny")
+        raise UserError(
+            f"source: {type(source).__name__}, expected a checkpoint's folder, a hub id, or tiny"
+        )
     if adapter is not None:
         if not isinstance(adapter, (str, os.PathLike)) or not str(adapter):
             raise UserError(f"adapter: {adapter!r:.100}, expected the folder of a PEFT adapter")
@@ -183,8 +227,14 @@ def prepare(source: str, *, adapter: str | None = None, image_aspect_ratio: str 
         template = name if template is None else template
     folder = TINY if str(source) == "tiny" else find_folder(str(source), revision)
     config, clip_folder = read_config(folder)
-    processor = read_processor(folder, config, clip_folder, image_aspect_ratio, template,
-                               None if adapter is None else Path(adapter))
+    processor = read_processor(
+        folder,
+        config,
+        clip_folder,
+        image_aspect_ratio,
+        template,
+        None if adapter is None else Path(adapter),
+    )
     model, entries = plan_model(folder, config, clip_folder)
     return Prepared(model, processor, entries)
 
@@ -196,10 +246,14 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Llava:
     return model.eval()
 
 
-def read_dtype(dtype: str | torch.dtype, known: str, good: Collection[torch.dtype] = NAMES) -> torch.dtype:
+def read_dtype(
+    dtype: str | torch.dtype, known: str, good: Collection[torch.dtype] = NAMES
+) -> torch.dtype:
     dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if not isinstance(dtype, torch.dtype) or dtype not in good:
-        raise UserError(f"dtype: {printable(dtype)[:100]!r} is not one of {known}; choose one")
+        raise UserError(
+            f"dtype: {escape_controls(dtype)[:100]!r} is not one of {known}; choose one"
+        )
     return dtype
 
 
@@ -207,26 +261,45 @@ def pick_dtype(dtype: str | torch.dtype, model: Llava, device: torch.device) -> 
     if not isinstance(dtype, str) or dtype != "auto":
         return read_dtype(dtype, "auto, fp32, bf16, fp16 or torch.float64", {*NAMES, torch.float64})
     if device.type == "cpu":
-        return torch.float32 if sum(p.numel() for p in model.parameters()) <= SMALL else torch.bfloat16
+        return (
+            torch.float32 if sum(p.numel() for p in model.parameters()) <= SMALL else torch.bfloat16
+        )
     return DTYPES[model.config.dtype or "float16"]
 
 
-def load(source: str, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto",
-         quantize: str | None = None, adapter: str | None = None, image_aspect_ratio: str | None = None, template: str | None = None,
-         revision: str | None = None) -> tuple[Llava, Processor]:
+def load(
+    source: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    quantize: str | None = None,
+    adapter: str | None = None,
+    image_aspect_ratio: str | None = None,
+    template: str | None = None,
+    revision: str | None = None,
+) -> tuple[Llava, Processor]:
     """A ready model and its processor.
 
-    source: a folder in the layout of llava-hf or of the original LLaVA-1.5, a hub id, or "tiny", the bundled
-    one. dtype: "auto", "fp32", "bf16", "fp16" or a torch.dtype (float64, too, to compare); auto is what the checkpoint stores, but on
-    CPU fp32 for small models and bf16 for large ones. device: "auto" takes the GPU where there is one.
-    quantize: None; no other is built yet. adapter: a PEFT folder, applied unmerged. image_aspect_ratio ("pad",
-    "crop") and template (a name of data/chat.py): None for what the adapter records, or else the checkpoint.
-    revision: of a hub id. The processor is also the model's `processor`, which `stream` writes with.
-    Raises UserError, in one line, for whatever is wrong with the files.
+    source: a folder in the layout of llava-hf or of the original LLaVA-1.5, a hub id, or "tiny",
+    the bundled one. dtype: "auto", "fp32", "bf16", "fp16" or a torch.dtype (float64, too, to
+    compare); auto is what the checkpoint stores, but on CPU fp32 for small models and bf16 for
+    large ones. device: "auto" takes the GPU where there is one. quantize: None; no other is built
+    yet. adapter: a PEFT folder, applied unmerged. image_aspect_ratio ("pad", "crop") and template
+    (a name of data/chat.py): None for what the adapter records, or else the checkpoint. revision:
+    of a hub id. The processor is also the model's `processor`, which `stream` writes with. Raises
+    UserError, in one line, for whatever is wrong with the files.
     """
     if quantize is not None:
-        raise UserError(f"quantize: {printable(quantize)[:100]!r} is not built yet; leave it out")
-    ready = prepare(source, adapter=adapter, image_aspect_ratio=image_aspect_ratio, template=template, revision=revision)
+        raise UserError(
+            f"quantize: {escape_controls(quantize)[:100]!r} is not built yet; leave it out"
+        )
+    ready = prepare(
+        source,
+        adapter=adapter,
+        image_aspect_ratio=image_aspect_ratio,
+        template=template,
+        revision=revision,
+    )
     model, device = ready.model, pick_device(device)
     dtype = pick_dtype(dtype, model, device)
     if adapter is not None:
@@ -242,24 +315,35 @@ def load(source: str, *, dtype: str | torch.dtype = "auto", device: str | torch.
 # ---- out
 
 
-def write_model(model: Llava, processor: Processor, folder: Path, dtype: torch.dtype,
-                state: dict[str, torch.Tensor] | None = None) -> None:
+def write_model(
+    model: Llava,
+    processor: Processor,
+    folder: Path,
+    dtype: torch.dtype,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
     """`state`: the whole tensors, where `model` holds only a part of them."""
     state = dict(model.named_parameters()) if state is None else state
     if any(".lora_" in name for name in state):
-        raise UserError(f"{folder}: the model has an adapter that is not merged; "
-                        "save the adapter, or load the base without it")
+        raise UserError(
+            f"{folder}: the model has an adapter that is not merged; "
+            "save the adapter, or load the base without it"
+        )
     save_weights(state, folder, dtype)
     config = replace(model.config, dtype=NAMES[dtype], vision_source=None)
     write_json(folder / "config.json", config.to_hf())
-    ids = {"bos_token_id": config.text.bos_token_id, "eos_token_id": list(config.text.eos_token_ids),
-           "pad_token_id": config.text.pad_token_id}
+    ids = {
+        "bos_token_id": config.text.bos_token_id,
+        "eos_token_id": list(config.text.eos_token_ids),
+        "pad_token_id": config.text.pad_token_id,
+    }
     write_json(folder / "generation_config.json", ids)
     processor.save(folder)
 
 
-def save(model: Llava, processor: Processor, target: str | Path,
-         dtype: str | torch.dtype | None = None) -> None:
+def save(
+    model: Llava, processor: Processor, target: str | Path, dtype: str | torch.dtype | None = None
+) -> None:
     """Write `model` and all that goes with it as a llava-hf folder; `target` must not exist."""
     dtype = read_dtype(model.dtype if dtype is None else dtype, "fp32, bf16, fp16")
     with new_folder(Path(target)) as folder:

@@ -14,16 +14,30 @@ import pytest
 import torch
 
 from llava_min import __main__ as verbs
-from llava_min.cli import UserError
 from llava_min.config import SIZES, LlavaConfig, TextConfig, VisionConfig
+from llava_min.errors import UserError
 from llava_min.tools import bench, bench_train, worker
 
 TEST = LlavaConfig(
-    vision=VisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
-                        image_size=28),
-    text=TextConfig(vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                    num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64),
-    image_token_id=300)
+    vision=VisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=28,
+    ),
+    text=TextConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+    ),
+    image_token_id=300,
+)
 
 
 @pytest.fixture
@@ -50,8 +64,17 @@ def test_alone(tiny, capsys):
     layer = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32  # q and o, k and v (grouped), the MLP
     assert r["bandwidth"]["bytes_per_token"] == 2 * (2 * layer + 320 * 32)
     assert r["bandwidth"]["share_of_matvec"] > 0 and r["bandwidth"]["share_of_read"] > 0
-    assert all(r["ours"][key] > 0 for key in ("import_s", "load_s", "start_to_first_token_s", "first_token_s",
-                                              "decode_tokens_s", "peak_greedy_mib"))
+    assert all(
+        r["ours"][key] > 0
+        for key in (
+            "import_s",
+            "load_s",
+            "start_to_first_token_s",
+            "first_token_s",
+            "decode_tokens_s",
+            "peak_greedy_mib",
+        )
+    )
     table = capsys.readouterr().out.splitlines()
     assert max(map(len, table)) <= 80 and any(line.startswith("decode ") for line in table)
 
@@ -62,7 +85,9 @@ def test_beside_transformers(tiny, capsys):
     assert r["same_ids"] == {"greedy": 4, "beam": 4}  # the same work
     a, b = r["ours"], r["transformers"]
     assert a.keys() == b.keys() == r["ratio"].keys()
-    assert r["ratio"]["decode_tokens_s"] == pytest.approx(a["decode_tokens_s"] / b["decode_tokens_s"])
+    assert r["ratio"]["decode_tokens_s"] == pytest.approx(
+        a["decode_tokens_s"] / b["decode_tokens_s"]
+    )
     assert r["ratio"]["first_token_s"] == pytest.approx(b["first_token_s"] / a["first_token_s"])
     assert r["ratio"]["peak_beams_mib"] == pytest.approx(a["peak_beams_mib"] / b["peak_beams_mib"])
     table = capsys.readouterr().out.splitlines()
@@ -75,10 +100,18 @@ def test_figures():
         "start": [{"import": 1.0, "load": 2.0, "peak": 300 << 20}],
         "warm": [{"first": 4.0, "peak": 900 << 20}],
         "greedy": [{"first": f, "rate": 10 * f, "peak": 200 << 20} for f in (3.0, 1.0, 2.0)],
-        "beam": [{"seconds": 5.0, "peak": 400 << 20}]}
+        "beam": [{"seconds": 5.0, "peak": 400 << 20}],
+    }
     assert bench.figures(ours) == {
-        "import_s": 1, "load_s": 2, "start_to_first_token_s": 7, "first_token_s": 2, "decode_tokens_s": 20,
-        "beams_s": 5, "peak_greedy_mib": 300, "peak_beams_mib": 400}
+        "import_s": 1,
+        "load_s": 2,
+        "start_to_first_token_s": 7,
+        "first_token_s": 2,
+        "decode_tokens_s": 20,
+        "beams_s": 5,
+        "peak_greedy_mib": 300,
+        "peak_beams_mib": 400,
+    }
     assert bench.latency([10.0, 12.0, 13.0], 5) == {"first": 2, "rate": 4}
 
 
@@ -89,9 +122,13 @@ def train(tmp_path: Path, *flags: str) -> dict:
 def test_training_alone(tiny, capsys):
     r = train(tiny, "--no-peer")
     assert "transformers" not in r and "ratio" not in r and len(r["ours"]["losses"]) == 3
-    assert r["ours"]["losses"][0] == pytest.approx(math.log(320), rel=0.02)  # no word is likelier than another
+    # no word is likelier than another
+    assert r["ours"]["losses"][0] == pytest.approx(math.log(320), rel=0.02)
     assert r["ours"]["losses"][2] < r["ours"]["losses"][0]  # it learns the row by heart
-    assert all(r["ours"][key] > 0 for key in ("import_s", "load_s", "start_to_first_step_s", "step_s", "peak_mib"))
+    assert all(
+        r["ours"][key] > 0
+        for key in ("import_s", "load_s", "start_to_first_step_s", "step_s", "peak_mib")
+    )
     assert r["ours"]["tokens_s"] == pytest.approx(2 * 44 / r["ours"]["step_s"])
     assert r["flop"]["share_of_products"] > 0 and "utilisation" not in r["flop"]
     table = capsys.readouterr().out.splitlines()
@@ -113,13 +150,35 @@ def test_training_beside_transformers_and_peft(tiny, capsys, flags):
 
 
 def test_losses_that_differ_are_named():
-    r = {"size": "test", "dtype": "bf16", "lora_r": 16, "checkpointing": False, "compile": False, "batch_size": 1,
-         "text": 9, "row_tokens": 13, "answer": 3, "rounds": 1, "versions": {}, "loss_difference": 0.011,
-         "machine": {"gpu": "a GPU"}, "ours": {"losses": [2.0, 1.0]},
-         "flop": {"step_tflop": 4.0, "tflop_s": 400.0, "products_tflop_s": 800.0, "share_of_products": 0.5,
-                  "peak_tflop_s": 989, "utilisation": 400 / 989}}
+    r = {
+        "size": "test",
+        "dtype": "bf16",
+        "lora_r": 16,
+        "checkpointing": False,
+        "compile": False,
+        "batch_size": 1,
+        "text": 9,
+        "row_tokens": 13,
+        "answer": 3,
+        "rounds": 1,
+        "versions": {},
+        "loss_difference": 0.011,
+        "machine": {"gpu": "a GPU"},
+        "ours": {"losses": [2.0, 1.0]},
+        "flop": {
+            "step_tflop": 4.0,
+            "tflop_s": 400.0,
+            "products_tflop_s": 800.0,
+            "share_of_products": 0.5,
+            "peak_tflop_s": 989,
+            "utilisation": 400 / 989,
+        },
+    }
     table = bench_train.table(r)
-    assert "losses are NOT as the peer's" in table[-1] and "   40% of the GPU's published 989 TFLOP/s" in table
+    assert (
+        "losses are NOT as the peer's" in table[-1]
+        and "   40% of the GPU's published 989 TFLOP/s" in table
+    )
 
 
 def test_flop_of_a_step():
@@ -143,22 +202,25 @@ def test_peak_memory_forgets():
     assert during > after + (400 << 20)
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["2b"], "neither a size nor a folder"),
-    (["30m"], "did you mean 300m"),
-    (["--rounds", "0"], "--rounds"),
-    (["--new-tokens", "1"], "--new-tokens"),
-    (["--new-tokens", "4000"], "context of 300m is 4096"),
-    (["--dtype", "int4"], "--dtype"),
-    (["--device", "abacus"], "abacus"),
-    (["--json", __file__], "never overwritten"),
-    (["--compiled"], "did you mean --compile"),
-    (["--train", "--new-tokens", "4"], "--new-tokens"),
-    (["--train", "--text", "4", "--answer", "5"], "--answer: 5 of 4"),
-    (["--train", "--text", "4000"], "context of 300m is 4096"),
-    (["--train", "--dtype", "fp16"], "--dtype"),
-    (["--train", "--checkpoint"], "did you mean --checkpointing"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["2b"], "neither a size nor a folder"),
+        (["30m"], "did you mean 300m"),
+        (["--rounds", "0"], "--rounds"),
+        (["--new-tokens", "1"], "--new-tokens"),
+        (["--new-tokens", "4000"], "context of 300m is 4096"),
+        (["--dtype", "int4"], "--dtype"),
+        (["--device", "abacus"], "abacus"),
+        (["--json", __file__], "never overwritten"),
+        (["--compiled"], "did you mean --compile"),
+        (["--train", "--new-tokens", "4"], "--new-tokens"),
+        (["--train", "--text", "4", "--answer", "5"], "--answer: 5 of 4"),
+        (["--train", "--text", "4000"], "context of 300m is 4096"),
+        (["--train", "--dtype", "fp16"], "--dtype"),
+        (["--train", "--checkpoint"], "did you mean --checkpointing"),
+    ],
+)
 def test_mistakes(flags, message):
     with pytest.raises(UserError, match=message):
         bench.main(flags)
@@ -188,7 +250,9 @@ def test_terminated(tiny, monkeypatch):
 
     monkeypatch.setattr(bench, "measure", measure)
     for page in (bench, worker):
-        monkeypatch.setattr(page, "Worker", lambda program, spec: argparse.Namespace(close=lambda: None))
+        monkeypatch.setattr(
+            page, "Worker", lambda program, spec: argparse.Namespace(close=lambda: None)
+        )
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as e:
         bench.main(["test", "--device", "cpu", "--new-tokens", "4"])
@@ -200,16 +264,24 @@ def test_verbs(capsys):
     assert verbs.main(["--help"]) == 0
     out = capsys.readouterr().out
     pages = Path(verbs.__file__).parent / "tools"
-    assert "bench" in verbs.verbs() and all((pages / f"{verb}.py").exists() for verb in verbs.verbs())
+    assert "bench" in verbs.verbs() and all(
+        (pages / f"{verb}.py").exists() for verb in verbs.verbs()
+    )
     assert all(f"  {verb} " in out for verb in verbs.verbs())
     assert verbs.main([]) == 2 and "usage" in capsys.readouterr().err
     with pytest.raises(UserError, match="did you mean bench"):
         verbs.main(["bnech"])
 
 
-@pytest.mark.parametrize("command", [["--help"], ["bench", "--help"], ["bench", "--train", "--help"], ["finish", "--help"]])
+@pytest.mark.parametrize(
+    "command",
+    [["--help"], ["bench", "--help"], ["bench", "--train", "--help"], ["finish", "--help"]],
+)
 def test_help_is_quick(command):
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "llava_min", *command],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "llava_min", *command],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and "usage: python -m llava_min" in done.stdout
     assert not any(line.split("|")[-1].strip() == "torch" for line in done.stderr.splitlines())

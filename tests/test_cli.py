@@ -9,22 +9,32 @@ from typing import Literal
 
 import pytest
 
-from llava_min.cli import Count, Fraction, Place, Positive, Seed, UserError, flags, parse, printable, run
+from llava_min.errors import UserError, escape_controls
+from llava_min.util.cli import (
+    Fraction,
+    PathArg,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    flags,
+    parse,
+    run,
+)
 
 
 @dataclass
 class Knobs:
     files: list[str] = field(default_factory=list)  # what is not a flag
     recipe: str | None = None  # settings by name
-    lr: Positive = 1e-3  # a number above 0
-    batch_size: Count = 4  # rows, 100 % of them
+    lr: PositiveFloat = 1e-3  # a number above 0
+    batch_size: PositiveInt = 4  # rows, 100 % of them
     share: Fraction = 0.5  # from 0 to 1
     mode: Literal["a", "b"] = "a"  # one of two
     betas: tuple[float, ...] = (0.9, 0.999)  # several
     shuffle: bool = True  # a switch
     name: str | None = None  # text
     seed: Seed = 0  # of all
-    place: Place | None = None  # files
+    place: PathArg | None = None  # files
 
 
 def read(*argv, recipes=None):
@@ -32,23 +42,61 @@ def read(*argv, recipes=None):
 
 
 def test_flags_become_fields():
-    k = read("one", "--lr", "2e-4", "--batch-size=8", "--mode", "b", "--betas", "0.8,0.9", "--no-shuffle", "two words")
-    assert (k.lr, k.batch_size, k.mode, k.betas, k.shuffle, k.files) == (2e-4, 8, "b", (0.8, 0.9), False, ["one", "two words"])
+    k = read(
+        "one",
+        "--lr",
+        "2e-4",
+        "--batch-size=8",
+        "--mode",
+        "b",
+        "--betas",
+        "0.8,0.9",
+        "--no-shuffle",
+        "two words",
+    )
+    assert (k.lr, k.batch_size, k.mode, k.betas, k.shuffle, k.files) == (
+        2e-4,
+        8,
+        "b",
+        (0.8, 0.9),
+        False,
+        ["one", "two words"],
+    )
     assert read() == Knobs()
     home = os.path.expanduser("~")
-    assert (read("--place=~/a,b,~/c").place, read("--name=~/a").name) == (f"{home}/a,b,{home}/c", "~/a")
+    assert (read("--place=~/a,b,~/c").place, read("--name=~/a").name) == (
+        f"{home}/a,b,{home}/c",
+        "~/a",
+    )
     assert read("--", "-dashed.jpg").files == ["-dashed.jpg"]
 
 
-@pytest.mark.parametrize("argv, named", [
-    (["--lr", "abc"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "inf"], "--lr"), (["--lr", "0"], "--lr"), (["--lr", "-1"], "--lr"),
-    (["--batch-size", "0"], "--batch-size"), (["--batch-size", "-1"], "--batch-size"), (["--batch-size", "1.5"], "--batch-size"),
-    (["--share", "1.1"], "--share"), (["--mode", "c"], "a, b"), (["--betas", "0.9,x"], "--betas"),
-    (["--shuffle", "False", "--shuffle=False"], "--shuffle"), (["--batchsize", "3"], "did you mean --batch-size"),
-    (["--lr", "1", "--lr", "2"], "twice"), (["--shuffle", "--no-shuffle"], "--no-shuffle: given twice"), (["--lr"], "--lr"), (["--no-such-thing-at-all"], "see --help"),
-    (["--shuffle", "--lr", "-1e-3"], "--lr"), (["--seed", str(1 << 63)], "to 9.2"),
-    (["--name", ""], "--name: is empty"), (["--place", " "], "--place: is empty"),
-])
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["--lr", "abc"], "--lr"),
+        (["--lr", "nan"], "--lr"),
+        (["--lr", "inf"], "--lr"),
+        (["--lr", "0"], "--lr"),
+        (["--lr", "-1"], "--lr"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--batch-size", "-1"], "--batch-size"),
+        (["--batch-size", "1.5"], "--batch-size"),
+        (["--share", "1.1"], "--share"),
+        (["--mode", "c"], "a, b"),
+        (["--betas", "0.9,x"], "--betas"),
+        (["--shuffle", "False", "--shuffle=False"], "--shuffle"),
+        (["--batchsize", "3"], "did you mean --batch-size"),
+        (["--lr", "1", "--lr", "2"], "twice"),
+        (["--shuffle", "--no-shuffle"], "--no-shuffle: given twice"),
+        (["--lr"], "--lr"),
+        (["--no-such-thing-at-all"], "see --help"),
+        (["--shuffle", "--lr", "-1e-3"], "--lr"),
+        (["--seed", str(1 << 63)], "to 9.2"),
+        (["--name", ""], "--name: is empty"),
+        (["--place", " "], "--place: is empty"),
+    ],
+)
 def test_what_does_not_fit_is_one_line(argv, named):
     with pytest.raises(UserError, match=named) as e:
         read(*argv)
@@ -67,30 +115,68 @@ def test_what_the_system_does_not_let_through_is_one_line(tmp_path, monkeypatch,
 
     with pytest.raises(SystemExit) as e:
         run(locked)
-    assert e.value.code == 2 and capsys.readouterr().err == "error: /locked/\\x1bx: cannot be reached (Permission denied); check the path and its permissions\n"
+    assert (
+        e.value.code == 2
+        and capsys.readouterr().err
+        == "error: /locked/\\x1bx: cannot be reached (Permission denied); check the path and its permissions\n"
+    )
 
 
 @pytest.mark.parametrize("size", ["1", "2"])
 def test_a_rank_ends_in_order_but_for_the_interpreter(size):
-    """Output, exit code and what was registered for the end are there; torch's threads are not waited for."""
-    code = ("import atexit, os, sys\nfrom llava_min.cli import run\nclass Last:\n    def __del__(self, write=os.write): write(1, b'interpreter ')\n"
-            "last = Last()\natexit.register(lambda: os.write(1, b'registered '))\nrun(lambda argv: print('said', end=' ') or 3)\n")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "WORLD_SIZE": size})
-    assert done.returncode == 3 and done.stdout.split() == ["said", "registered", *(["interpreter"] if size == "1" else [])], done
+    """Output, exit code and what was registered for the end are there; torch's threads are not
+    waited for.
+    """
+    code = (
+        "import atexit, os, sys\nfrom llava_min.util.cli import run\nclass Last:\n    def "
+        "__del__(self, write=os.write): write(1, b'interpreter ')\n"
+        "last = Last()\natexit.register(lambda: os.write(1, b'registered '))\nrun(lambda argv: "
+        "print('said', end=' ') or 3)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "WORLD_SIZE": size},
+    )
+    assert done.returncode == 3 and done.stdout.split() == [
+        "said",
+        "registered",
+        *(["interpreter"] if size == "1" else []),
+    ], done
 
 
 def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
-    (tmp_path / "mine.toml").write_text('lr = 0.5\nbatch_size = 2\nbetas = [0.1, 0.2]\nshuffle = false\n')
+    (tmp_path / "mine.toml").write_text(
+        "lr = 0.5\nbatch_size = 2\nbetas = [0.1, 0.2]\nshuffle = false\n"
+    )
     k = read("--recipe", "mine", "--lr", "0.25", "--shuffle", recipes=tmp_path)
     assert (k.lr, k.batch_size, k.betas, k.shuffle) == (0.25, 2, (0.1, 0.2), True)
     assert read("--recipe", str(tmp_path / "mine.toml"), recipes=tmp_path).batch_size == 2
 
 
-@pytest.mark.parametrize("text, named", [("lr = 'fast'", "lr"), ("batchsize = 3", "did you mean batch_size"), ("lr = ", "mine.toml"),
-                                         ("batch_size = 1.5", "batch"), ("lr = [1]", "lr"), (f"lr = {10**400}", "lr"), ("shuffle = 'no'", "shuffle"), ("recipe = 'x'", "recipe"),
-                                         ("betas = [[0.9], 0.99]", r"--betas: \[0.9\] is not a number"), ("batch_size = 2024-01-01", "--batch-size: datetime.date.* is not a whole number"),
-                                         ("seed = {}", "--seed: {} is not a whole number"), ("batch_size = true", "--batch-size: True is not a whole number"), ("betas = {}", "--betas"), (f"seed = {'9' * 5000}", "mine.toml: .*; correct the file"),
-                                         ("place = [1]", "--place"), ("mode = ['a']", "--mode"), ("betas = " + "[" * 5000, "mine.toml: .*; correct the file")])
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        ("lr = 'fast'", "lr"),
+        ("batchsize = 3", "did you mean batch_size"),
+        ("lr = ", "mine.toml"),
+        ("batch_size = 1.5", "batch"),
+        ("lr = [1]", "lr"),
+        (f"lr = {10**400}", "lr"),
+        ("shuffle = 'no'", "shuffle"),
+        ("recipe = 'x'", "recipe"),
+        ("betas = [[0.9], 0.99]", r"--betas: \[0.9\] is not a number"),
+        ("batch_size = 2024-01-01", "--batch-size: datetime.date.* is not a whole number"),
+        ("seed = {}", "--seed: {} is not a whole number"),
+        ("batch_size = true", "--batch-size: True is not a whole number"),
+        ("betas = {}", "--betas"),
+        (f"seed = {'9' * 5000}", "mine.toml: .*; correct the file"),
+        ("place = [1]", "--place"),
+        ("mode = ['a']", "--mode"),
+        ("betas = " + "[" * 5000, "mine.toml: .*; correct the file"),
+    ],
+)
 def test_a_recipe_that_does_not_fit_names_the_key(tmp_path, text, named):
     (tmp_path / "mine.toml").write_text(text)
     with pytest.raises(UserError, match=named) as e:
@@ -108,7 +194,12 @@ def test_help_shows_comments_and_defaults(capsys):
     with pytest.raises(SystemExit) as e:
         read("--help")
     out = capsys.readouterr().out
-    assert e.value.code == 0 and "rows, 100 % of them (4)" in out and "--no-shuffle" in out and "{a,b}" in out
+    assert (
+        e.value.code == 0
+        and "rows, 100 % of them (4)" in out
+        and "--no-shuffle" in out
+        and "{a,b}" in out
+    )
 
 
 @dataclass
@@ -120,12 +211,20 @@ class Named:
     out: str = "run"  # a folder that may be called like a flag
 
 
-@pytest.mark.parametrize("knobs, line, said", [
-    (Named(), "batch_size: 0 was given; give one", "--batch-size: 0 was given; give one"),
-    (Named(), "batch size: 0", "--batch-size: 0"), (Named(), "--metrics bleu: needs it", "--eval-metrics bleu: needs it"),
-    (Named(), "template plain: of the checkpoint", "template plain: of the checkpoint"), (Named(template="plain"), "template plain: no", "--template plain: no"),
-    (Named(), "images: two", "images: two"), (Named(), "batch_sizes: two", "batch_sizes: two"), (Named(), "/x/out: is full", "/x/out: is full"),
-    (Named(out="template", template="x"), "template: exists", "template: exists")])
+@pytest.mark.parametrize(
+    "knobs, line, said",
+    [
+        (Named(), "batch_size: 0 was given; give one", "--batch-size: 0 was given; give one"),
+        (Named(), "batch size: 0", "--batch-size: 0"),
+        (Named(), "--metrics bleu: needs it", "--eval-metrics bleu: needs it"),
+        (Named(), "template plain: of the checkpoint", "template plain: of the checkpoint"),
+        (Named(template="plain"), "template plain: no", "--template plain: no"),
+        (Named(), "images: two", "images: two"),
+        (Named(), "batch_sizes: two", "batch_sizes: two"),
+        (Named(), "/x/out: is full", "/x/out: is full"),
+        (Named(out="template", template="x"), "template: exists", "template: exists"),
+    ],
+)
 def test_an_error_of_the_library_begins_with_the_flag(knobs, line, said):
     with flags(knobs):
         assert str(UserError(line)) == said
@@ -133,8 +232,8 @@ def test_an_error_of_the_library_begins_with_the_flag(knobs, line, said):
 
 
 def test_printable_escapes_what_drives_a_terminal():
-    assert printable("a\x1b]52;c;x\x07\u202eb\r\n") == "a\\x1b]52;c;x\\x07\\u202eb\\r\\n"
-    assert printable("é 猫 🙂") == "é 猫 🙂"
+    assert escape_controls("a\x1b]52;c;x\x07\u202eb\r\n") == "a\\x1b]52;c;x\\x07\\u202eb\\r\\n"
+    assert escape_controls("é 猫 🙂") == "é 猫 🙂"
 
 
 def test_a_switch_takes_no_value():
@@ -157,14 +256,27 @@ def test_help_fits_the_terminal(capsys, monkeypatch):
 @pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-", "1>/dev/full"])
 def test_closed_streams_are_no_fault(tmp_path, closed):
     page = tmp_path / "page.py"
-    page.write_text("import sys\nfrom llava_min.cli import note, run\n\n\ndef main(argv):\n    print(sys.stderr.isatty())\n    note('told')\n\n\nrun(main)\n")
-    done = subprocess.run(["sh", "-c", f"{sys.executable} {page} {closed}"], capture_output=True, text=True)
+    page.write_text(
+        "import sys\nfrom llava_min.util.cli import note, run\n\n\ndef main(argv):\n    "
+        "print(sys.stderr.isatty())\n    note('told')\n\n\nrun(main)\n"
+    )
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} {page} {closed}"], capture_output=True, text=True
+    )
     assert done.returncode == (2 if "full" in closed else 0) and "Traceback" not in done.stderr
-    assert "full" not in closed or done.stderr.endswith("error: the output cannot be written (No space left on device); free space\n")
+    assert "full" not in closed or done.stderr.endswith(
+        "error: the output cannot be written (No space left on device); free space\n"
+    )
 
 
-@pytest.mark.parametrize("error, code, said", [
-    (UserError("--x: \x1b[2J was given"), 2, "error: --x: \\x1b[2J was given\n"), (KeyboardInterrupt(), 130, "stopped\n"), (None, 0, "")])
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (UserError("--x: \x1b[2J was given"), 2, "error: --x: \\x1b[2J was given\n"),
+        (KeyboardInterrupt(), 130, "stopped\n"),
+        (None, 0, ""),
+    ],
+)
 def test_how_a_script_ends(error, code, said, capsys):
     def main(argv):
         if error:
@@ -177,9 +289,18 @@ def test_how_a_script_ends(error, code, said, capsys):
 
 def test_a_closed_pipe_is_a_quiet_end(tmp_path):
     page = tmp_path / "page.py"
-    page.write_text("import sys\nfrom llava_min.cli import run\n\n\ndef main(argv):\n    sys.stdin.read()\n    print('told')\n\n\nrun(main)\n")
+    page.write_text(
+        "import sys\nfrom llava_min.util.cli import run\n\n\ndef main(argv):\n    "
+        "sys.stdin.read()\n    print('told')\n\n\nrun(main)\n"
+    )
     pipe = subprocess.PIPE
-    script = subprocess.Popen([sys.executable, page], stdin=pipe, stdout=pipe, stderr=pipe, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    script = subprocess.Popen(
+        [sys.executable, page],
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     script.stdout.close()
     script.stdin.close()
     assert (script.stderr.read(), script.wait()) == (b"", 141)
@@ -200,7 +321,9 @@ class Reading:
 
 
 def test_what_goes_with_the_data_of_a_recipe_does_not_go_with_another(tmp_path):
-    (tmp_path / "mine.toml").write_text('data = "a"\nimage_folder = "b"\neval_data = "c"\nepochs = 2\n')
+    (tmp_path / "mine.toml").write_text(
+        'data = "a"\nimage_folder = "b"\neval_data = "c"\nepochs = 2\n'
+    )
     get = lambda *argv: parse(Reading, ["--recipe", "mine", *argv], "A test.", recipes=tmp_path)
     assert get("--epochs", "3") == Reading("mine", "a", "b", "c", 3)
     assert get("--data", "x") == Reading("mine", "x", epochs=2)

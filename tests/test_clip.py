@@ -7,8 +7,9 @@ from conftest import VISION
 from llava_min.clip import VisionTower
 from llava_min.config import Fields, VisionConfig
 
-transformers = pytest.importorskip("transformers",
-                                   reason="the oracle of these tests; pip install -e '.[test]'")
+transformers = pytest.importorskip(
+    "transformers", reason="the oracle of these tests; pip install -e '.[test]'"
+)
 
 
 def towers(layers_used: int, **change):
@@ -17,18 +18,36 @@ def towers(layers_used: int, **change):
     theirs.eval().requires_grad_(False)
     torch.manual_seed(0)
     for name, p in theirs.named_parameters():
-        p.copy_(torch.randn_like(p) * (p[0].numel() ** -0.5 if p.dim() > 1
-                                       else 0.3) + ("norm" in name and "weight" in name and p.dim() == 1))
-    ours = VisionTower(VisionConfig.from_hf(Fields(config, "config.json")),
-                       layers_used).eval().requires_grad_(False)
-    ours.load_state_dict({n.removeprefix("vision_model.").replace("encoder.", ""): x
-                          for n, x in theirs.state_dict().items()})
+        p.copy_(
+            torch.randn_like(p) * (p[0].numel() ** -0.5 if p.dim() > 1 else 0.3)
+            + ("norm" in name and "weight" in name and p.dim() == 1)
+        )
+    ours = (
+        VisionTower(VisionConfig.from_hf(Fields(config, "config.json")), layers_used)
+        .eval()
+        .requires_grad_(False)
+    )
+    ours.load_state_dict(
+        {
+            n.removeprefix("vision_model.").replace("encoder.", ""): x
+            for n, x in theirs.state_dict().items()
+        }
+    )
     return theirs, ours
 
 
-@pytest.mark.parametrize("change", [{}, {"hidden_act": "gelu"}, {"layer_norm_eps": 1e-2},
-                                    {"image_size": 42, "patch_size": 7},
-                                    {"image_size": 33, "patch_size": 8}, {"num_attention_heads": 1}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"hidden_act": "gelu"},
+        {"layer_norm_eps": 1e-2},
+        {"image_size": 42, "patch_size": 7},
+        {"image_size": 33, "patch_size": 8},
+        {"num_attention_heads": 1},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("layer", range(4))
 def test_every_hidden_state(change, layer):
     theirs, ours = towers(layer, **change)
@@ -49,8 +68,9 @@ def test_only_the_blocks_that_are_read_are_run(layers_used):
     for name, module in ours.named_modules():
         module.register_forward_hook(lambda *_, name=name: run.append(name))
     ours(torch.randn(1, 3, 28, 28))
-    assert [f"layers.{i}" for i in range(3)
-            if f"layers.{i}" in run] == [f"layers.{i}" for i in range(layers_used)]
+    assert [f"layers.{i}" for i in range(3) if f"layers.{i}" in run] == [
+        f"layers.{i}" for i in range(layers_used)
+    ]
     assert "post_layernorm" not in run
     parts = {"pre_layrnorm", "post_layernorm", *(f"layers.{i}" for i in range(3))}
     assert ours.unused_modules() == parts - set(run)

@@ -1,4 +1,6 @@
-"""cpu_linear.py: packed weights give the plain layer's products and gradients, by either path, and stay themselves."""
+"""cpu_linear.py: packed weights give the plain layer's products and gradients, by either path, and
+stay themselves.
+"""
 
 import platform
 
@@ -10,22 +12,31 @@ from torch import nn
 
 import llava_min
 from llava_min.fast import cpu_linear
-from llava_min.lora import LoRAConfig, add_lora
 from llava_min.fast.cpu_linear import PrepackedLinear, unpacked
+from llava_min.lora import LoRAConfig, add_lora
 
-pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64") or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-                                reason="oneDNN has no bf16 here")
+pytestmark = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64")
+    or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="oneDNN has no bf16 here",
+)
 
 
 @pytest.fixture(params=[True, False], ids=["wide", "narrow"])
 def path(request, monkeypatch):
     """Both paths of a large product, whatever this CPU prefers."""
     monkeypatch.setattr(cpu_linear, "bf16_is_slow", lambda x: request.param)
-    monkeypatch.setattr(cpu_linear, "upcast_linears", lambda model: cpu_linear.swap_linears(model, lambda weight: weight))
+    monkeypatch.setattr(
+        cpu_linear,
+        "upcast_linears",
+        lambda model: cpu_linear.swap_linears(model, lambda weight: weight),
+    )
 
 
 def near(a: torch.Tensor, b: torch.Tensor) -> None:
-    assert a.dtype == b.dtype == torch.bfloat16 and (a - b).float().norm() <= 0.01 * b.float().norm()
+    assert (
+        a.dtype == b.dtype == torch.bfloat16 and (a - b).float().norm() <= 0.01 * b.float().norm()
+    )
 
 
 @pytest.mark.parametrize("swap", ["prepack_linears", "upcast_linears"])
@@ -51,7 +62,9 @@ def test_autocast_does_not_narrow_what_was_widened(monkeypatch):
     torch.manual_seed(0)
     layer = nn.Linear(64, 64, bias=False).bfloat16().requires_grad_(False)
     x, seen = torch.randn(100, 64), []
-    monkeypatch.setattr(F, "linear", lambda *a, real=F.linear: seen.append(real(*a).dtype) or real(*a))
+    monkeypatch.setattr(
+        F, "linear", lambda *a, real=F.linear: seen.append(real(*a).dtype) or real(*a)
+    )
     with torch.autocast("cpu", torch.bfloat16):
         y = PrepackedLinear(layer, lambda weight: weight)(x)
     assert y.dtype == torch.bfloat16 and seen == [torch.float32]
@@ -67,7 +80,9 @@ def test_a_packed_model_answers_alike_and_keeps_its_tensors(path):
         near(model(ids, pictures), logits)
     assert sum(isinstance(m, PrepackedLinear) for m in model.modules()) == 6 * 3 + 2 + 7 * 2 + 1
     got = dict(model.named_parameters())
-    assert got.keys() == want.keys() and all(torch.equal(unpacked(got[n]), p) and got[n].shape == p.shape for n, p in want.items())
+    assert got.keys() == want.keys() and all(
+        torch.equal(unpacked(got[n]), p) and got[n].shape == p.shape for n, p in want.items()
+    )
 
 
 def test_what_is_trained_is_left_alone():
@@ -75,7 +90,9 @@ def test_what_is_trained_is_left_alone():
     model.multi_modal_projector.requires_grad_()
     model.lm_head.float()
     cpu_linear.prepack_linears(model)
-    assert isinstance(model.multi_modal_projector.linear_1, nn.Linear) and isinstance(model.lm_head, nn.Linear)
+    assert isinstance(model.multi_modal_projector.linear_1, nn.Linear) and isinstance(
+        model.lm_head, nn.Linear
+    )
 
 
 def test_lora_learns_over_packed_layers(path):
@@ -108,12 +125,16 @@ def test_load_packs_in_bf16():
 def test_a_tied_head_stays_tied():
     model = our_model(their_model("qwen2")).bfloat16()
     cpu_linear.prepack_linears(model)
-    assert model.lm_head.weight is model.language_model.embed_tokens.weight and not model.lm_head.weight.is_mkldnn
+    assert (
+        model.lm_head.weight is model.language_model.embed_tokens.weight
+        and not model.lm_head.weight.is_mkldnn
+    )
 
 
 def test_a_packed_model_is_saved_as_it_was_read(tmp_path):
-    from llava_min.weights import save_weights
     from safetensors.torch import load_file
+
+    from llava_min.weights import save_weights
 
     model = our_model(their_model()).bfloat16()
     save_weights(dict(model.named_parameters()), tmp_path)

@@ -1,5 +1,6 @@
-"""eval.py and the path it shares with train.py: answers in the records' order whatever the batch, the ranks and the
-interruptions; scores; the files; what is wrong with the data, counted and named."""
+"""eval.py and the path it shares with train.py: answers in the records' order whatever the batch,
+the ranks and the interruptions; scores; the files; what is wrong with the data, counted and named.
+"""
 
 import errno
 import fcntl
@@ -16,14 +17,14 @@ import torch
 from conftest import load_script
 from test_snapshot import ALONE
 
-from llava_min import evaluate
-from llava_min.cli import UserError
-from llava_min.toy import draw as toy
 from llava_min.data.records import read_records
-from llava_min.evaluate import difference, measure_all, predict, read_answers, score
 from llava_min.decoding import beam_search, decode
+from llava_min.errors import UserError
+from llava_min.evaluation import predict
+from llava_min.evaluation.predict import difference, measure_all, predict, read_answers, score
 from llava_min.load import TINY, load
 from llava_min.sampling import read_options
+from llava_min.toy import draw as toy
 
 script = load_script("eval")
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,7 @@ def tiny():
 @pytest.fixture
 def changed(data, tmp_path):
     """A copy of the data whose records are `change`d."""
+
     def copy(change) -> Path:
         records = json.loads(data.read_text(encoding="utf-8"))
         change(records)
@@ -75,7 +77,10 @@ def test_the_answers_are_the_same_whatever_the_batch_and_the_order_that_of_the_r
     rows = {n: predict(*tiny, records, batch_size=n, max_new_tokens=24) for n in (1, 3, 8)}
     assert rows[1] == rows[3] == rows[8]
     assert [r["id"] for r in rows[1]] == [r.id for r in records]
-    assert all(r["prompt"] and r["references"] == [rec.messages[-1]["content"]] for r, rec in zip(rows[1], records))
+    assert all(
+        r["prompt"] and r["references"] == [rec.messages[-1]["content"]]
+        for r, rec in zip(rows[1], records)
+    )
 
 
 def test_the_model_is_left_as_it_was(data, tiny):
@@ -87,18 +92,31 @@ def test_the_model_is_left_as_it_was(data, tiny):
 
 
 def test_pictures_are_turned_as_they_were_asked_for(data, tiny, monkeypatch):
-    seen, pictures = [], evaluate.Record.pictures
-    monkeypatch.setattr(evaluate.Record, "pictures", lambda self, exif=False: seen.append((type(self.images[0]), exif)) or pictures(self, exif))
+    seen, pictures = [], predict.Record.pictures
+    monkeypatch.setattr(
+        predict.Record,
+        "pictures",
+        lambda self, exif=False: seen.append((type(self.images[0]), exif)) or pictures(self, exif),
+    )
     predict(*tiny, read_records(data)[:2], exif=True, max_new_tokens=2)
-    assert [exif for kind, exif in seen if issubclass(kind, Path)] == [True, True]  # the others are decoded
+    # the others are decoded
+    assert [exif for kind, exif in seen if issubclass(kind, Path)] == [True, True]
 
 
 def test_an_answer_is_text_and_nothing_around_it(data, tiny, monkeypatch):
-    (model, processor), asked, generate = tiny, {}, evaluate.generate
-    monkeypatch.setattr(evaluate, "generate", lambda *a, **options: asked.update(options) or generate(*a, **options))
+    (model, processor), asked, generate = tiny, {}, predict.generate
+    monkeypatch.setattr(
+        predict, "generate", lambda *a, **options: asked.update(options) or generate(*a, **options)
+    )
     monkeypatch.setattr(type(processor), "decode", lambda self, ids: " red\n")
-    assert predict(model, processor, read_records(data)[:1], max_new_tokens=2)[0]["prediction"] == "red"
-    assert processor.image_token_id in asked["suppress_tokens"] and processor.tokenizer.eos_id in asked["eos_token_id"]
+    assert (
+        predict(model, processor, read_records(data)[:1], max_new_tokens=2)[0]["prediction"]
+        == "red"
+    )
+    assert (
+        processor.image_token_id in asked["suppress_tokens"]
+        and processor.tokenizer.eos_id in asked["eos_token_id"]
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "length_penalty": 3.0}])
@@ -109,10 +127,16 @@ def test_an_answer_is_cut_where_no_end_token_came(data, tiny, options):
     seen = set()
     for most in range(1, 6):
         rows = predict(model, processor, records, batch_size=4, max_new_tokens=most, **options)
-        o = read_options({"max_new_tokens": most, "eos_token_id": ends, "suppress_tokens": silent, **options})
+        o = read_options(
+            {"max_new_tokens": most, "eos_token_id": ends, "suppress_tokens": silent, **options}
+        )
         for record, row in zip(records, rows, strict=True):
-            batch, _, _ = evaluate.evaluation_batch([record], processor)
-            raw = beam_search(model, batch, o)[0].tolist() if options else list(map(int, decode(model, batch, o)))
+            batch, _, _ = predict.evaluation_batch([record], processor)
+            raw = (
+                beam_search(model, batch, o)[0].tolist()
+                if options
+                else list(map(int, decode(model, batch, o)))
+            )
             ended = [i for i, id in enumerate(raw) if id in ends]
             assert row.get("stopped") == (None if ended else "limit"), (most, raw)
             seen.add(ended[0] == most - 1 if ended else None)
@@ -123,35 +147,77 @@ def test_cut_answers_are_counted_and_named_with_the_mend(data, tmp_path, capsys)
     cut = ["--data", str(data), "--device", "cpu", "--max-new-tokens", "1"]
     script.main(cut)
     said = capsys.readouterr().err
-    assert "18 of 18 answers were cut at --max-new-tokens 1, before their end: questions-val-000000, " in said and said.endswith("; raise it\n")
+    assert (
+        "18 of 18 answers were cut at --max-new-tokens 1, before their end: questions-val-000000, "
+        in said
+        and said.endswith("; raise it\n")
+    )
     script.main([*cut, "--out", str(tmp_path / "one"), "--compare", "tiny"])
     assert capsys.readouterr().err.count("18 of 18 answers were cut at --max-new-tokens 1") == 2
     for folder in (tmp_path / "one", tmp_path / "one" / "compare"):
         assert all(row["stopped"] == "limit" for row in lines(folder / "predictions.jsonl"))
         remarks = json.loads((folder / "settings.json").read_text())["remarks"]
-        assert "18 of 18 answers were cut" in remarks[-1] and remarks[-1].endswith("; raise it, with another --out")
+        assert "18 of 18 answers were cut" in remarks[-1] and remarks[-1].endswith(
+            "; raise it, with another --out"
+        )
     page = (tmp_path / "one" / "report.html").read_text(encoding="utf-8")
-    assert page.count('"x":true') == page.count('"y":true') == 18 and "18 of 18 answers were cut" in page
-    script.main([*cut, "--out", str(tmp_path / "one"), "--compare", "tiny"])  # answers that are kept keep their mark
+    assert (
+        page.count('"x":true') == page.count('"y":true') == 18
+        and "18 of 18 answers were cut" in page
+    )
+    # answers that are kept keep their mark
+    script.main([*cut, "--out", str(tmp_path / "one"), "--compare", "tiny"])
     assert "18 of 18 answers were cut" in capsys.readouterr().err
 
 
 def test_what_a_metric_does_not_measure_stands_beside_its_score(data, tmp_path, capsys):
-    pytest.importorskip("sacrebleu", reason="what computes this metric; pip install -e '.[metrics]'")
-    records = [r for r in json.loads(data.read_text()) if len(r["conversations"][-1]["value"].split()) < 3]
+    pytest.importorskip(
+        "sacrebleu", reason="what computes this metric; pip install -e '.[metrics]'"
+    )
+    records = [
+        r for r in json.loads(data.read_text()) if len(r["conversations"][-1]["value"].split()) < 3
+    ]
     (data.parent / "short.json").write_text(json.dumps(records))
     n, out = len(records), tmp_path / "out"
-    run(data.parent / "short.json", "--metrics", "exact_match,bleu", "--by", "kind", "--out", str(out))
+    run(
+        data.parent / "short.json",
+        "--metrics",
+        "exact_match,bleu",
+        "--by",
+        "kind",
+        "--out",
+        str(out),
+    )
     said, table = capsys.readouterr(), json.loads((out / "metrics.json").read_text())
     line = f"bleu: {n} of {n} examples have fewer than 4 words"
-    assert said.out.count("fewer than 4 words") == 1 and line in said.out and max(map(len, said.out.splitlines())) < 80
-    assert "use chrf, exact_match or token_f1" in " ".join(said.out.split())  # folded, and none of it lost
-    assert table["bleu"]["score"] == 0 and set(table["exact_match"]) == {"score", "low", "high", "n"}
+    assert (
+        said.out.count("fewer than 4 words") == 1
+        and line in said.out
+        and max(map(len, said.out.splitlines())) < 80
+    )
+    # folded, and none of it lost
+    assert "use chrf, exact_match or token_f1" in " ".join(said.out.split())
+    assert table["bleu"]["score"] == 0 and set(table["exact_match"]) == {
+        "score",
+        "low",
+        "high",
+        "n",
+    }
     assert f"bleu: {table['bleu']['remarks'][0]}".startswith(line)
     assert (out / "report.html").read_text(encoding="utf-8").count("fewer than 4 words") == 1
-    run(data.parent / "short.json", "--metrics", "bleu", "--compare", "tiny", "--out", str(tmp_path / "two"))
+    run(
+        data.parent / "short.json",
+        "--metrics",
+        "bleu",
+        "--compare",
+        "tiny",
+        "--out",
+        str(tmp_path / "two"),
+    )
     assert capsys.readouterr().out.count("fewer than 4 words") == 1
-    assert (tmp_path / "two" / "report.html").read_text(encoding="utf-8").count("fewer than 4 words") == 1
+    assert (tmp_path / "two" / "report.html").read_text(encoding="utf-8").count(
+        "fewer than 4 words"
+    ) == 1
 
 
 def test_logprob_is_that_of_the_answer_token_by_token(data, tiny):
@@ -159,8 +225,8 @@ def test_logprob_is_that_of_the_answer_token_by_token(data, tiny):
     records = read_records(data)[:5]
     rows = predict(model, processor, records, batch_size=5, max_new_tokens=24, logprob=True)
     for record, row in zip(records, rows):
-        batch, _, _ = evaluate.evaluation_batch([record], processor)
-        ids = evaluate.generate(model, batch, max_new_tokens=24, eos_token_id=processor.stop_ids)[0]
+        batch, _, _ = predict.evaluation_batch([record], processor)
+        ids = predict.generate(model, batch, max_new_tokens=24, eos_token_id=processor.stop_ids)[0]
         total = 0.0
         for i in range(len(ids)):
             fed = torch.cat([batch["input_ids"], torch.tensor([ids[:i]], dtype=torch.long)], 1)
@@ -172,27 +238,54 @@ def test_the_script_writes_predictions_and_metrics(data, tmp_path, capsys):
     out = tmp_path / "out"
     run(data, "--out", str(out), "--by", "kind")
     rows, table = lines(out / "predictions.jsonl"), json.loads((out / "metrics.json").read_text())
-    assert {p.name for p in out.iterdir()} == {"predictions.jsonl", "metrics.json", "settings.json", "report.html"}
-    assert len(rows) == 18 and set(rows[0]) == {"id", "prompt", "prediction", "references", "record", "scores"}
+    assert {p.name for p in out.iterdir()} == {
+        "predictions.jsonl",
+        "metrics.json",
+        "settings.json",
+        "report.html",
+    }
+    assert len(rows) == 18 and set(rows[0]) == {
+        "id",
+        "prompt",
+        "prediction",
+        "references",
+        "record",
+        "scores",
+    }
     assert set(table) == {"exact_match", *(f"exact_match {kind}" for kind in toy.KINDS)}
     assert table["exact_match colour"]["n"] == 3
     found = table["exact_match"]
-    assert found["n"] == 18 and found["score"] == pytest.approx(sum(r["scores"]["exact_match"] for r in rows) / 18)
+    assert found["n"] == 18 and found["score"] == pytest.approx(
+        sum(r["scores"]["exact_match"] for r in rows) / 18
+    )
     assert found["low"] <= found["score"] <= found["high"]
     said = capsys.readouterr()
     assert "exact_match" in said.out and max(map(len, said.out.splitlines())) <= 80
     assert "18 of 18" in said.err and "left" in said.err
     settings = json.loads((out / "settings.json").read_text())
-    assert settings["prompt"].endswith("ASSISTANT:") and "<image>" in settings["prompt"] and "fp32" in settings["checked"]
-    assert settings["image_aspect_ratio"] in ("pad", "crop") and settings["num_beams"] == 1 and settings["versions"]["torch"]
+    assert (
+        settings["prompt"].endswith("ASSISTANT:")
+        and "<image>" in settings["prompt"]
+        and "fp32" in settings["checked"]
+    )
+    assert (
+        settings["image_aspect_ratio"] in ("pad", "crop")
+        and settings["num_beams"] == 1
+        and settings["versions"]["torch"]
+    )
     run(data, "--out", str(tmp_path / "beams"), "--num-beams", "2")
-    assert json.loads((tmp_path / "beams" / "settings.json").read_text())["decoding"] == "beam search with 2 beams"
-    assert settings["decoding"] == "greedy" and "greedy" in (out / "report.html").read_text(encoding="utf-8")
+    assert (
+        json.loads((tmp_path / "beams" / "settings.json").read_text())["decoding"]
+        == "beam search with 2 beams"
+    )
+    assert settings["decoding"] == "greedy" and "greedy" in (out / "report.html").read_text(
+        encoding="utf-8"
+    )
 
 
 def interrupt(monkeypatch, after: int) -> None:
     """generate raises in the batch that comes after so many."""
-    real, left = evaluate.generate, [after]
+    real, left = predict.generate, [after]
 
     def generate(*args, **options):
         if not left[0]:
@@ -200,10 +293,12 @@ def interrupt(monkeypatch, after: int) -> None:
         left[0] -= 1
         return real(*args, **options)
 
-    monkeypatch.setattr(evaluate, "generate", generate)
+    monkeypatch.setattr(predict, "generate", generate)
 
 
-def test_an_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(data, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(
+    data, tmp_path, monkeypatch, capsys
+):
     whole, out = tmp_path / "whole", tmp_path / "out"
     run(data, "--out", str(whole), "--batch-size", "4")
     for after in (2, 1):
@@ -214,16 +309,22 @@ def test_an_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(data, tmp_p
             f.write('{"id": "questions-va')  # killed in the middle of a line
         assert not (out / "metrics.json").exists()
     first = (out / "predictions.jsonl").read_text().splitlines()[0]
-    (out / "predictions-1.jsonl").write_text(first + "\n")  # what another rank left, one answer twice
+    # what another rank left, one answer twice
+    (out / "predictions-1.jsonl").write_text(first + "\n")
     capsys.readouterr()
     run(data, "--out", str(out), "--batch-size", "3")  # of which the answers do not depend
     said = capsys.readouterr().err
-    assert "goes on after 12 of 18" in said and "cut short" in said and "1 of its 13 answers stand there twice" in said
+    assert (
+        "goes on after 12 of 18" in said
+        and "cut short" in said
+        and "1 of its 13 answers stand there twice" in said
+    )
     for name in ("predictions.jsonl", "metrics.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
     assert not (out / "predictions-1.jsonl").exists()
 
-    monkeypatch.setattr(evaluate, "generate", None)  # all is answered: other metrics of the same answers
+    # all is answered: other metrics of the same answers
+    monkeypatch.setattr(predict, "generate", None)
     run(data, "--out", str(out), "--metrics", "exact_match,token_f1")
     assert set(json.loads((out / "metrics.json").read_text())) == {"exact_match", "token_f1"}
 
@@ -233,16 +334,35 @@ def test_answers_made_otherwise_are_not_mixed(data, tmp_path, changed):
     run(data, "--out", str(out))
     before = {p: p.read_bytes() for p in out.iterdir()}
     other = changed(lambda records: records[0]["conversations"][1].update(value="x"))
-    for flags, named in ((["--num-beams", "2"], "num_beams"), (["--image-aspect-ratio", "crop"], "image_aspect_ratio"),
-                         (["--dtype", "bf16"], "dtype"), (["--exif"], "exif"), (["--logprob"], "logprob"), (["--template", "vicuna_v1"], "template"),
-                         (["--max-new-tokens", "9"], "max_new_tokens")):
+    for flags, named in (
+        (["--num-beams", "2"], "num_beams"),
+        (["--image-aspect-ratio", "crop"], "image_aspect_ratio"),
+        (["--dtype", "bf16"], "dtype"),
+        (["--exif"], "exif"),
+        (["--logprob"], "logprob"),
+        (["--template", "vicuna_v1"], "template"),
+        (["--max-new-tokens", "9"], "max_new_tokens"),
+    ):
         with pytest.raises(UserError, match=f"other settings.*{named}") as e:
-            script.main(["--data", str(data), "--device", "cpu", "--out", str(out), *([] if "--max-new-tokens" in flags else ["--max-new-tokens", "8"]), *flags])
+            script.main(
+                [
+                    "--data",
+                    str(data),
+                    "--device",
+                    "cpu",
+                    "--out",
+                    str(out),
+                    *([] if "--max-new-tokens" in flags else ["--max-new-tokens", "8"]),
+                    *flags,
+                ]
+            )
         assert "\n" not in str(e.value)
     with pytest.raises(UserError, match="other settings: data_sha256"):
         run(other, "--out", str(out))
     assert before == {p: p.read_bytes() for p in out.iterdir()}
-    with pytest.raises(UserError, match="1 of its 18 answers are to questions.*questions-val-000000"):
+    with pytest.raises(
+        UserError, match="1 of its 18 answers are to questions.*questions-val-000000"
+    ):
         read_answers(out, read_records(data)[1:])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
@@ -250,14 +370,22 @@ def test_answers_made_otherwise_are_not_mixed(data, tmp_path, changed):
         run(data, "--out", str(tmp_path / "full"))
 
 
-@pytest.mark.parametrize("change, named", [
-    (lambda row: {}, "predictions.jsonl:2: is no answer"), (lambda row: [row], "predictions.jsonl:2: is no answer"),
-    (lambda row: row | {"prediction": 5}, "predictions.jsonl:2: is no answer"),
-    (lambda row: row | {"prediction": "\ud800"}, "predictions.jsonl:2: is no answer"),
-    (lambda row: {k: v for k, v in row.items() if k != "record"}, "predictions.jsonl:2: is no answer"),
-    (lambda row: row | {"id": []}, "1 of its 18 answers are to questions"),
-    (lambda row: row | {"references": [{}]}, "1 of its 18 answers are to questions"),
-    (None, "predictions.jsonl:2: is no answer")])
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda row: {}, "predictions.jsonl:2: is no answer"),
+        (lambda row: [row], "predictions.jsonl:2: is no answer"),
+        (lambda row: row | {"prediction": 5}, "predictions.jsonl:2: is no answer"),
+        (lambda row: row | {"prediction": "\ud800"}, "predictions.jsonl:2: is no answer"),
+        (
+            lambda row: {k: v for k, v in row.items() if k != "record"},
+            "predictions.jsonl:2: is no answer",
+        ),
+        (lambda row: row | {"id": []}, "1 of its 18 answers are to questions"),
+        (lambda row: row | {"references": [{}]}, "1 of its 18 answers are to questions"),
+        (None, "predictions.jsonl:2: is no answer"),
+    ],
+)
 def test_a_damaged_line_is_one_line(answered, data, change, named):
     folder, records = answered, read_records(data)
     whole = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
@@ -268,14 +396,23 @@ def test_a_damaged_line_is_one_line(answered, data, change, named):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("name, change", [("config.json", lambda c: c["text_config"].update(rms_norm_eps=0.1)),
-                                          ("generation_config.json", lambda c: c.update(max_length=77)),
-                                          ("tokenizer_config.json", lambda c: c.update(note="x"))])
-def test_a_model_whose_small_files_changed_does_not_go_on(data, tmp_path, name, change, monkeypatch):
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("config.json", lambda c: c["text_config"].update(rms_norm_eps=0.1)),
+        ("generation_config.json", lambda c: c.update(max_length=77)),
+        ("tokenizer_config.json", lambda c: c.update(note="x")),
+    ],
+)
+def test_a_model_whose_small_files_changed_does_not_go_on(
+    data, tmp_path, name, change, monkeypatch
+):
     model, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(TINY, model)
     run(data, "--model", str(model), "--out", str(out))
-    monkeypatch.setattr(sys.modules["llava_min.load"], "load_weights", lambda *a: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        sys.modules["llava_min.load"], "load_weights", lambda *a: pytest.fail("weights were read")
+    )
     config = json.loads((model / name).read_text())
     change(config)
     (model / name).write_text(json.dumps(config))
@@ -288,20 +425,30 @@ def test_a_model_whose_weights_changed_does_not_go_on(answered, data, tmp_path):
 
     shutil.copytree(TINY, tmp_path / "model")
     weights = load_file(TINY / "model.safetensors")
-    save_file({name: x * 1.01 for name, x in weights.items()}, tmp_path / "model" / "model.safetensors")
+    save_file(
+        {name: x * 1.01 for name, x in weights.items()}, tmp_path / "model" / "model.safetensors"
+    )
     with pytest.raises(UserError, match="other settings: weights"):
         run(data, "--model", str(tmp_path / "model"), "--out", str(answered))
 
 
 def test_every_small_file_that_makes_an_answer_is_looked_at(tmp_path, monkeypatch):
-    """Those that data/tokenizer_files.py, data/processor_files.py and config.py read, and an adapter's."""
+    """Those that data/tokenizer_files.py, data/processor_files.py and config.py read, and an
+    adapter's.
+    """
     shutil.copytree(TINY, tmp_path / "model")
-    names = [p.name for p in TINY.iterdir() if p.suffix != ".safetensors"] + ["chat_template.json", "special_tokens_map.json", "added_tokens.json"]
+    names = [p.name for p in TINY.iterdir() if p.suffix != ".safetensors"] + [
+        "chat_template.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    ]
     seen = [script.small_files(str(tmp_path / "model"), None)]
     for name in names:
         with open(tmp_path / "model" / name, "a") as f:
             f.write("\n")
-        monkeypatch.setattr(sys.modules["llava_min.load"], "read_config", lambda folder: (None, None))
+        monkeypatch.setattr(
+            sys.modules["llava_min.load"], "read_config", lambda folder: (None, None)
+        )
         seen.append(script.small_files(str(tmp_path / "model"), None))
     assert len(set(seen)) == 1 + len(names)
 
@@ -311,8 +458,12 @@ def test_the_weight_of_a_file_is_part_of_the_data(data):
 
 
 def test_the_intervals_are_those_of_the_seed(data, tmp_path, monkeypatch):
-    seeds, resampled = [], evaluate.resampled
-    monkeypatch.setattr(evaluate, "resampled", lambda statistics, seed: seeds.append(seed) or resampled(statistics, seed))
+    seeds, resampled = [], predict.resampled
+    monkeypatch.setattr(
+        predict,
+        "resampled",
+        lambda statistics, seed: seeds.append(seed) or resampled(statistics, seed),
+    )
     run(data, "--compare", "tiny", "--seed", "7")
     assert seeds == [7] * 4  # a table of each side, and both sides of the difference
 
@@ -320,7 +471,10 @@ def test_the_intervals_are_those_of_the_seed(data, tmp_path, monkeypatch):
 def test_a_metric_that_fails_leaves_the_others_written_and_is_an_error(data, tmp_path):
     with pytest.raises(UserError, match="--metrics: vqa failed, as the warnings above say"):
         run(data, "--metrics", "exact_match,vqa", "--out", str(tmp_path / "out"))
-    assert set(json.loads((tmp_path / "out" / "metrics.json").read_text())) == {"exact_match"} and (tmp_path / "out" / "report.html").exists()
+    assert (
+        set(json.loads((tmp_path / "out" / "metrics.json").read_text())) == {"exact_match"}
+        and (tmp_path / "out" / "report.html").exists()
+    )
 
 
 def test_answers_about_other_pictures_of_the_same_names_are_not_taken(answered, data, tmp_path):
@@ -329,7 +483,10 @@ def test_answers_about_other_pictures_of_the_same_names_are_not_taken(answered, 
     path = other / os.path.relpath(records[4].images[0], data.parent)
     path.write_bytes(path.read_bytes() + b"\0")
     before = {p: p.read_bytes() for p in answered.iterdir() if p.name != "settings.json"}
-    with pytest.raises(UserError, match="1 of its 18 answers are to questions .* or about other pictures .questions-val-000004"):
+    with pytest.raises(
+        UserError,
+        match="1 of its 18 answers are to questions .* or about other pictures .questions-val-000004",
+    ):
         run(data, "--image-folder", str(other), "--out", str(answered))
     assert before == {p: p.read_bytes() for p in answered.iterdir() if p.name != "settings.json"}
 
@@ -383,17 +540,28 @@ def test_what_cannot_be_scored_is_counted_and_named(changed, tmp_path, capsys):
     said, rows = capsys.readouterr().err, lines(out / "predictions.jsonl")
     assert "1 of 18 records could not be read and are not scored: questions-val-000000" in said
     assert "1 of 18 records have no reference and are not scored: questions-val-000001" in said
-    assert rows[0]["error"] and rows[0]["scores"] == rows[1]["scores"] == {} and rows[2]["references"][0] == "x"
+    assert (
+        rows[0]["error"]
+        and rows[0]["scores"] == rows[1]["scores"] == {}
+        and rows[2]["references"][0] == "x"
+    )
     assert json.loads((out / "metrics.json").read_text())["exact_match"]["n"] == 16
     assert len(json.loads((out / "settings.json").read_text())["remarks"]) == 3
-    shutil.copy(path.parent / records[3].images[0], path.parent / records[0].images[0])  # mended: it is asked again, alone
+    # mended: it is asked again, alone
+    shutil.copy(path.parent / records[3].images[0], path.parent / records[0].images[0])
     run(path, "--out", str(out), "--by", "kind")
-    assert "goes on after 17 of 18" in capsys.readouterr().err and "error" not in lines(out / "predictions.jsonl")[0]
+    assert (
+        "goes on after 17 of 18" in capsys.readouterr().err
+        and "error" not in lines(out / "predictions.jsonl")[0]
+    )
     assert json.loads((out / "metrics.json").read_text())["exact_match"]["n"] == 17
 
 
 def test_empty_predictions_are_counted(capsys):
-    rows = [{"id": "a", "prediction": "", "references": ["x"]}, {"id": "b", "prediction": "x", "references": ["x"]}]
+    rows = [
+        {"id": "a", "prediction": "", "references": ["x"]},
+        {"id": "b", "prediction": "x", "references": ["x"]},
+    ]
     assert script.remarks(rows) == ["1 of 2 records have an empty prediction: a"]
 
 
@@ -410,12 +578,19 @@ def test_records_of_one_id_keep_their_own_answers(changed, tmp_path, capsys):
     assert lines(tmp_path / "out" / "predictions.jsonl") == first and len(first) == 18
 
 
-def test_records_that_differ_by_picture_or_earlier_turns_alone_keep_their_own_answers(changed, tmp_path):
+def test_records_that_differ_by_picture_or_earlier_turns_alone_keep_their_own_answers(
+    changed, tmp_path
+):
     def change(records):
         for i, record in enumerate(records):
-            record.update(id="same", conversations=[dict(turn) for turn in records[0]["conversations"]])
+            record.update(
+                id="same", conversations=[dict(turn) for turn in records[0]["conversations"]]
+            )
             if i % 2:  # another turn before the last
-                record["conversations"] += [{"from": "human", "value": "And what else?"}, {"from": "gpt", "value": "x"}]
+                record["conversations"] += [
+                    {"from": "human", "value": "And what else?"},
+                    {"from": "gpt", "value": "x"},
+                ]
                 record["conversations"][1]["value"] = f"answer {i}"
         for record in records[1::4]:
             record["image"] = records[1]["image"]
@@ -423,18 +598,26 @@ def test_records_that_differ_by_picture_or_earlier_turns_alone_keep_their_own_an
     path, out = changed(change), tmp_path / "out"
     run(path, "--out", str(out))
     first = lines(out / "predictions.jsonl")
-    assert len({row["record"] for row in first}) == 18 and len({row["prediction"] for row in first[::2]}) > 1
+    assert (
+        len({row["record"] for row in first}) == 18
+        and len({row["prediction"] for row in first[::2]}) > 1
+    )
     text = (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    (out / "predictions.jsonl").write_text("\n".join(reversed(text[9:])) + "\n", encoding="utf-8")  # interrupted: half, in any order
+    # interrupted: half, in any order
+    (out / "predictions.jsonl").write_text("\n".join(reversed(text[9:])) + "\n", encoding="utf-8")
     run(path, "--out", str(out))
     assert lines(out / "predictions.jsonl") == first
 
 
 def test_what_cannot_be_printed_is_written_all_the_same(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "show", lambda scores: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe")))
+    monkeypatch.setattr(
+        script, "show", lambda scores: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe"))
+    )
     with pytest.raises(BrokenPipeError):
         run(data, "--out", str(tmp_path / "out"))
-    assert {"predictions.jsonl", "settings.json", "metrics.json", "report.html"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"predictions.jsonl", "settings.json", "metrics.json", "report.html"} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
 
 
 def test_a_model_and_an_adapter_of_it_are_compared(data, tmp_path, capsys):
@@ -456,12 +639,20 @@ def test_a_model_and_an_adapter_of_it_are_compared(data, tmp_path, capsys):
     assert [r["id"] for r in base] == [r["id"] for r in tuned] and base != tuned
     m = json.loads((out / "compare.json").read_text())["exact_match"]
     mean = lambda rows: sum(r["scores"]["exact_match"] for r in rows) / 18
-    assert (m["base"], m["tuned"], m["score"]) == pytest.approx((mean(base), mean(tuned), mean(tuned) - mean(base)))
-    assert m["low"] <= m["score"] <= m["high"] and "change" in said and max(map(len, said.splitlines())) <= 80
+    assert (m["base"], m["tuned"], m["score"]) == pytest.approx(
+        (mean(base), mean(tuned), mean(tuned) - mean(base))
+    )
+    assert (
+        m["low"] <= m["score"] <= m["high"]
+        and "change" in said
+        and max(map(len, said.splitlines())) <= 80
+    )
     run(data, "--compare", str(tmp_path / "adapter"), "--by", "kind", "--out", str(out))
     found = json.loads((out / "compare.json").read_text())
     kinds = {name.removeprefix("exact_match "): x for name, x in found.items() if " " in name}
-    assert found["exact_match"] == m and sum(x["n"] for x in kinds.values()) == 18 and len(kinds) > 2
+    assert (
+        found["exact_match"] == m and sum(x["n"] for x in kinds.values()) == 18 and len(kinds) > 2
+    )
     assert sum(x["n"] * x["score"] for x in kinds.values()) == pytest.approx(18 * m["score"])
     base, tuned = lines(out / "predictions.jsonl"), lines(out / "compare" / "predictions.jsonl")
     before = {p: p.read_bytes() for p in out.rglob("*.*")}
@@ -470,7 +661,15 @@ def test_a_model_and_an_adapter_of_it_are_compared(data, tmp_path, capsys):
     assert before == {p: p.read_bytes() for p in out.rglob("*.*")}
     run(data, "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "alone"))
     assert lines(tmp_path / "alone" / "predictions.jsonl") == tuned
-    run(data, "--adapter", str(tmp_path / "adapter"), "--compare", "tiny", "--out", str(tmp_path / "other"))
+    run(
+        data,
+        "--adapter",
+        str(tmp_path / "adapter"),
+        "--compare",
+        "tiny",
+        "--out",
+        str(tmp_path / "other"),
+    )
     assert json.loads((tmp_path / "other" / "compare.json").read_text())["exact_match"] == m
     assert "Comparison" in (tmp_path / "other" / "report.html").read_text(encoding="utf-8")
     path = tmp_path / "adapter" / "adapter_config.json"
@@ -481,12 +680,16 @@ def test_a_model_and_an_adapter_of_it_are_compared(data, tmp_path, capsys):
 
 def test_the_interval_of_a_difference_is_paired():
     def measured(answers, skip=None):
-        rows = [{"prediction": a, "references": ["1"], **({"error": "x"} if i == skip else {})} for i, a in enumerate(answers)]
+        rows = [
+            {"prediction": a, "references": ["1"], **({"error": "x"} if i == skip else {})}
+            for i, a in enumerate(answers)
+        ]
         return measure_all(rows, ["exact_match"])
 
     one = measured("10" * 50)
     m = difference(one, measured("10" * 45 + "1" * 10))["exact_match"]
-    assert m["score"] == pytest.approx(0.05) and m["low"] >= 0 and m["high"] < 0.12  # unpaired: from -0.09 to 0.19
+    # unpaired: from -0.09 to 0.19
+    assert m["score"] == pytest.approx(0.05) and m["low"] >= 0 and m["high"] < 0.12
     same = difference(one, one)["exact_match"]
     assert same["score"] == same["low"] == same["high"] == 0
     m = difference(one, measured("0" + "10" * 49 + "1", skip=0))["exact_match"]
@@ -495,43 +698,99 @@ def test_the_interval_of_a_difference_is_paired():
 
 def test_half_precision_says_what_was_checked(data, tmp_path):
     run(data, "--dtype", "bf16", "--out", str(tmp_path / "out"), "--batch-size", "8")
-    assert "of 8 answers are the same one at a time" in json.loads((tmp_path / "out" / "settings.json").read_text())["checked"]
+    assert (
+        "of 8 answers are the same one at a time"
+        in json.loads((tmp_path / "out" / "settings.json").read_text())["checked"]
+    )
 
 
 def test_two_ranks_answer_as_one(data, tmp_path):
     run(data, "--out", str(tmp_path / "one"))
     (tmp_path / "begun").mkdir()  # by one rank, which had answered some of them
     shutil.copy(tmp_path / "one" / "settings.json", tmp_path / "begun")
-    (tmp_path / "begun" / "predictions.jsonl").write_bytes(b"".join((tmp_path / "one" / "predictions.jsonl").read_bytes().splitlines(True)[2:9]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "eval.py"),
-               "--data", str(data), "--max-new-tokens", "8", "--device", "cpu", "--batch-size", "4", "--out"]
+    (tmp_path / "begun" / "predictions.jsonl").write_bytes(
+        b"".join((tmp_path / "one" / "predictions.jsonl").read_bytes().splitlines(True)[2:9])
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(ROOT / "eval.py"),
+        "--data",
+        str(data),
+        "--max-new-tokens",
+        "8",
+        "--device",
+        "cpu",
+        "--batch-size",
+        "4",
+        "--out",
+    ]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     for out in (tmp_path / "two", tmp_path / "begun"):
-        done = subprocess.run([*command, str(out)], capture_output=True, text=True, env=one_thread, timeout=200)
+        done = subprocess.run(
+            [*command, str(out)], capture_output=True, text=True, env=one_thread, timeout=200
+        )
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("exact_match") == 1 and ("goes on after 7 of 18 answers" in done.stderr) == (out.name == "begun")
-        assert {p.name for p in out.iterdir()} == {"predictions.jsonl", "metrics.json", "settings.json", "report.html"}
+        assert done.stdout.count("exact_match") == 1 and (
+            "goes on after 7 of 18 answers" in done.stderr
+        ) == (out.name == "begun")
+        assert {p.name for p in out.iterdir()} == {
+            "predictions.jsonl",
+            "metrics.json",
+            "settings.json",
+            "report.html",
+        }
         for name in ("predictions.jsonl", "metrics.json"):
             assert (tmp_path / "one" / name).read_bytes() == (out / name).read_bytes()
 
 
-@pytest.mark.parametrize("argv, named", [
-    ([], "--data"), (["--data", "absent.json"], "absent.json"), (["--metrics", "blue"], "blue"), (["--batch-size", "0"], "--batch-size"),
-    (["--benchmark", "vqa"], "did you mean vqav2"), (["--compare", "absent"], "absent"), (["--by", "sort"], "--by sort: no record"),
-    (["--device", "tpu"], "--device: 'tpu'"), (["--template", "poem"], "--template: poem"), (["--logprob"], "--logprob: is written"), (["--model", "/etc"], "/etc: holds no config.json"),
-    (["--max-new-tokens", "1020"], "--max-new-tokens: 1020 and the .* tokens of record questions-val-000000 .* context of 1024"), (["--out", "/proc/x"], "--out /proc/x: cannot be written")])
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        ([], "--data"),
+        (["--data", "absent.json"], "absent.json"),
+        (["--metrics", "blue"], "blue"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--benchmark", "vqa"], "did you mean vqav2"),
+        (["--compare", "absent"], "absent"),
+        (["--by", "sort"], "--by sort: no record"),
+        (["--device", "tpu"], "--device: 'tpu'"),
+        (["--template", "poem"], "--template: poem"),
+        (["--logprob"], "--logprob: is written"),
+        (["--model", "/etc"], "/etc: holds no config.json"),
+        (
+            ["--max-new-tokens", "1020"],
+            "--max-new-tokens: 1020 and the .* tokens of record questions-val-000000 .* context of "
+            "1024",
+        ),
+        (["--out", "/proc/x"], "--out /proc/x: cannot be written"),
+    ],
+)
 def test_mistakes_are_one_line_before_weights_are_read(data, argv, named, monkeypatch):
-    monkeypatch.setattr(sys.modules["llava_min.load"], "load_weights", lambda *a: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        sys.modules["llava_min.load"], "load_weights", lambda *a: pytest.fail("weights were read")
+    )
     with pytest.raises(UserError, match=named) as e:
         script.main(argv if not argv or argv[0] == "--data" else ["--data", str(data), *argv])
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("change, named", [
-    (lambda rs: rs[3]["conversations"].pop(), "must be an answer"),
-    (lambda rs: rs[3]["conversations"][1].update(value=5), "a number"),
-    (lambda rs: rs[3].update(references=["x", 5]), "questions-val-000003: references"),
-    (lambda rs: [r.update(references=[]) for r in rs], "none of its 18 records has a right answer")])
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda rs: rs[3]["conversations"].pop(), "must be an answer"),
+        (lambda rs: rs[3]["conversations"][1].update(value=5), "a number"),
+        (lambda rs: rs[3].update(references=["x", 5]), "questions-val-000003: references"),
+        (
+            lambda rs: [r.update(references=[]) for r in rs],
+            "none of its 18 records has a right answer",
+        ),
+    ],
+)
 def test_data_without_answers_or_with_answers_of_two_kinds_is_one_line(changed, change, named):
     with pytest.raises(UserError, match=named) as e:
         run(changed(change))
@@ -539,21 +798,32 @@ def test_data_without_answers_or_with_answers_of_two_kinds_is_one_line(changed, 
 
 
 def test_references_are_looked_at_before_weights_are_read(changed, monkeypatch):
-    monkeypatch.setattr(sys.modules["llava_min.load"], "load_weights", lambda *a: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        sys.modules["llava_min.load"], "load_weights", lambda *a: pytest.fail("weights were read")
+    )
     with pytest.raises(UserError, match="questions-val-000003: references"):
         run(changed(lambda records: records[3].update(references=["x", 5])))
 
 
-@pytest.mark.parametrize("flag, value, names", [("--compare", "/none", "/none: no such folder"), ("--compare", "", "--compare: is empty"),
-                                                ("--out", "", "--out: is empty"), ("--adapter", "", "--adapter: is empty")])
+@pytest.mark.parametrize(
+    "flag, value, names",
+    [
+        ("--compare", "/none", "/none: no such folder"),
+        ("--compare", "", "--compare: is empty"),
+        ("--out", "", "--out: is empty"),
+        ("--adapter", "", "--adapter: is empty"),
+    ],
+)
 def test_mistakes_are_found_before_anything_is_answered(data, flag, value, names, monkeypatch):
-    monkeypatch.setattr(evaluate, "predict", lambda *a, **k: pytest.fail("a model answered"))
+    monkeypatch.setattr(predict, "predict", lambda *a, **k: pytest.fail("a model answered"))
     with pytest.raises(UserError, match=names):
         run(data, flag, value)
 
 
-def test_how_an_adapter_is_asked_is_looked_at_before_anything_is_answered(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "predict", lambda *a, **k: pytest.fail("a model answered"))
+def test_how_an_adapter_is_asked_is_looked_at_before_anything_is_answered(
+    data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(predict, "predict", lambda *a, **k: pytest.fail("a model answered"))
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "processor_config.json").write_text('{"llava_min_template": "poem"}')
     with pytest.raises(UserError, match="template: poem"):
@@ -565,11 +835,15 @@ def test_a_folder_whose_answers_cannot_be_read_stays_as_it_was(data, tmp_path):
     (tmp_path / "predictions.jsonl").write_text("[]\n{}\n")
     with pytest.raises(UserError, match="predictions.jsonl:1: is no answer"), ExitStack() as held:
         script.open_answers(tmp_path, {"seed": 0, "batch_size": 3}, read_records(data), ALONE, held)
-    assert (tmp_path / "settings.json").read_text() == '{"seed": 0}' and (tmp_path / "predictions.jsonl").read_text() == "[]\n{}\n"
+    assert (tmp_path / "settings.json").read_text() == '{"seed": 0}' and (
+        tmp_path / "predictions.jsonl"
+    ).read_text() == "[]\n{}\n"
 
 
 def test_a_path_that_is_not_utf8_is_kept_in_the_settings(data, tmp_path):
     folder = tmp_path / "toy\udcff"
     shutil.copytree(data.parent, folder)
     run(folder / data.name, "--out", str(tmp_path / "out"))
-    assert json.loads((tmp_path / "out" / "settings.json").read_text())["data"] == str(folder / data.name)
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["data"] == str(
+        folder / data.name
+    )

@@ -49,7 +49,8 @@ def test_without_fast_the_gradients_are_the_same(monkeypatch):
 
     quick = gradients()
     for page in PAGES:
-        if page.__name__ != "llava_min.fast.attention":  # an empty batch of images needs its plain form
+        # an empty batch of images needs its plain form
+        if page.__name__ != "llava_min.fast.attention":
             monkeypatch.setattr(page, "handles", lambda *_: False)
     for a, b in zip(quick, gradients(), strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm() + 1e-9

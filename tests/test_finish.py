@@ -14,23 +14,27 @@ from test_faults import ranks
 from test_resume import damage
 from training import argv, lines, make_home, run, train
 
-from llava_min import snapshot
-from llava_min.cli import UserError
 from llava_min.data.dataset import Dataset, collate
 from llava_min.data.records import read_records
+from llava_min.errors import UserError
 from llava_min.load import TINY, fresh, load, prepare, save
 from llava_min.tools import finish
+from llava_min.training import checkpoint
 
 SHAPE = ("--batch-size", "6", "--max-steps", "3", "--save-every", "2", "--keep", "9")
 LORA = ("--train", "lora", "--lora-r", "2")
-MODES = {"lora": LORA, "dora": (*LORA, "--dora"),
-         "without projector": (*LORA, "--no-train-projector"),
-         "full": ("--train", "full"), "freeze_vision": ("--train", "freeze_vision"),
-         "projector": ("--train", "projector"), "last": ("--train", "last:1"),
-         "projector, tower": ("--train", "projector", "--train-vision"),
-         "as asked": ("--train", "projector", "--image-aspect-ratio", "crop",
-                      "--template", "vicuna_v1"),
-         "bf16": ("--train", "freeze_vision", "--precision", "bf16")}
+MODES = {
+    "lora": LORA,
+    "dora": (*LORA, "--dora"),
+    "without projector": (*LORA, "--no-train-projector"),
+    "full": ("--train", "full"),
+    "freeze_vision": ("--train", "freeze_vision"),
+    "projector": ("--train", "projector"),
+    "last": ("--train", "last:1"),
+    "projector, tower": ("--train", "projector", "--train-vision"),
+    "as asked": ("--train", "projector", "--image-aspect-ratio", "crop", "--template", "vicuna_v1"),
+    "bf16": ("--train", "freeze_vision", "--precision", "bf16"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +88,26 @@ def test_an_untied_head_and_another_place_of_the_base(home, tmp_path, tied):
 def test_two_ranks_and_the_best(home, tmp_path, mode):
     """The run ends with its best checkpoint, so `best` gives the same files."""
     rate = {"full": "2", "dora": "50"}[mode]  # so high that the last step is not the best
-    shape = ["--max-steps", "5", "--save-every", "9", "--lr", rate, "--schedule", "constant",
-             "--eval-data", home / "data" / "val.json", "--eval-every", "1",
-             "--max-new-tokens", "2", "--best-metric", "loss", "--batch-size", "3"]
+    shape = [
+        "--max-steps",
+        "5",
+        "--save-every",
+        "9",
+        "--lr",
+        rate,
+        "--schedule",
+        "constant",
+        "--eval-data",
+        home / "data" / "val.json",
+        "--eval-every",
+        "1",
+        "--max-new-tokens",
+        "2",
+        "--best-metric",
+        "loss",
+        "--batch-size",
+        "3",
+    ]
     command = lambda out: [*argv(home, out, *shape), *MODES[mode], "--save-only-model"]
     out = tmp_path / "run"
     codes = ranks(2, lambda rank: train.main(command(out)), tmp_path)
@@ -107,8 +128,9 @@ def test_weights_are_kept_once(home, tmp_path):
         last = tmp_path / mode / "last"
         found[mode] = (sorted(p.name for p in last.iterdir()), names(last / "rank-0.safetensors"))
     small = ["manifest.json", "rank-0.safetensors", "state.json"]
-    projector = {f"multi_modal_projector.linear_{n}.{kind}"
-                 for n in (1, 2) for kind in ("weight", "bias")}
+    projector = {
+        f"multi_modal_projector.linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")
+    }
     assert found == {"lora": (["adapter", *small], set()), "projector": (small, projector)}
 
 
@@ -145,8 +167,17 @@ def held_out_batch(home, processor) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("mode", ["full", "projector", "lora", "dora"])
 def test_an_early_checkpoint_has_the_scores_of_its_step(home, tmp_path, mode):
     """Here and in transformers and peft."""
-    begin(home, tmp_path / "run", mode, "--eval-data", home / "data" / "val.json",
-          "--eval-every", "2", "--max-new-tokens", "1")
+    begin(
+        home,
+        tmp_path / "run",
+        mode,
+        "--eval-data",
+        home / "data" / "val.json",
+        "--eval-every",
+        "2",
+        "--max-new-tokens",
+        "1",
+    )
     out, base = tmp_path / "out", str(home / "model")
     finish.main([str(tmp_path / "run" / "checkpoints" / "step-000002"), str(out)])
     assert files(out) != files(result(tmp_path / "run"))
@@ -247,13 +278,19 @@ def test_an_adapter_takes_no_base(home, tmp_path, capsys):
     assert files(tmp_path / "out") == files(tmp_path / "run" / "adapter")
 
 
-@pytest.mark.parametrize("change, said", [
-    (dict(run={}), "not the state of a run"), (dict(run=[]), "not the state of a run"),
-    (dict(precision="fp8"), "precision: 'fp8' is not one of"),
-    (dict(train=["x"]), "train: .* is not text"),
-    (dict(train="last:9"), "--train last:9: not one of"),
-    (dict(train="full"), "trainable tensors are not those"),
-    (dict(model=None), "does not say where its base model is")], ids=str)
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(run={}), "not the state of a run"),
+        (dict(run=[]), "not the state of a run"),
+        (dict(precision="fp8"), "precision: 'fp8' is not one of"),
+        (dict(train=["x"]), "train: .* is not text"),
+        (dict(train="last:9"), "--train last:9: not one of"),
+        (dict(train="full"), "trainable tensors are not those"),
+        (dict(model=None), "does not say where its base model is"),
+    ],
+    ids=str,
+)
 def test_a_state_of_another_kind(done, tmp_path, capsys, change, said):
     """With a manifest that agrees: made by others, or by a version that kept less."""
     copy = tmp_path / "step-000003"
@@ -263,10 +300,10 @@ def test_a_state_of_another_kind(done, tmp_path, capsys, change, said):
         inner = {"run": [], "model": ["run"]}.get(key, ["run", "identity"])
         functools.reduce(dict.get, inner, state)[key] = value
     listed = json.loads((copy / "manifest.json").read_bytes())
-    data = snapshot.as_json(state)
+    data = checkpoint.as_json(state)
     (copy / "state.json").write_bytes(data)
-    listed["state.json"] = {"bytes": len(data), "sha256": snapshot.sha256(copy / "state.json")}
-    (copy / "manifest.json").write_bytes(snapshot.as_json(listed))
+    listed["state.json"] = {"bytes": len(data), "sha256": checkpoint.sha256(copy / "state.json")}
+    (copy / "manifest.json").write_bytes(checkpoint.as_json(listed))
     assert re.search(said, refused(capsys, copy, tmp_path / "out"))
 
 
@@ -283,8 +320,10 @@ def test_a_checkpoint_given_as_a_model_names_finish(home, done, tmp_path):
     for folder in (done / "last", tmp_path / "lora" / "checkpoints" / "step-000002"):
         with pytest.raises(UserError) as e:
             load(str(folder), device="cpu")
-        assert str(e.value).startswith(f"{folder}: a checkpoint of a run, expected a model; "
-                                       f"`python -m llava_min finish {folder} OUT`")
+        assert str(e.value).startswith(
+            f"{folder}: a checkpoint of a run, expected a model; "
+            f"`python -m llava_min finish {folder} OUT`"
+        )
     shutil.rmtree(tmp_path / "lora" / "adapter")
     said = f"a run that has not ended, and `python -m llava_min finish {tmp_path / 'lora'} OUT`"
     with pytest.raises(UserError, match=said):

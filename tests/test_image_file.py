@@ -1,4 +1,6 @@
-"""checks/image_file.py: what a picture file can do to us (group A of the catalogue of bad inputs), and what is read of a good one."""
+"""checks/image_file.py: what a picture file can do to us (group A of the catalogue of bad inputs),
+and what is read of a good one.
+"""
 
 import os
 import random
@@ -13,13 +15,18 @@ import torch
 from PIL import Image
 from test_image import CLIP, MEAN, STD, encoded, picture
 
-from llava_min.cli import UserError
-from llava_min.data.image import ImageConfig, to_pixels
 from llava_min.checks.image_file import FORMATS, MAX_ASPECT, MAX_BYTES, decode_image, open_image
+from llava_min.data.image import ImageConfig, to_pixels
+from llava_min.errors import UserError
 
 
 def chunk(kind: bytes, data: bytes, bad_crc: bool = False) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) ^ bad_crc)
+    return (
+        struct.pack(">I", len(data))
+        + kind
+        + data
+        + struct.pack(">I", zlib.crc32(kind + data) ^ bad_crc)
+    )
 
 
 def png(w: int, h: int, idat: bytes = b"", bad_crc: bool = False, extra: bytes = b"") -> bytes:
@@ -31,7 +38,10 @@ IDAT4 = zlib.compress(b"".join(b"\0" + bytes([50] * 4) for _ in range(4)))
 BAD = {  # name: (bytes, what the message must say)
     "2 empty": (b"", "empty"),
     "3 html": (b"\n<!DOCTYPE html><html><body>404</body></html>", "HTML"),
-    "4 lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n", "git lfs pull"),
+    "4 lfs": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
+        "git lfs pull",
+    ),
     "5 jpeg cut": (encoded(picture(64, 64), "JPEG")[:-400], "cut short"),
     "5 png cut": (encoded(picture(64, 64), "PNG")[:-4000], "cut short"),
     "5 webp cut": (encoded(picture(64, 64), "WEBP")[:-400], ""),
@@ -49,8 +59,10 @@ BAD = {  # name: (bytes, what the message must say)
     "23 ppm": (b"P6 2 2 255\n" + bytes(12), "JPEG, PNG"),
     "24 svg": (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"></svg>', "SVG"),
     "24 svg behind a comment": (b"<!-- drawn\nby hand -->\n<svg></svg>", "SVG"),
-    "26 compressed text": (png(4, 4, IDAT4, extra=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))),
-                           "damaged"),
+    "26 compressed text": (
+        png(4, 4, IDAT4, extra=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))),
+        "damaged",
+    ),
     "heic": (b"\0\0\0\x18ftypheic" + bytes(20), "HEIC"),
     "json": (b'{"image": 1}', "JSON"),
     "noise": (random.Random(0).randbytes(300), "not an image"),
@@ -90,7 +102,9 @@ def test_long_text_chunk_and_large_files_are_refused_by_size(tmp_path):
 def test_paths_that_are_no_files(tmp_path):
     assert "no such file" in refusal(tmp_path / "absent.jpg")
     assert "folder" in refusal(tmp_path)
-    assert "URL" in refusal("https://example.com/a.jpg") and "URL" in refusal("data:image/png;base64,AAAA")
+    assert "URL" in refusal("https://example.com/a.jpg") and "URL" in refusal(
+        "data:image/png;base64,AAAA"
+    )
     assert "empty" in refusal("")
     assert "cannot be read" in refusal("a\0b.jpg") and "cannot be read" in refusal("x" * 5000)
     assert "cannot be read" in refusal("\ud800.jpg")
@@ -114,7 +128,14 @@ def test_no_permission(tmp_path, monkeypatch):
 def test_hostile_names_are_escaped_and_odd_names_work(tmp_path):
     text = refusal(str(tmp_path / "a\x1b[31m\nb\u202e.jpg"))
     assert "\\x1b" in text and "\\n" in text
-    for name in ["süß 猫 🙂.png", "two words.png", "new\nline.png", "-rf.png", "UPPER.PNG", "noext"]:
+    for name in [
+        "süß 猫 🙂.png",
+        "two words.png",
+        "new\nline.png",
+        "-rf.png",
+        "UPPER.PNG",
+        "noext",
+    ]:
         picture(6, 5).save(tmp_path / name, "PNG")
         assert open_image(tmp_path / name).size == (6, 5)
         assert open_image(name, root=tmp_path).size == (6, 5)
@@ -127,12 +148,19 @@ def test_nothing_leaves_the_root(tmp_path):
     picture(6, 5).save(root / "sub" / "a.png")
     os.symlink(tmp_path / "secret.png", root / "link.png")
     os.symlink(tmp_path, root / "up")
-    for path in ["../secret.png", "sub/../../secret.png", "link.png", "up/secret.png",
-                 str(tmp_path / "secret.png"), "/etc/passwd",
-                 "../../../../../../etc/passwd"]:
+    for path in [
+        "../secret.png",
+        "sub/../../secret.png",
+        "link.png",
+        "up/secret.png",
+        str(tmp_path / "secret.png"),
+        "/etc/passwd",
+        "../../../../../../etc/passwd",
+    ]:
         assert "outside the image folder" in refusal(path, root=root)
     assert "looked for" in refusal("sub/b.png", root=root)
-    os.symlink(root, tmp_path / "alias")  # the root itself may be a link, and a path may wander inside
+    # the root itself may be a link, and a path may wander inside
+    os.symlink(root, tmp_path / "alias")
     for path in ["sub/a.png", "sub/../sub/a.png", str(root / "sub" / "a.png")]:
         assert open_image(path, root=tmp_path / "alias").size == (6, 5)
 
@@ -172,13 +200,19 @@ def test_16_bit_png_and_float_tiff_files(tmp_path, capsys):
         assert name in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("kind, says",
-                         [("GIF", "animated"), ("WEBP", "animated"), ("PNG", "animated"),
-                          ("TIFF", "several pages")])
+@pytest.mark.parametrize(
+    "kind, says",
+    [("GIF", "animated"), ("WEBP", "animated"), ("PNG", "animated"), ("TIFF", "several pages")],
+)
 def test_of_several_frames_the_first_is_taken_and_said(kind, says, tmp_path, capsys):
     frames = [Image.new("RGB", (16, 16), c) for c in ("red", "blue", "lime")]
-    frames[0].save(tmp_path / "f", kind, save_all=True, append_images=frames[1:],
-                   **({"lossless": True} if kind == "WEBP" else {}))
+    frames[0].save(
+        tmp_path / "f",
+        kind,
+        save_all=True,
+        append_images=frames[1:],
+        **({"lossless": True} if kind == "WEBP" else {}),
+    )
     im = open_image(tmp_path / "f")
     err = capsys.readouterr().err
     assert says in err and str(tmp_path / "f") in err
@@ -248,8 +282,8 @@ def test_our_cap_stands_when_the_caller_lifted_pillows(tmp_path, monkeypatch):
 
 def test_a_tiff_with_a_ring_of_pages_does_not_hang(capsys):
     data = bytearray(encoded(picture(8, 8), "TIFF"))
-    ifd, = struct.unpack_from("<I", data, 4)
-    n, = struct.unpack_from("<H", data, ifd)
+    (ifd,) = struct.unpack_from("<I", data, 4)
+    (n,) = struct.unpack_from("<H", data, ifd)
     struct.pack_into("<I", data, ifd + 2 + 12 * n, ifd)  # the next page is this one
     assert np.array_equal(decode_image(bytes(data), "ring.tiff"), picture(8, 8).convert("RGB"))
     assert capsys.readouterr().err == ""  # Pillow ends its count where a page comes again
@@ -257,7 +291,9 @@ def test_a_tiff_with_a_ring_of_pages_does_not_hang(capsys):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_damaged_bytes_load_or_are_refused(kind):
-    """Flips, cuts and splices: a picture or a UserError, nothing else; and the undamaged control loads."""
+    """Flips, cuts and splices: a picture or a UserError, nothing else; and the undamaged control
+    loads.
+    """
     rng = random.Random(kind)
     good = encoded(picture(24, 17), kind)
     assert decode_image(good, "good").size == (24, 17)
@@ -267,9 +303,12 @@ def test_damaged_bytes_load_or_are_refused(kind):
         for _ in range(rng.choice([1, 1, 4])):
             at = rng.randrange(min(len(data), 200) if i % 2 else len(data))
             match rng.randrange(3):
-                case 0: data[at] ^= 1 << rng.randrange(8)
-                case 1: del data[at:at + rng.randrange(1, 40)]
-                case 2: data[at:at] = rng.randbytes(rng.randrange(1, 20))
+                case 0:
+                    data[at] ^= 1 << rng.randrange(8)
+                case 1:
+                    del data[at : at + rng.randrange(1, 40)]
+                case 2:
+                    data[at:at] = rng.randbytes(rng.randrange(1, 20))
         try:
             im = decode_image(bytes(data), "damaged", exif=bool(i % 2))
             to_pixels(im, ImageConfig(28, MEAN, STD, "pad"))

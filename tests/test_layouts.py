@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_min.cli import UserError
+from llava_min.errors import UserError
 from llava_min.layouts import find_folder
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\u202e\r\n"
@@ -15,23 +15,34 @@ def test_find_folder(tmp_path, monkeypatch):
         assert find_folder(source) == tmp_path / "a b"
     (tmp_path / "file").write_text("")
     for source, says in (
-            ("nobody/no-such-model", "the hub did not give it"),
-            ("llava-hf/llava-1.5-7b-hf", "the hub did not give it"), ("no-such-folder", "no such folder"),
-            ("./no/such/folder", "no such folder"), ("/no/such", "no such folder"),
-            (str(tmp_path / "file"), "a file"), ("~nobody-here/x", "cannot be looked up"),
-            ("x" * 5000, "cannot be looked up"), ("a\0b", "no such folder"), (EVIL, "no such folder"),
-            ("../..x/y/z", "no such folder"), ("a/b/c", "no such folder"),
-            (" ", "no such folder"), ("-x/y\n", "no such folder"),
-            ("https://huggingface.co/a/b", "no such folder")):
+        ("nobody/no-such-model", "the hub did not give it"),
+        ("llava-hf/llava-1.5-7b-hf", "the hub did not give it"),
+        ("no-such-folder", "no such folder"),
+        ("./no/such/folder", "no such folder"),
+        ("/no/such", "no such folder"),
+        (str(tmp_path / "file"), "a file"),
+        ("~nobody-here/x", "cannot be looked up"),
+        ("x" * 5000, "cannot be looked up"),
+        ("a\0b", "no such folder"),
+        (EVIL, "no such folder"),
+        ("../..x/y/z", "no such folder"),
+        ("a/b/c", "no such folder"),
+        (" ", "no such folder"),
+        ("-x/y\n", "no such folder"),
+        ("https://huggingface.co/a/b", "no such folder"),
+    ):
         with pytest.raises(UserError) as e:
             find_folder(source)
-        assert says in str(e.value) and str(e.value).isprintable() and len(str(e.value)) < 1000, str(e.value)
+        assert says in str(e.value) and str(e.value).isprintable() and len(str(e.value)) < 1000, (
+            str(e.value)
+        )
 
 
 def test_a_hub_id_takes_safetensors_where_there_are_any(tmp_path, monkeypatch):
     import huggingface_hub
 
     asked = []
+
     def download(name, revision, allow_patterns):
         asked.append((name, revision, allow_patterns))
         return str(tmp_path)

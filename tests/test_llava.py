@@ -1,11 +1,13 @@
-"""llava.py: features, logits and loss of transformers for every decoder, whatever the batch and its padding."""
+"""llava.py: features, logits and loss of transformers for every decoder, whatever the batch and its
+padding.
+"""
 
 import pytest
 import torch
 from conftest import IMAGE, KINDS, PATCHES, VOCAB, our_model, pixels, rows, their_model
 
 from llava_min import llava
-from llava_min.cli import UserError
+from llava_min.errors import UserError
 
 IGNORE = -100
 
@@ -20,9 +22,12 @@ def feed(pair, ids, px=None, mask=None) -> float:
     theirs, ours = pair
     real = torch.ones_like(ids) if mask is None else mask
     positions = (real.cumsum(-1) - 1).clamp(min=0)
-    expected = theirs(input_ids=ids, pixel_values=px, attention_mask=real, position_ids=positions).logits
+    expected = theirs(
+        input_ids=ids, pixel_values=px, attention_mask=real, position_ids=positions
+    ).logits
     got = ours(ids, px, mask)
-    assert got.shape == expected.shape and expected.std() > 0.1  # far enough apart for a fault to show
+    # far enough apart for a fault to show
+    assert got.shape == expected.shape and expected.std() > 0.1
     return (got - expected)[real.bool()].abs().max().item()
 
 
@@ -57,7 +62,9 @@ def test_projector_without_bias():
     assert feed((theirs, our_model(theirs)), rows(2), pixels(2)) <= 1e-4
 
 
-@pytest.mark.parametrize("pictures", [(1,), (0,), (1, 1, 1), (0, 3, 1, 2), (2, 0), (0, 0, 1)], ids=str)
+@pytest.mark.parametrize(
+    "pictures", [(1,), (0,), (1, 1, 1), (0, 3, 1, 2), (2, 0), (0, 0, 1)], ids=str
+)
 def test_logits_whatever_pictures_the_rows_hold(pair, pictures):
     assert feed(pair, rows(*pictures), pixels(sum(pictures)) if sum(pictures) else None) <= 1e-4
 
@@ -71,11 +78,16 @@ def test_text_alone_with_no_picture_tensor_or_an_empty_one(pair):
 def test_padding_on_either_side_changes_nothing(pair, pads):
     ours, length = pair[1], 16
     ids = rows(*[i % 2 + 1 for i in range(len(pads))], length=length)
-    per_row = pixels(int((ids == IMAGE).sum()) // PATCHES).split([i % 2 + 1 for i in range(len(pads))])
+    per_row = pixels(int((ids == IMAGE).sum()) // PATCHES).split(
+        [i % 2 + 1 for i in range(len(pads))]
+    )
     short = [row[: length - n] for row, n in zip(ids, pads)]
     alone = [ours(row[None], px)[0] for row, px in zip(short, per_row)]
     for side in ("left", "right"):
-        padded, mask = torch.full((len(pads), length), 7), torch.zeros(len(pads), length, dtype=torch.long)
+        padded, mask = (
+            torch.full((len(pads), length), 7),
+            torch.zeros(len(pads), length, dtype=torch.long),
+        )
         for i, row in enumerate(short):
             at = slice(length - len(row), length) if side == "left" else slice(0, len(row))
             padded[i, at], mask[i, at] = row, 1
@@ -111,7 +123,9 @@ def test_loss_is_transformers_loss(pair, chunk, monkeypatch):
     labels = labels_of(ids, lengths)
     mask = (torch.arange(20) < torch.tensor(lengths)[:, None]).long()
     count = (labels[:, 1:] != IGNORE).sum()
-    expected = theirs(input_ids=ids, pixel_values=px, attention_mask=mask, labels=labels).loss * count
+    expected = (
+        theirs(input_ids=ids, pixel_values=px, attention_mask=mask, labels=labels).loss * count
+    )
     got = ours.loss(ids, labels, px)
     assert got.shape == () and abs(got - expected) <= 1e-4 * expected
 
@@ -121,10 +135,14 @@ def test_gradients_are_transformers_gradients():
     ours = our_model(theirs).requires_grad_(True)
     ids, px = rows(1, 2), pixels(3)
     labels = labels_of(ids, [20, 15])
-    theirs(input_ids=ids, pixel_values=px, labels=labels).loss.mul((labels[:, 1:] != IGNORE).sum()).backward()
+    theirs(input_ids=ids, pixel_values=px, labels=labels).loss.mul(
+        (labels[:, 1:] != IGNORE).sum()
+    ).backward()
     ours.loss(ids, labels, px).backward()
-    expected = {n.removeprefix("model.").replace("encoder.", ""): p.grad
-                for n, p in theirs.named_parameters()}
+    expected = {
+        n.removeprefix("model.").replace("encoder.", ""): p.grad
+        for n, p in theirs.named_parameters()
+    }
     for name, p in ours.named_parameters():
         if name.startswith(("vision_tower.layers.2.", "vision_tower.post_layernorm")):
             assert p.grad is None  # not read
@@ -149,7 +167,9 @@ def test_in_training_a_batch_without_pictures_reaches_all_that_is_trained():
     ours, ids = our_model(their_model()).train().requires_grad_(True), rows(0)
     ours.loss(ids, ids).backward()
     unread = ("vision_tower.layers.2.", "vision_tower.post_layernorm")
-    assert all(p.grad is not None for name, p in ours.named_parameters() if not name.startswith(unread))
+    assert all(
+        p.grad is not None for name, p in ours.named_parameters() if not name.startswith(unread)
+    )
     assert not any(p.grad.any() for p in ours.multi_modal_projector.parameters())
 
 
@@ -184,13 +204,17 @@ def test_the_head_is_tied_where_the_config_says_so(kind):
     theirs = their_model(kind)
     ours = our_model(theirs)
     tied = ours.lm_head.weight is ours.language_model.embed_tokens.weight
-    assert tied == (kind == "qwen2") == (theirs.lm_head.weight is theirs.get_input_embeddings().weight)
+    assert (
+        tied == (kind == "qwen2") == (theirs.lm_head.weight is theirs.get_input_embeddings().weight)
+    )
 
 
 @pytest.mark.parametrize("pictures, given", [((1,), 2), ((2,), 1), ((0,), 1), ((1, 1), 3)])
 def test_placeholders_are_counted(pair, pictures, given):
     found = PATCHES * sum(pictures)
-    with pytest.raises(UserError, match=f"{found} image tokens for {given} images of {PATCHES} each"):
+    with pytest.raises(
+        UserError, match=f"{found} image tokens for {given} images of {PATCHES} each"
+    ):
         pair[1](rows(*pictures), pixels(given))
 
 
@@ -203,9 +227,14 @@ def test_half_a_picture_is_refused(pair):
 
 def test_what_does_not_fit_together_is_refused(pair):
     ids = rows(1, length=12)
-    for given, says in (((ids,), "no images came"), ((ids, pixels(1), torch.ones(1, 13)), r"attention_mask: \(1, 13\)"),
-                        ((ids[0],), "input_ids"), ((ids + VOCAB, pixels(1)), "expected ids from 0 to 383"),
-                        ((ids, pixels(1)[0]), "pixel_values"), ((ids, pixels(1).numpy()), "pixel_values: ndarray")):
+    for given, says in (
+        ((ids,), "no images came"),
+        ((ids, pixels(1), torch.ones(1, 13)), r"attention_mask: \(1, 13\)"),
+        ((ids[0],), "input_ids"),
+        ((ids + VOCAB, pixels(1)), "expected ids from 0 to 383"),
+        ((ids, pixels(1)[0]), "pixel_values"),
+        ((ids, pixels(1).numpy()), "pixel_values: ndarray"),
+    ):
         with pytest.raises(UserError, match=says):
             pair[1](*given)
 

@@ -1,5 +1,6 @@
-"""load.py and the package: one call gives a ready model; what is wrong with a small file is found before weights
-are read."""
+"""load.py and the package: one call gives a ready model; what is wrong with a small file is found
+before weights are read.
+"""
 
 import json
 import shutil
@@ -13,11 +14,11 @@ from conftest import IMAGE, PAD, PIECES, hf_config, pixels, rows, their_model, w
 from PIL import Image
 
 import llava_min
-from llava_min.cli import UserError
 from llava_min.config import LlavaConfig
 from llava_min.data.image import to_pixels
-from llava_min.load import TINY, fresh, load_model, on_meta, pick_device, pick_dtype, prepare, save
+from llava_min.errors import UserError
 from llava_min.fast.cpu_linear import unpacked
+from llava_min.load import TINY, fresh, load_model, on_meta, pick_device, pick_dtype, prepare, save
 from llava_min.weights import save_weights
 
 CPU = torch.device("cpu")
@@ -72,7 +73,7 @@ for order in sys.argv[1:]:
         for f, name in ((llava_min.load, "load"), (llava_min.generate, "generate"), (llava_min.stream, "stream"),
                         (load, "load"), (generate, "generate"), (stream, "stream")):
             assert callable(f) and not isinstance(f, type(sys)) and f.__name__ == name, (order, f)
-        assert llava_min.UserError is sys.modules["llava_min.cli"].UserError
+        assert llava_min.UserError is sys.modules["llava_min.util.cli"].UserError
         assert all(hasattr(llava_min, name) for name in llava_min.__all__) and not hasattr(llava_min, "nonsense")
         os._exit(0)
     assert os.wait()[1] == 0, order
@@ -81,7 +82,7 @@ for order in sys.argv[1:]:
 
 
 def test_the_package_and_its_flags_come_without_torch():
-    code = "import sys, llava_min, llava_min.cli; assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)"
+    code = "import sys, llava_min, llava_min.util.cli; assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -90,25 +91,40 @@ def test_the_package_and_its_flags_come_without_torch():
 
 def test_the_page_of_the_interface(folder):
     model, processor = llava_min.load(folder, dtype="bf16", device="cpu")
-    batch = processor("USER: <image>\nwhat is in the picture? ASSISTANT:",
-                      images=Image.new("RGB", (40, 30), "red"))
-    assert model(**batch).shape == (1, batch["input_ids"].shape[1], 384) and model.dtype == torch.bfloat16
+    batch = processor(
+        "USER: <image>\nwhat is in the picture? ASSISTANT:",
+        images=Image.new("RGB", (40, 30), "red"),
+    )
+    assert (
+        model(**batch).shape == (1, batch["input_ids"].shape[1], 384)
+        and model.dtype == torch.bfloat16
+    )
     ids = llava_min.generate(model, batch, max_new_tokens=4, min_new_tokens=4)
     assert len(ids) == 1 and len(ids[0]) == 4 and isinstance(processor.decode(ids[0]), str)
 
 
 def test_the_model_alone_and_in_two_steps(folder):
-    """`load` is `prepare` and `fill`; without the processor it is `load_model`. What is trained is in fp32."""
+    """`load` is `prepare` and `fill`; without the processor it is `load_model`. What is trained is
+    in fp32.
+    """
     model, _ = llava_min.load(folder, dtype="bf16", device="cpu")
     alone, ready = load_model(folder, torch.bfloat16, CPU), prepare(folder)
-    assert not alone.training and not model.training and {p.device.type for p in ready.model.parameters()} == {"meta"}
+    assert (
+        not alone.training
+        and not model.training
+        and {p.device.type for p in ready.model.parameters()} == {"meta"}
+    )
     ready.model.multi_modal_projector.requires_grad_(True)
     ready.fill(torch.bfloat16, CPU)
     for name, p in model.named_parameters():
         learns = name.startswith("multi_modal_projector.")
         other = ready.model.get_parameter(name)
-        assert torch.equal(alone.get_parameter(name), unpacked(p)) and torch.equal(other.to(p.dtype), unpacked(p))
-        assert other.requires_grad == learns and other.dtype == (torch.float32 if learns else torch.bfloat16)
+        assert torch.equal(alone.get_parameter(name), unpacked(p)) and torch.equal(
+            other.to(p.dtype), unpacked(p)
+        )
+        assert other.requires_grad == learns and other.dtype == (
+            torch.float32 if learns else torch.bfloat16
+        )
 
 
 def test_the_bundled_tiny_model():
@@ -121,7 +137,9 @@ def test_the_bundled_tiny_model():
 
 def test_the_revision_is_asked_of_the_hub(folder, monkeypatch):
     asked = []
-    monkeypatch.setattr(sys.modules["llava_min.load"], "find_folder", lambda *given: asked.append(given) or folder)
+    monkeypatch.setattr(
+        sys.modules["llava_min.load"], "find_folder", lambda *given: asked.append(given) or folder
+    )
     llava_min.load("a/b", device="cpu", revision="v1")
     assert asked == [("a/b", "v1")]
 
@@ -129,7 +147,9 @@ def test_the_revision_is_asked_of_the_hub(folder, monkeypatch):
 def test_a_folder_of_train_is_no_model_though_it_has_a_config(folder):
     (folder / ".lock").touch()
     (folder / "model").mkdir()
-    with pytest.raises(UserError, match=f"holds no config.json of a model.*give {folder / 'model'}"):
+    with pytest.raises(
+        UserError, match=f"holds no config.json of a model.*give {folder / 'model'}"
+    ):
         llava_min.load(folder, device="cpu")
 
 
@@ -138,19 +158,32 @@ def test_what_is_trained_is_read_in_fp32(folder):
     model.multi_modal_projector.requires_grad_(True)
     ready.fill(torch.bfloat16, torch.device("cpu"))
     for name, p in model.named_parameters():
-        assert p.requires_grad == name.startswith("multi_modal_projector.") and p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16)
+        assert p.requires_grad == name.startswith("multi_modal_projector.") and p.dtype == (
+            torch.float32 if p.requires_grad else torch.bfloat16
+        )
 
 
 def test_dtypes(folder):
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16),
-                        (torch.float16, torch.float16), ("auto", torch.float32)):
+    for name, dtype in (
+        ("fp32", torch.float32),
+        ("bf16", torch.bfloat16),
+        ("fp16", torch.float16),
+        (torch.float16, torch.float16),
+        ("auto", torch.float32),
+    ):
         model, _ = llava_min.load(folder, dtype=name, device="cpu")
-        assert {p.dtype
-                for p in model.parameters()} == {dtype} and {p.device for p in model.parameters()} == {CPU}
+        assert {p.dtype for p in model.parameters()} == {dtype} and {
+            p.device for p in model.parameters()
+        } == {CPU}
     small, big = (torch.nn.Linear(1000, n, bias=False, device="meta") for n in (500_000, 500_001))
-    assert pick_dtype("auto", small, CPU) == torch.float32 and pick_dtype("auto", big, CPU) == torch.bfloat16
-    on_gpu = [pick_dtype("auto", on_meta(LlavaConfig.from_hf(hf_config(dtype=d))), torch.device("cuda"))
-              for d in ("float32", "bfloat16", None)]
+    assert (
+        pick_dtype("auto", small, CPU) == torch.float32
+        and pick_dtype("auto", big, CPU) == torch.bfloat16
+    )
+    on_gpu = [
+        pick_dtype("auto", on_meta(LlavaConfig.from_hf(hf_config(dtype=d))), torch.device("cuda"))
+        for d in ("float32", "bfloat16", None)
+    ]
     assert on_gpu == [torch.float32, torch.bfloat16, torch.float16]  # as stored
     exact, processor = llava_min.load(folder, dtype=torch.float64, device="cpu")
     batch = processor("USER: <image>\nwhat? ASSISTANT:", Image.new("RGB", (30, 20), "red"))
@@ -173,15 +206,21 @@ def test_quantize_is_told_to_be_missing(folder):
 
 def test_an_answer_ends_with_any_end_token_streamed_or_not(folder):
     plain, _ = llava_min.load(folder)
-    batch = llava_min.load(folder)[1]("USER: <image>\nwhat is in the picture? ASSISTANT:", Image.new("RGB", (30, 20), "red"))
+    batch = llava_min.load(folder)[1](
+        "USER: <image>\nwhat is in the picture? ASSISTANT:", Image.new("RGB", (30, 20), "red")
+    )
     ids = llava_min.generate(plain, batch, max_new_tokens=8, eos_token_id=[])[0]
     end = next(i for i in ids if i != ids[0])
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))  # where chat models name their end of turn
+    # where chat models name their end of turn
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))
     model, processor = llava_min.load(folder)
     assert {2, end} <= set(processor.stop_ids)
     want, seen = ids[: ids.index(end)], []
     assert llava_min.generate(model, batch, max_new_tokens=8)[0] == want
-    assert "".join(llava_min.stream(model, batch, max_new_tokens=8, ids=seen)) == processor.decode(want)  # its own processor writes it
+    # its own processor writes it
+    assert "".join(llava_min.stream(model, batch, max_new_tokens=8, ids=seen)) == processor.decode(
+        want
+    )
     assert seen == want
 
 
@@ -200,7 +239,10 @@ def test_an_adapter_is_asked_as_it_was_trained(folder, tmp_path):
 
     assert ways() == ("llava_hf", "crop")  # as other tools write them: what the base says
     trained.save_settings(tmp_path / "adapter")
-    assert ways() == ("vicuna_v1", "pad") and ways(template="plain", image_aspect_ratio="crop") == ("plain", "crop")
+    assert ways() == ("vicuna_v1", "pad") and ways(template="plain", image_aspect_ratio="crop") == (
+        "plain",
+        "crop",
+    )
     for empty in ({"template": ""}, {"image_aspect_ratio": ""}):  # a mistake, and not the record
         with pytest.raises(UserError, match="template|image_aspect_ratio"):
             ways(**empty)
@@ -240,16 +282,23 @@ def test_devices(monkeypatch):
 
 
 def test_fresh_is_seeded_and_ready():
-    a, b, c = (fresh(LlavaConfig.from_hf(hf_config(kind)), seed=seed)
-               for kind, seed in (("qwen2", 1), ("qwen2", 1), ("qwen2", 2)))
-    assert all(torch.equal(x, y) for x, y in zip(a.parameters(),
-                                                 b.parameters())) and not torch.equal(a.lm_head.weight,
-                                                                                      c.lm_head.weight)
+    a, b, c = (
+        fresh(LlavaConfig.from_hf(hf_config(kind)), seed=seed)
+        for kind, seed in (("qwen2", 1), ("qwen2", 1), ("qwen2", 2))
+    )
+    assert all(
+        torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters())
+    ) and not torch.equal(a.lm_head.weight, c.lm_head.weight)
     assert a.lm_head.weight is a.language_model.embed_tokens.weight and not a.training
     flat = {n: p for n, p in a.named_parameters() if p.dim() == 1}
-    assert all((p == (0 if n.endswith("bias") else 1)).all()
-               for n, p in flat.items() if "class_embedding" not in n)
-    assert abs(a.lm_head.weight.std() * 32**0.5 - 1) < 0.03 and a(rows(1), pixels(1)).isfinite().all()
+    assert all(
+        (p == (0 if n.endswith("bias") else 1)).all()
+        for n, p in flat.items()
+        if "class_embedding" not in n
+    )
+    assert (
+        abs(a.lm_head.weight.std() * 32**0.5 - 1) < 0.03 and a(rows(1), pixels(1)).isfinite().all()
+    )
     state = torch.get_rng_state()
     on_meta(a.config)
     assert torch.equal(state, torch.get_rng_state())
@@ -260,7 +309,9 @@ def test_saved_in_another_dtype(folder, tmp_path):
     save(model, processor, tmp_path / "half", "bf16")
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     half, _ = llava_min.load(tmp_path / "half", device="cpu")
-    assert all(torch.equal(a.bfloat16().float(), b) for a, b in zip(model.parameters(), half.parameters()))
+    assert all(
+        torch.equal(a.bfloat16().float(), b) for a, b in zip(model.parameters(), half.parameters())
+    )
 
 
 # ---- how pictures are prepared
@@ -270,15 +321,23 @@ def aspect_of(folder: Path, capsys, **options) -> tuple[str, int]:
     """The aspect that is taken, and how often stderr says that none is recorded."""
     capsys.readouterr()
     _, processor = llava_min.load(folder, device="cpu", **options)
-    return processor.image_config.aspect, capsys.readouterr().err.count("does not record image_aspect_ratio")
+    return processor.image_config.aspect, capsys.readouterr().err.count(
+        "does not record image_aspect_ratio"
+    )
 
 
-@pytest.mark.parametrize("recorded, taken, said", [
-    ({"do_pad": ..., "image_aspect_ratio": ...}, "pad", 1), ({"do_pad": True}, "pad", 0),
-    ({"do_pad": False}, "crop", 0), ({"do_pad": None}, "pad", 1),
-    ({"do_pad": ..., "image_aspect_ratio": "pad"}, "pad", 0),
-    ({"do_pad": ..., "image_aspect_ratio": "crop"}, "crop", 0),
-    ({"do_pad": ..., "image_aspect_ratio": "square"}, "crop", 0)])
+@pytest.mark.parametrize(
+    "recorded, taken, said",
+    [
+        ({"do_pad": ..., "image_aspect_ratio": ...}, "pad", 1),
+        ({"do_pad": True}, "pad", 0),
+        ({"do_pad": False}, "crop", 0),
+        ({"do_pad": None}, "pad", 1),
+        ({"do_pad": ..., "image_aspect_ratio": "pad"}, "pad", 0),
+        ({"do_pad": ..., "image_aspect_ratio": "crop"}, "crop", 0),
+        ({"do_pad": ..., "image_aspect_ratio": "square"}, "crop", 0),
+    ],
+)
 def test_the_aspect_is_what_is_recorded_and_else_pad(folder, capsys, recorded, taken, said):
     change(folder / "preprocessor_config.json", **recorded)
     assert aspect_of(folder, capsys) == (taken, said)
@@ -296,36 +355,62 @@ def test_transformers_of_today_saves_the_settings_elsewhere(folder, tmp_path, ca
     transformers = pytest.importorskip("transformers", reason="writes the folder that is read here")
     tokenizer = transformers.LlamaTokenizer.from_pretrained(folder)
     for pad in (True, False):
-        images = transformers.LlavaImageProcessorPil(do_pad=pad, size={"shortest_edge": 28},
-                                                     crop_size={"height": 28, "width": 28})
-        saved = shutil.copytree(folder, tmp_path / f"{pad}",
-                                ignore=shutil.ignore_patterns("tokenizer*", "preprocessor*"))
-        transformers.LlavaProcessor(images, tokenizer, patch_size=14, num_additional_image_tokens=1,
-                                    vision_feature_select_strategy="default").save_pretrained(saved)
+        images = transformers.LlavaImageProcessorPil(
+            do_pad=pad, size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+        )
+        saved = shutil.copytree(
+            folder,
+            tmp_path / f"{pad}",
+            ignore=shutil.ignore_patterns("tokenizer*", "preprocessor*"),
+        )
+        transformers.LlavaProcessor(
+            images,
+            tokenizer,
+            patch_size=14,
+            num_additional_image_tokens=1,
+            vision_feature_select_strategy="default",
+        ).save_pretrained(saved)
         assert not (saved / "preprocessor_config.json").exists()
         assert aspect_of(saved, capsys) == ("pad" if pad else "crop", 0)
         _, processor = llava_min.load(saved, device="cpu")
         picture = Image.linear_gradient("L").resize((50, 30))
-        assert torch.equal(to_pixels(picture, processor.image_config),
-                           images(picture, return_tensors="pt").pixel_values[0])
+        assert torch.equal(
+            to_pixels(picture, processor.image_config),
+            images(picture, return_tensors="pt").pixel_values[0],
+        )
 
 
-@pytest.mark.parametrize("key, taken", [(..., "crop"), (None, "crop"), ("square", "crop"), ("pad", "pad")])
+@pytest.mark.parametrize(
+    "key, taken", [(..., "crop"), (None, "crop"), ("square", "crop"), ("pad", "pad")]
+)
 @pytest.mark.parametrize("clip_settings", [True, False])
-def test_the_original_records_the_aspect_in_config_json(spm, tmp_path, capsys, key, taken, clip_settings):
+def test_the_original_records_the_aspect_in_config_json(
+    spm, tmp_path, capsys, key, taken, clip_settings
+):
     from test_weights import write_original
 
     folder = write_original(tmp_path / "llava", spm, their_model(), "bin")
     change(folder / "config.json", image_aspect_ratio=key)
     if clip_settings:
-        (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(
-            {"size": 28, "crop_size": 28, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.2]}))
+        (tmp_path / "clip" / "preprocessor_config.json").write_text(
+            json.dumps(
+                {
+                    "size": 28,
+                    "crop_size": 28,
+                    "image_mean": [0.5, 0.4, 0.3],
+                    "image_std": [0.2, 0.2, 0.2],
+                }
+            )
+        )
     assert aspect_of(folder, capsys) == (taken, 0)
-    _, processor = llava_min.load(folder, device="cpu",
-                                  image_aspect_ratio="crop" if taken == "pad" else "pad")
+    _, processor = llava_min.load(
+        folder, device="cpu", image_aspect_ratio="crop" if taken == "pad" else "pad"
+    )
     assert processor.image_config.aspect != taken
-    assert processor.image_config.mean[0] == (0.5 if clip_settings
-                                              else 0.48145466) and processor.image_config.size == 28
+    assert (
+        processor.image_config.mean[0] == (0.5 if clip_settings else 0.48145466)
+        and processor.image_config.size == 28
+    )
 
 
 def test_a_tower_that_is_not_there(spm, tmp_path):
@@ -334,18 +419,30 @@ def test_a_tower_that_is_not_there(spm, tmp_path):
     folder = write_original(tmp_path / "llava", spm, their_model(), "bin")
     for tower in ("nobody/no-such-clip", "openai/clip-vit-large-patch14-336"):
         change(folder / "config.json", mm_vision_tower=tower)
-        with pytest.raises(UserError, match=f"{tower}: not a folder here, and the hub did not give it"):
+        with pytest.raises(
+            UserError, match=f"{tower}: not a folder here, and the hub did not give it"
+        ):
             llava_min.load(folder, device="cpu")
 
 
 # ---- a folder that is no checkpoint
 
 NO_CHECKPOINTS = {
-    "empty": ({}, "{}: holds no config.json of a model, expected the folder of a checkpoint; give one, a hub id, or tiny"),
+    "empty": (
+        {},
+        "{}: holds no config.json of a model, expected the folder of a checkpoint; give one, a hub "
+        "id, or tiny",
+    ),
     "text": ({"passwd": "root"}, "{}: holds no config.json of a model"),
     "weights alone": ({"model.safetensors": ""}, "{}: holds no config.json of a model"),
-    "config alone": ({"config.json": json.dumps(hf_config())}, "{}: no tokenizer.json and no tokenizer.model here; give a checkpoint folder"),
-    "another model": ({"config.json": '{"model_type": "bert"}'}, "{}/config.json: model_type is 'bert', expected 'llava'"),
+    "config alone": (
+        {"config.json": json.dumps(hf_config())},
+        "{}: no tokenizer.json and no tokenizer.model here; give a checkpoint folder",
+    ),
+    "another model": (
+        {"config.json": '{"model_type": "bert"}'},
+        "{}/config.json: model_type is 'bert', expected 'llava'",
+    ),
     "config a list": ({"config.json": "[]"}, "{}/config.json: a JSON list, expected an object"),
 }
 
@@ -362,11 +459,16 @@ def test_a_folder_that_is_no_checkpoint(tmp_path, files, says):
 # ---- which template
 
 
-@pytest.mark.parametrize("files, template", [
-    ({}, "llava_hf"), ({"chat_template.jinja": "{{ '<|im_start|>' }}"}, "chatml"),
-    ({"chat_template.jinja": "USER: ASSISTANT:"}, "llava_hf"),
-    ({"chat_template.json": json.dumps({"chat_template": "x <|im_start|>"})}, "chatml"),
-    ({"processor_config.json": '{"llava_min_template": "plain"}'}, "plain")])
+@pytest.mark.parametrize(
+    "files, template",
+    [
+        ({}, "llava_hf"),
+        ({"chat_template.jinja": "{{ '<|im_start|>' }}"}, "chatml"),
+        ({"chat_template.jinja": "USER: ASSISTANT:"}, "llava_hf"),
+        ({"chat_template.json": json.dumps({"chat_template": "x <|im_start|>"})}, "chatml"),
+        ({"processor_config.json": '{"llava_min_template": "plain"}'}, "plain"),
+    ],
+)
 def test_the_template_of_the_checkpoint(folder, tmp_path, files, template):
     for name, text in files.items():
         (folder / name).write_text(text)
@@ -374,7 +476,9 @@ def test_the_template_of_the_checkpoint(folder, tmp_path, files, template):
     assert processor.template_name == template
     save(model, processor, tmp_path / "saved")
     assert llava_min.load(tmp_path / "saved", device="cpu")[1].template_name == template
-    assert llava_min.load(folder, device="cpu", template="vicuna_v1")[1].template_name == "vicuna_v1"
+    assert (
+        llava_min.load(folder, device="cpu", template="vicuna_v1")[1].template_name == "vicuna_v1"
+    )
 
 
 def test_the_template_in_tokenizer_config(folder):
@@ -388,8 +492,12 @@ def test_the_template_in_tokenizer_config(folder):
 def test_the_end_tokens_of_generation_config(folder, tmp_path):
     stops = lambda f: llava_min.load(f, device="cpu")[0].config.text.eos_token_ids
     assert stops(folder) == (2,)
-    for said, taken in (({}, (2,)), ({"eos_token_id": None}, (2,)), ({"eos_token_id": 5}, (5,)),
-                        ({"eos_token_id": [2, 7]}, (2, 7))):
+    for said, taken in (
+        ({}, (2,)),
+        ({"eos_token_id": None}, (2,)),
+        ({"eos_token_id": 5}, (5,)),
+        ({"eos_token_id": [2, 7]}, (2, 7)),
+    ):
         (folder / "generation_config.json").write_text(json.dumps(said))
         assert stops(folder) == taken
     save(*llava_min.load(folder, device="cpu"), tmp_path / "saved")
@@ -406,39 +514,75 @@ def test_the_end_tokens_of_generation_config(folder, tmp_path):
 
 EARLY = {
     "config": (lambda f: change(f / "config.json", model_type="llava_next"), {}, "llava_next"),
-    "preprocessor": (lambda f: change(f / "preprocessor_config.json", image_std=[1, 1]), {}, "image_std"),
+    "preprocessor": (
+        lambda f: change(f / "preprocessor_config.json", image_std=[1, 1]),
+        {},
+        "image_std",
+    ),
     "tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(b"x"), {}, "tokenizer.model"),
     "template": (lambda f: None, {"template": "vicuna_v9"}, "vicuna_v9"),
-    "aspect": (lambda f: None, {"image_aspect_ratio": "anyres"},
-               "image_aspect_ratio: 'anyres' is not pad or crop"),
+    "aspect": (
+        lambda f: None,
+        {"image_aspect_ratio": "anyres"},
+        "image_aspect_ratio: 'anyres' is not pad or crop",
+    ),
     "aspect of another kind": (lambda f: None, {"image_aspect_ratio": True}, "image_aspect_ratio"),
     "aspect of a list": (lambda f: None, {"image_aspect_ratio": []}, "image_aspect_ratio"),
     "no template": (lambda f: None, {"template": ""}, "template:  is not known"),
     "adapter of another kind": (lambda f: None, {"adapter": 5}, "adapter: 5"),
     "no adapter": (lambda f: None, {"adapter": ""}, "adapter: ''"),
-    "patches": (lambda f: (f / "processor_config.json").write_text('{"patch_size": 7}'), {},
-                "processor_config.json: patch_size is 7 but 14 in config.json"),
-    "strategy": (lambda f: (f / "processor_config.json").write_text('{"vision_feature_select_strategy": "full"}'), {},
-                 "processor_config.json: vision_feature_select_strategy is full but default in config.json"),
-    "size of pictures": (lambda f: change(f / "preprocessor_config.json", size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}), {},
-                         "pictures are made 56 pixels wide but image_size in config.json is"),
-    "a larger tokenizer": (lambda f: change(f / "tokenizer_config.json", added_tokens_decoder={"9999": {"content": "<x>", "special": True}}), {},
-                           "tokens but vocab_size is 384; the tokenizer belongs to another model"),
+    "patches": (
+        lambda f: (f / "processor_config.json").write_text('{"patch_size": 7}'),
+        {},
+        "processor_config.json: patch_size is 7 but 14 in config.json",
+    ),
+    "strategy": (
+        lambda f: (f / "processor_config.json").write_text(
+            '{"vision_feature_select_strategy": "full"}'
+        ),
+        {},
+        "processor_config.json: vision_feature_select_strategy is full but default in config.json",
+    ),
+    "size of pictures": (
+        lambda f: change(
+            f / "preprocessor_config.json",
+            size={"shortest_edge": 56},
+            crop_size={"height": 56, "width": 56},
+        ),
+        {},
+        "pictures are made 56 pixels wide but image_size in config.json is",
+    ),
+    "a larger tokenizer": (
+        lambda f: change(
+            f / "tokenizer_config.json",
+            added_tokens_decoder={"9999": {"content": "<x>", "special": True}},
+        ),
+        {},
+        "tokens but vocab_size is 384; the tokenizer belongs to another model",
+    ),
     "dtype": (lambda f: None, {"dtype": "int3"}, "dtype"),
     "device": (lambda f: None, {"device": "tpu9"}, "device"),
-    "adapter": (lambda f: None, {"adapter": "/no/such/adapter"},
-                "/no/such/adapter/adapter_config.json: no such file"),
-    "a missing tensor": (lambda f: change(f / "config.json",
-                                          text_config={**hf_config()["text_config"], "num_hidden_layers": 3}),
-                         {}, "missing 9 tensor(s)"),
+    "adapter": (
+        lambda f: None,
+        {"adapter": "/no/such/adapter"},
+        "/no/such/adapter/adapter_config.json: no such file",
+    ),
+    "a missing tensor": (
+        lambda f: change(
+            f / "config.json", text_config={**hf_config()["text_config"], "num_hidden_layers": 3}
+        ),
+        {},
+        "missing 9 tensor(s)",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", EARLY)
 def test_found_before_weights_are_read(name, folder, monkeypatch):
     case, options, says = EARLY[name]
-    monkeypatch.setattr(sys.modules["llava_min.load"], "load_weights",
-                        lambda *_: pytest.fail("weights are read"))
+    monkeypatch.setattr(
+        sys.modules["llava_min.load"], "load_weights", lambda *_: pytest.fail("weights are read")
+    )
     case(folder)
     with pytest.raises(UserError) as e:
         llava_min.load(folder, **{"device": "cpu"} | options)
@@ -448,8 +592,9 @@ def test_found_before_weights_are_read(name, folder, monkeypatch):
 def test_the_tokenizer_gets_an_image_token_where_it_has_none(folder):
     change(folder / "tokenizer_config.json", added_tokens_decoder={}, pad_token="<unk>")
     _, processor = llava_min.load(folder, device="cpu")
-    assert processor("<image>", images=Image.new("RGB",
-                                                 (28, 28)))["input_ids"].tolist() == [[1] + [IMAGE] * 4]
+    assert processor("<image>", images=Image.new("RGB", (28, 28)))["input_ids"].tolist() == [
+        [1] + [IMAGE] * 4
+    ]
     assert PIECES == IMAGE
 
 
@@ -515,8 +660,7 @@ def test_a_foreign_template_in_the_models_folder_and_beside_an_adapter(folder, a
         path.write_text(FACTORY)
         err = err_of(capsys, folder, **options)
         assert (
-            err
-            == f"{path}: taken as vicuna_v1, from which it differs in spaces alone; "
+            err == f"{path}: taken as vicuna_v1, from which it differs in spaces alone; "
             "--template takes another\n"
         )
         assert prepare(str(folder), **options).processor.template_name == "vicuna_v1"

@@ -1,4 +1,6 @@
-"""lora.py: an adapter starts as nothing, is saved as PEFT saves, and is read however PEFT and LLaVA wrote it."""
+"""lora.py: an adapter starts as nothing, is saved as PEFT saves, and is read however PEFT and LLaVA
+wrote it.
+"""
 
 import json
 import random
@@ -12,12 +14,19 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llava_min
-from llava_min.cli import UserError
+from llava_min.adapter import (
+    PEFT,
+    adapter_names,
+    is_target,
+    load_adapter,
+    read_adapter,
+    save_adapter,
+)
 from llava_min.config import LlavaConfig
-from llava_min.load import on_meta, save
-from llava_min.adapter import PEFT, adapter_names, is_target, load_adapter, read_adapter, save_adapter
-from llava_min.lora import LINEARS, LoRAConfig, LoRALinear, add_lora, init_lora, to_transformers
+from llava_min.errors import UserError
 from llava_min.fast.cpu_linear import prepack_linears
+from llava_min.load import on_meta, save
+from llava_min.lora import LINEARS, LoRAConfig, LoRALinear, add_lora, init_lora, to_transformers
 from llava_min.training.trainable import check_gradients, set_trainable
 
 KINDS = ["mistral", "qwen2"]
@@ -54,7 +63,11 @@ def test_what_an_adapter_config_leaves_out_is_as_peft_has_it(tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps(data))
     assert read_adapter(our_model(their_model("mistral")), folder)[0].alpha == 8
     every = {"target_modules": "all-linear"}
-    assert is_target("model.layers.0.self_attn.q_proj", every) and not is_target("lm_head", every) and not is_target("model.lm_head", every)
+    assert (
+        is_target("model.layers.0.self_attn.q_proj", every)
+        and not is_target("lm_head", every)
+        and not is_target("model.lm_head", every)
+    )
 
 
 def test_embeddings_of_an_adapter_over_a_tied_head_are_refused(tmp_path):
@@ -80,9 +93,12 @@ def test_starts_as_nothing(kind, dora):
     model = our_model(their_model(kind))
     before = logits(model)
     add_lora(model, LoRAConfig(4, 10, dora=dora))
-    assert (logits(model) - before).abs().max() <= 1e-5 * dora  # DoRA's factor is 1 but for rounding
+    # DoRA's factor is 1 but for rounding
+    assert (logits(model) - before).abs().max() <= 1e-5 * dora
     layers = [n for n, m in model.named_modules() if isinstance(m, LoRALinear)]
-    assert len(layers) == 2 * len(LINEARS) and all(n.startswith("language_model.layers.") for n in layers)
+    assert len(layers) == 2 * len(LINEARS) and all(
+        n.startswith("language_model.layers.") for n in layers
+    )
     ends = ["A.weight", "B.weight", *(["magnitude_vector"] if dora else [])]
     learns = {n for n, p in model.named_parameters() if p.requires_grad}
     assert learns == {f"{n}.lora_{x}" for n in layers for x in ends}
@@ -120,7 +136,9 @@ def test_a_half_base_has_a_full_adapter(dtype):
         if isinstance(m, LoRALinear):
             m.lora_A.float(), m.lora_B.float()
     near = logits(model)
-    assert near.dtype == dtype and (near.float() - logits(taught())).norm() < 0.1 * near.float().norm()
+    assert (
+        near.dtype == dtype and (near.float() - logits(taught())).norm() < 0.1 * near.float().norm()
+    )
     with torch.autocast("cpu", dtype):
         assert logits(model).dtype == dtype
 
@@ -136,27 +154,44 @@ def blocks(*ends: str) -> set[str]:
 LEAVES = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
 
 
-@pytest.mark.parametrize("targets, paths", [
-    (("q_proj", "down_proj"), blocks("self_attn.q_proj", "mlp.down_proj")),
-    (("all-linear",), blocks(*LEAVES)), (LINEARS, blocks(*LEAVES)),
-    ((r"(vision_tower|language_model)\..*\.q_proj",),
-     blocks("self_attn.q_proj") | {f"vision_tower.layers.{i}.self_attn.q_proj" for i in range(3)}),
-    (("language_model.layers.1.mlp.up_proj",), {"language_model.layers.1.mlp.up_proj"}),
-    ((".*linear_1|lm_head",), {"multi_modal_projector.linear_1", "lm_head"})], ids=str)
+@pytest.mark.parametrize(
+    "targets, paths",
+    [
+        (("q_proj", "down_proj"), blocks("self_attn.q_proj", "mlp.down_proj")),
+        (("all-linear",), blocks(*LEAVES)),
+        (LINEARS, blocks(*LEAVES)),
+        (
+            (r"(vision_tower|language_model)\..*\.q_proj",),
+            blocks("self_attn.q_proj")
+            | {f"vision_tower.layers.{i}.self_attn.q_proj" for i in range(3)},
+        ),
+        (("language_model.layers.1.mlp.up_proj",), {"language_model.layers.1.mlp.up_proj"}),
+        ((".*linear_1|lm_head",), {"multi_modal_projector.linear_1", "lm_head"}),
+    ],
+    ids=str,
+)
 def test_targets(targets, paths):
     model = our_model(their_model())
     add_lora(model, LoRAConfig(2, 4, targets=targets))
     assert adapted(model) == paths
 
 
-@pytest.mark.parametrize("kind, targets, says", [
-    ("llama", ("q_proj", "fc1"), "'fc1' names no linear layer of the language model"),
-    ("llama", ("lm_head",), "'lm_head' names no"), ("llama", ("embed_tokens",), "'embed_tokens' names no"),
-    ("llama", (r".*\.q_pro",), "fits no linear layer in full"), ("llama", ("",), "fits no linear layer"),
-    ("llama", (".*norm.*",), "fits no linear layer"), ("llama", ("(q_proj",), "is not a regex"),
-    ("llama", ("q_proj", r".*\.o_proj"), "not names alone and not one regex"),
-    ("llama", ("all-linear", "q_proj"), "not names alone"),
-    ("qwen2", ("lm_head|.*q_proj",), "tied to the embedding")], ids=str)
+@pytest.mark.parametrize(
+    "kind, targets, says",
+    [
+        ("llama", ("q_proj", "fc1"), "'fc1' names no linear layer of the language model"),
+        ("llama", ("lm_head",), "'lm_head' names no"),
+        ("llama", ("embed_tokens",), "'embed_tokens' names no"),
+        ("llama", (r".*\.q_pro",), "fits no linear layer in full"),
+        ("llama", ("",), "fits no linear layer"),
+        ("llama", (".*norm.*",), "fits no linear layer"),
+        ("llama", ("(q_proj",), "is not a regex"),
+        ("llama", ("q_proj", r".*\.o_proj"), "not names alone and not one regex"),
+        ("llama", ("all-linear", "q_proj"), "not names alone"),
+        ("qwen2", ("lm_head|.*q_proj",), "tied to the embedding"),
+    ],
+    ids=str,
+)
 def test_targets_that_fit_nothing(kind, targets, says):
     model = our_model(their_model(kind))
     with pytest.raises(UserError) as e:
@@ -177,7 +212,9 @@ def test_the_start_depends_on_seed_and_path_alone():
 
     a, again, other = start(0, LINEARS), start(0, ("v_proj", "q_proj")), start(1, LINEARS)
     assert again and all(torch.equal(x, a[n]) for n, x in again.items())
-    drawn = [x for start in (a, other) for n, x in start.items() if "lora_A" in n and x.shape == (4, 32)]
+    drawn = [
+        x for start in (a, other) for n, x in start.items() if "lora_A" in n and x.shape == (4, 32)
+    ]
     assert all(x.abs().max() <= 32**-0.5 and x.std() > 0.08 for x in drawn)
     assert all(far(x, y) for i, x in enumerate(drawn) for y in drawn[:i])
 
@@ -199,7 +236,9 @@ def test_made_on_meta_it_starts_as_on_the_spot():
 
 
 def shards(rank: int, base: Path, out: Path) -> None:
-    """One of two ranks: the model of `base` under FSDP2, made on meta; rank 0 writes LoRA's tensors, gathered."""
+    """One of two ranks: the model of `base` under FSDP2, made on meta; rank 0 writes LoRA's
+    tensors, gathered.
+    """
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
@@ -229,7 +268,9 @@ def test_shards_start_as_the_whole(tmp_path):
     add_lora(model, LoRAConfig(3, dora=True, rank_pattern={"q_proj": 1}))
     init_lora(model, 5)
     gathered = load_file(tmp_path / "lora")
-    assert len(gathered) == 42 and all(torch.equal(x, model.get_parameter(n)) for n, x in gathered.items())
+    assert len(gathered) == 42 and all(
+        torch.equal(x, model.get_parameter(n)) for n, x in gathered.items()
+    )
 
 
 @pytest.mark.parametrize("projector", [True, False])
@@ -239,8 +280,9 @@ def test_saved_is_loaded(kind, projector, tmp_path):
     saved(tmp_path / "a", model)
     again = our_model(their_model(kind))
     load_adapter(again, tmp_path / "a")
-    assert torch.equal(logits(again), logits(model)) and far(logits(again),
-                                                             logits(our_model(their_model(kind))))
+    assert torch.equal(logits(again), logits(model)) and far(
+        logits(again), logits(our_model(their_model(kind)))
+    )
     assert not any(p.requires_grad for p in again.parameters())
     state = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert {x.dtype for x in state.values()} == {torch.float32} and len(state) == 28 + 4 * projector
@@ -249,7 +291,9 @@ def test_saved_is_loaded(kind, projector, tmp_path):
 
 
 def peft_of(folder: Path, kind: str = "mistral"):
-    """transformers' model with the adapter of `folder`, every tensor of which has to find its place."""
+    """transformers' model with the adapter of `folder`, every tensor of which has to find its
+    place.
+    """
     peft = pytest.importorskip("peft", reason="the oracle of this test; pip install -e '.[test]'")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*(missing|unexpected|adapter keys).*")
@@ -259,12 +303,26 @@ def peft_of(folder: Path, kind: str = "mistral"):
     return model
 
 
-@pytest.mark.parametrize("config", [
-    LoRAConfig(4, 10), LoRAConfig(4, 10, dora=True), LoRAConfig(4, 10, rslora=True),
-    LoRAConfig(4, 10, targets=("all-linear",)), LoRAConfig(4, 10, targets=("q_proj", "up_proj")),
-    LoRAConfig(4, 10, targets=(r"(vision_tower|language_model)\..*\.q_proj",)),
-    LoRAConfig(4, 10, targets=(r"language_model\.layers\.1\..*_proj|lm_head|vision_tower.layers.0.mlp.fc[12]",),
-               dora=True)], ids=lambda c: f"{c.dora} {c.rslora} {c.targets}")
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoRAConfig(4, 10),
+        LoRAConfig(4, 10, dora=True),
+        LoRAConfig(4, 10, rslora=True),
+        LoRAConfig(4, 10, targets=("all-linear",)),
+        LoRAConfig(4, 10, targets=("q_proj", "up_proj")),
+        LoRAConfig(4, 10, targets=(r"(vision_tower|language_model)\..*\.q_proj",)),
+        LoRAConfig(
+            4,
+            10,
+            targets=(
+                r"language_model\.layers\.1\..*_proj|lm_head|vision_tower.layers.0.mlp.fc[12]",
+            ),
+            dora=True,
+        ),
+    ],
+    ids=lambda c: f"{c.dora} {c.rslora} {c.targets}",
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_peft_loads_what_we_save(kind, config, tmp_path):
     if kind == "qwen2" and "lm_head" in config.targets[0]:
@@ -273,16 +331,28 @@ def test_peft_loads_what_we_save(kind, config, tmp_path):
     theirs = peft_of(saved(tmp_path / "a", model, config), kind)
     assert (logits(theirs) - logits(model)).abs().max() <= 1e-4
     assert far(logits(model), logits(our_model(their_model(kind))))
-    there = {n.removeprefix("base_model.model.") for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
+    there = {
+        n.removeprefix("base_model.model.")
+        for n, m in theirs.named_modules()
+        if hasattr(m, "lora_A")
+    }
     assert there == {to_transformers(n) for n in adapted(model)}
 
 
-@pytest.mark.parametrize("parts, modules", [
-    (("multi_modal_projector", "lm_head"), ["multi_modal_projector", "lm_head"]), ((), None),
-    (("multi_modal_projector.linear_2",), ["multi_modal_projector.linear_2"]),
-    (("vision_tower.layers.1.", "vision_tower.embeddings"),
-     ["vision_tower.embeddings", "vision_tower.encoder.layers.1"]),
-    (("vision_tower",), ["vision_tower"])], ids=str)
+@pytest.mark.parametrize(
+    "parts, modules",
+    [
+        (("multi_modal_projector", "lm_head"), ["multi_modal_projector", "lm_head"]),
+        ((), None),
+        (("multi_modal_projector.linear_2",), ["multi_modal_projector.linear_2"]),
+        (
+            ("vision_tower.layers.1.", "vision_tower.embeddings"),
+            ["vision_tower.embeddings", "vision_tower.encoder.layers.1"],
+        ),
+        (("vision_tower",), ["vision_tower"]),
+    ],
+    ids=str,
+)
 def test_what_is_trained_beside_lora_is_saved(parts, modules, tmp_path):
     model = taught(projector=False)
     for name, p in model.named_parameters():
@@ -294,7 +364,10 @@ def test_what_is_trained_beside_lora_is_saved(parts, modules, tmp_path):
             p.data.zero_()  # as if these were shards: what is given counts
     (tmp_path / "a").mkdir()
     save_adapter(model, LoRAConfig(4, 10), tmp_path / "a", "base", state)
-    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["modules_to_save"] == modules
+    assert (
+        json.loads((tmp_path / "a" / "adapter_config.json").read_text())["modules_to_save"]
+        == modules
+    )
     for n, p in model.named_parameters():
         p.data.copy_(state[n])
     again = our_model(their_model("mistral"))
@@ -308,11 +381,19 @@ LANGUAGE = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|
 
 def by_peft(folder: Path, kind: str = "mistral", /, **change):
     """transformers' model with an adapter that peft made, saved to `folder`."""
-    peft = pytest.importorskip("peft",
-                               reason="writes the adapter that is read here; pip install -e '.[test]'")
-    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 10, "target_modules": LANGUAGE,
-                                "modules_to_save": ["multi_modal_projector"],
-                                "task_type": "CAUSAL_LM"} | change)
+    peft = pytest.importorskip(
+        "peft", reason="writes the adapter that is read here; pip install -e '.[test]'"
+    )
+    config = peft.LoraConfig(
+        **{
+            "r": 4,
+            "lora_alpha": 10,
+            "target_modules": LANGUAGE,
+            "modules_to_save": ["multi_modal_projector"],
+            "task_type": "CAUSAL_LM",
+        }
+        | change
+    )
     model = peft.get_peft_model(their_model(kind), config).eval()
     g = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
@@ -322,26 +403,48 @@ def by_peft(folder: Path, kind: str = "mistral", /, **change):
     return model
 
 
-PATTERNS = {"rank_pattern": {"q_proj": 6, r".*layers\.[1]\.mlp.up_proj": 2,
-                             "^model.language_model.layers.0.self_attn.o_proj": 3},
-            "alpha_pattern": {"o_proj": 5, "v_proj": -3.5}}
+PATTERNS = {
+    "rank_pattern": {
+        "q_proj": 6,
+        r".*layers\.[1]\.mlp.up_proj": 2,
+        "^model.language_model.layers.0.self_attn.o_proj": 3,
+    },
+    "alpha_pattern": {"o_proj": 5, "v_proj": -3.5},
+}
 
 
-@pytest.mark.parametrize("change", [{"use_dora": True}, {"use_rslora": True}, PATTERNS,
-                                    {**PATTERNS, "use_dora": True, "use_rslora": True},
-                                    {"modules_to_save": ["multi_modal_projector", "lm_head"]},
-                                    {"modules_to_save": ["model.vision_tower", "linear_2"], "use_dora": True},
-                                    {}, {"modules_to_save": None}, {"target_modules": ["q_proj", "v_proj"]},
-                                    {"target_modules": ["lm_head", "linear_1"], "modules_to_save": None},
-                                    {"lora_alpha": 3, "r": 7, "lora_dropout": 0.2},
-                                    {"init_lora_weights": "gaussian"},
-                                    {"target_modules": "all-linear"},
-                                    {"target_modules": ["q_proj"], "layers_to_transform": 1},
-                                    {"target_modules": ["q_proj", "linear_1"], "modules_to_save": ["lm_head"],
-                                     "layers_to_transform": [0], "layers_pattern": "layers"},
-                                    {"target_modules": ["q_proj", "fc1"], "exclude_modules": ["0.self_attn.q_proj"]},
-                                    {"target_modules": "(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)",
-                                     "exclude_modules": r".*\.1\..*", "modules_to_save": ["projector"]}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        PATTERNS,
+        {**PATTERNS, "use_dora": True, "use_rslora": True},
+        {"modules_to_save": ["multi_modal_projector", "lm_head"]},
+        {"modules_to_save": ["model.vision_tower", "linear_2"], "use_dora": True},
+        {},
+        {"modules_to_save": None},
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["lm_head", "linear_1"], "modules_to_save": None},
+        {"lora_alpha": 3, "r": 7, "lora_dropout": 0.2},
+        {"init_lora_weights": "gaussian"},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj"], "layers_to_transform": 1},
+        {
+            "target_modules": ["q_proj", "linear_1"],
+            "modules_to_save": ["lm_head"],
+            "layers_to_transform": [0],
+            "layers_pattern": "layers",
+        },
+        {"target_modules": ["q_proj", "fc1"], "exclude_modules": ["0.self_attn.q_proj"]},
+        {
+            "target_modules": "(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)",
+            "exclude_modules": r".*\.1\..*",
+            "modules_to_save": ["projector"],
+        },
+    ],
+    ids=str,
+)
 def test_what_peft_saves_is_loaded(change, tmp_path):
     theirs = by_peft(tmp_path / "a", **change)
     ours = our_model(their_model("mistral"))
@@ -351,17 +454,26 @@ def test_what_peft_saves_is_loaded(change, tmp_path):
     config, tensors = read_adapter(our_model(their_model("mistral")), tmp_path / "a")
     for name, p in ours.named_parameters():  # and back: what was trained beside LoRA is saved again
         p.requires_grad_(name in tensors)
-    assert (logits(peft_of(saved(tmp_path / "b", ours, config))) - logits(theirs)).abs().max() <= 1e-4
-    if change.get("target_modules") == ["q_proj", "v_proj"]:  # peft's leaf names reach into the tower
-        assert any(n.startswith("vision_tower") and isinstance(m, LoRALinear)
-                   for n, m in ours.named_modules())
+    assert (
+        logits(peft_of(saved(tmp_path / "b", ours, config))) - logits(theirs)
+    ).abs().max() <= 1e-4
+    # peft's leaf names reach into the tower
+    if change.get("target_modules") == ["q_proj", "v_proj"]:
+        assert any(
+            n.startswith("vision_tower") and isinstance(m, LoRALinear)
+            for n, m in ours.named_modules()
+        )
 
 
-OLD = {"language_model.model.": "model.language_model.",
-       "multi_modal_projector.": "model.multi_modal_projector."}  # before transformers 4.52
-LLAVA = {"model.layers.": "model.language_model.layers.",
-         "model.mm_projector.0.": "model.multi_modal_projector.linear_1.",
-         "model.mm_projector.2.": "model.multi_modal_projector.linear_2."}
+OLD = {
+    "language_model.model.": "model.language_model.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}  # before transformers 4.52
+LLAVA = {
+    "model.layers.": "model.language_model.layers.",
+    "model.mm_projector.0.": "model.multi_modal_projector.linear_1.",
+    "model.mm_projector.2.": "model.multi_modal_projector.linear_2.",
+}
 
 
 def renamed(state: dict, names: dict[str, str]) -> dict:
@@ -379,10 +491,13 @@ def test_older_names(names, end, tmp_path):
     folder = saved(tmp_path / "a", model)
     state = renamed(load_file(folder / "adapter_model.safetensors"), names)
     (folder / "adapter_model.safetensors").unlink()
-    if names is LLAVA:  # it keeps the projector apart, and has no tower yet when leaf names are looked up
+    # it keeps the projector apart, and has no tower yet when leaf names are looked up
+    if names is LLAVA:
         config(modules_to_save=None, target_modules=list(LINEARS))(folder)
-        torch.save({k: x for k, x in state.items() if "mm_projector" in k},
-                   folder / "non_lora_trainables.bin")
+        torch.save(
+            {k: x for k, x in state.items() if "mm_projector" in k},
+            folder / "non_lora_trainables.bin",
+        )
         state = {k: x for k, x in state.items() if "mm_projector" not in k}
     (save_file if end == "safetensors" else torch.save)(state, folder / f"adapter_model.{end}")
     again = our_model(their_model("mistral"))
@@ -400,15 +515,21 @@ def test_load_applies_an_adapter_and_says_when_it_is_of_another_base(spm, tmp_pa
         assert capsys.readouterr().err.count("was made for base") == said
 
 
-@pytest.mark.parametrize("keep, says", [(0, "model.mm_projector.0.weight is missing"),
-                                        (1, "projector.* is missing"), (4, None)])
+@pytest.mark.parametrize(
+    "keep, says",
+    [(0, "model.mm_projector.0.weight is missing"), (1, "projector.* is missing"), (4, None)],
+)
 @pytest.mark.parametrize("layers", ["all", "one"])
 def test_half_an_adapter_of_the_original(keep, layers, says, tmp_path):
     folder = saved(tmp_path / "a", taught())
     config(modules_to_save=None, target_modules=list(LINEARS))(folder)
     state = renamed(load_file(folder / "adapter_model.safetensors"), LLAVA)
     whole = {k: x for k, x in state.items() if "mm_projector" in k}
-    lora = {k: x for k, x in state.items() if k not in whole and (layers == "all" or "layers.0.self_attn.q_proj" in k)}
+    lora = {
+        k: x
+        for k, x in state.items()
+        if k not in whole and (layers == "all" or "layers.0.self_attn.q_proj" in k)
+    }
     save_file(lora, folder / "adapter_model.safetensors")
     torch.save(dict(list(whole.items())[:keep]), folder / "non_lora_trainables.bin")
     model = our_model(their_model("mistral"))
@@ -435,6 +556,7 @@ def config(**keys):
     def case(folder):
         path = folder / "adapter_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
     return case
 
 
@@ -443,6 +565,7 @@ def table(change):
         path = folder / "adapter_model.safetensors"
         state = load_file(path)
         save_file(change(state) or state, path)
+
     return case
 
 
@@ -451,7 +574,9 @@ def replaced(key: str, change):
 
 
 def written(name: str, data: bytes | None):
-    return lambda folder: (folder / name).unlink() if data is None else (folder / name).write_bytes(data)
+    return lambda folder: (
+        (folder / name).unlink() if data is None else (folder / name).write_bytes(data)
+    )
 
 
 BAD = [
@@ -460,35 +585,63 @@ BAD = [
     (written("adapter_config.json", b"{"), "line 1"),
     (written("adapter_model.safetensors", None), "no adapter_model.safetensors"),
     (written("adapter_model.safetensors", b""), "damaged"),
-    (written("adapter_model.safetensors", b"version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
-    (config(use_dora=True), "lora_magnitude_vector is missing"), (config(use_dora="yes"), "use_dora is 'yes'"),
-    (config(use_rslora=1.5), "use_rslora is 1.5"), (config(lora_bias=True), "lora_bias is True"),
-    *((config(**{key: [1]}), f"{key} is [1], which is not implemented")
-      for key in ("target_parameters", "trainable_token_indices", "use_qalora", "kasa_config")),
+    (
+        written("adapter_model.safetensors", b"version https://git-lfs.github.com/spec/v1"),
+        "git lfs pull",
+    ),
+    (config(use_dora=True), "lora_magnitude_vector is missing"),
+    (config(use_dora="yes"), "use_dora is 'yes'"),
+    (config(use_rslora=1.5), "use_rslora is 1.5"),
+    (config(lora_bias=True), "lora_bias is True"),
+    *(
+        (config(**{key: [1]}), f"{key} is [1], which is not implemented")
+        for key in ("target_parameters", "trainable_token_indices", "use_qalora", "kasa_config")
+    ),
     (config(bias="all"), "bias is 'all'"),
-    (config(peft_type="IA3"), "peft_type is 'IA3'"), (config(fan_in_fan_out=True), "fan_in_fan_out"),
+    (config(peft_type="IA3"), "peft_type is 'IA3'"),
+    (config(fan_in_fan_out=True), "fan_in_fan_out"),
     (config(rank_pattern={"q_proj": 2}), "is [4, 32], expected [2, 32]"),
-    *((config(**{key: x}), f"{key} is") for key in ("rank_pattern", "alpha_pattern")
-      for x in ([4], {"q_proj": 0}, {"q_proj": "4"}, {"q_proj": None}, {"q_proj": True})),
-    *((config(alpha_pattern={key: 2}), "alpha_pattern has")
-      for key in ("(a+)+b", "(a*a)*", "(", "a{1,2}.*.*", "q" * 201, "(?P<a>.)*")),
+    *(
+        (config(**{key: x}), f"{key} is")
+        for key in ("rank_pattern", "alpha_pattern")
+        for x in ([4], {"q_proj": 0}, {"q_proj": "4"}, {"q_proj": None}, {"q_proj": True})
+    ),
+    *(
+        (config(alpha_pattern={key: 2}), "alpha_pattern has")
+        for key in ("(a+)+b", "(a*a)*", "(", "a{1,2}.*.*", "q" * 201, "(?P<a>.)*")
+    ),
     (config(init_lora_weights="pissa_niter_4"), "init_lora_weights"),
     (config(layer_replication=[[0, 2]]), "layer_replication"),
     *((config(r=r), "expected a whole number from 1") for r in (0, -1, None, "4", 4.0, True)),
     *((config(r=r), f"is [4, 48], expected [{r}, 48]") for r in (3, 5, 10**9)),
-    *((config(lora_alpha=a), "a number other than 0")
-      for a in (0, 0.0, None, "10", float("nan"), float("inf"), True, [1])),
-    (written("config.json", b'{"mm_projector_type": "mlp2x_gelu"}'), "without non_lora_trainables.bin"),
+    *(
+        (config(lora_alpha=a), "a number other than 0")
+        for a in (0, 0.0, None, "10", float("nan"), float("inf"), True, [1])
+    ),
+    (
+        written("config.json", b'{"mm_projector_type": "mlp2x_gelu"}'),
+        "without non_lora_trainables.bin",
+    ),
     (table(lambda s: s.pop(Q) is None), "lora_A.weight is missing and its other half is there"),
-    (table(lambda s: s.pop(Q.replace("_A", "_B")) is None),
-     "lora_B.weight is missing and its other half is there"),
+    (
+        table(lambda s: s.pop(Q.replace("_A", "_B")) is None),
+        "lora_B.weight is missing and its other half is there",
+    ),
     (table(lambda s: {k: x for k, x in s.items() if "projector" in k}), "no LoRA tensor"),
     (table(lambda s: {"x": s[Q]}), "no home in this model"),
     (table(lambda s: {f"other.{k}": x for k, x in s.items()}), "no home in this model"),
-    (table(lambda s: s.__setitem__(Q.replace("layers.0", "layers.9"), s[Q].clone())),
-     "layers.9.self_attn.q_proj.lora_A.weight has no home in this model"),
-    (table(lambda s: s.__setitem__(Q.replace("lora_A.weight", "lora_magnitude_vector"), torch.ones(32))),
-     "lora_magnitude_vector has no home"),
+    (
+        table(lambda s: s.__setitem__(Q.replace("layers.0", "layers.9"), s[Q].clone())),
+        "layers.9.self_attn.q_proj.lora_A.weight has no home in this model",
+    ),
+    (
+        table(
+            lambda s: s.__setitem__(
+                Q.replace("lora_A.weight", "lora_magnitude_vector"), torch.ones(32)
+            )
+        ),
+        "lora_magnitude_vector has no home",
+    ),
     (table(lambda s: s.__setitem__("\x1b[2J\n", s[Q].clone())), r"\x1b[2J\n has no home"),
     (table(lambda s: s.__setitem__(Q.replace(PEFT, ""), s[Q].clone())), "stands twice"),
     (replaced(Q, lambda x: x[:2]), "is [2, 32], expected [4, 32]"),
@@ -497,27 +650,43 @@ BAD = [
     (replaced(P, lambda x: x[:1]), "is [1, 32], expected [32, 32]"),
     (replaced(Q, lambda x: x.int()), "holds torch.int32"),
     (replaced(Q, lambda x: x.to(torch.float8_e4m3fn)), "holds torch.float8_e4m3fn"),
-    (table(lambda s: {k: x for k, x in s.items() if "projector" not in k}),
-     "no tensor of multi_modal_projector"),
+    (
+        table(lambda s: {k: x for k, x in s.items() if "projector" not in k}),
+        "no tensor of multi_modal_projector",
+    ),
     (table(lambda s: s.pop(P) is None), "linear_1.weight is missing, of multi_modal_projector"),
-    (table(lambda s: {k: x for k, x in s.items() if "projector" in k or "layers.0.self_attn.q_proj" in k}),
-     "13 layers that target_modules names have no LoRA tensors"),
+    (
+        table(
+            lambda s: {
+                k: x for k, x in s.items() if "projector" in k or "layers.0.self_attn.q_proj" in k
+            }
+        ),
+        "13 layers that target_modules names have no LoRA tensors",
+    ),
     (config(target_modules=r".*language_model.*q_proj"), "which target_modules"),
     (config(target_modules=["nope"]), "target_modules ['nope'] does not name"),
-    (config(target_modules=[*LINEARS]), "9 layers"), (config(exclude_modules=["up_proj"]), "up_proj, which target_modules"),
-    (config(target_modules=list(LINEARS), layers_to_transform=[0], exclude_modules=".*vision.*"), "layers.1."),
+    (config(target_modules=[*LINEARS]), "9 layers"),
+    (config(exclude_modules=["up_proj"]), "up_proj, which target_modules"),
+    (
+        config(target_modules=list(LINEARS), layers_to_transform=[0], exclude_modules=".*vision.*"),
+        "layers.1.",
+    ),
     *((config(target_modules=x), "target_modules is") for x in (None, [], "", 5, [5])),
-    (config(target_modules="(q_proj"), "target_modules is '(q_proj'"), (config(layers_pattern=["("]), "layers_pattern is"),
+    (config(target_modules="(q_proj"), "target_modules is '(q_proj'"),
+    (config(layers_pattern=["("]), "layers_pattern is"),
     (config(layers_to_transform=["1"]), "layers_to_transform is"),
     (config(modules_to_save=["multi_modal_projector", "lm_head"]), "no tensor of lm_head"),
-    (config(modules_to_save=5), "no tensor of 5"), (config(modules_to_save={"a": 1}), "no tensor of {'a': 1}"),
+    (config(modules_to_save=5), "no tensor of 5"),
+    (config(modules_to_save={"a": 1}), "no tensor of {'a': 1}"),
     (config(modules_to_save=["\x1b[2J"]), "no tensor of \\x1b[2J"),
     (replaced(Q, lambda x: x * float("nan")), "NaN or infinity"),
     (replaced(P, lambda x: x / 0), "NaN or infinity"),
 ]
 
 
-@pytest.mark.parametrize("case, says", BAD, ids=[f"{i} {says}"[:40] for i, (_, says) in enumerate(BAD)])
+@pytest.mark.parametrize(
+    "case, says", BAD, ids=[f"{i} {says}"[:40] for i, (_, says) in enumerate(BAD)]
+)
 def test_refused_and_the_model_is_as_before(case, says, tmp_path):
     folder = saved(tmp_path / "a", taught())
     load_adapter(our_model(their_model("mistral")), folder)  # the control
@@ -527,14 +696,23 @@ def test_refused_and_the_model_is_as_before(case, says, tmp_path):
     with pytest.raises(UserError) as e:
         load_adapter(model, folder)
     message = str(e.value)
-    assert says in message and str(folder) in message and message.isprintable() and len(message) <= 2000
-    assert model.state_dict().keys() == before.keys() and all(torch.equal(p, before[n])
-                                                              for n, p in model.state_dict().items())
+    assert (
+        says in message
+        and str(folder) in message
+        and message.isprintable()
+        and len(message) <= 2000
+    )
+    assert model.state_dict().keys() == before.keys() and all(
+        torch.equal(p, before[n]) for n, p in model.state_dict().items()
+    )
 
 
 def test_a_model_with_an_adapter_is_not_saved_as_if_it_had_none(spm, tmp_path):
-    model, processor = llava_min.load(write_folder(tmp_path / "base", spm, their_model("mistral")),
-                                      adapter=str(saved(tmp_path / "a", taught())), device="cpu")
+    model, processor = llava_min.load(
+        write_folder(tmp_path / "base", spm, their_model("mistral")),
+        adapter=str(saved(tmp_path / "a", taught())),
+        device="cpu",
+    )
     with pytest.raises(UserError, match="not merged"):
         save(model, processor, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
@@ -562,7 +740,10 @@ def test_an_adapter_is_not_applied_twice(tmp_path):
     folder = saved(tmp_path / "a", taught())
     model = our_model(their_model("mistral"))
     load_adapter(model, folder)
-    for again in (lambda: load_adapter(model, folder), lambda: add_lora(model, LoRAConfig(targets=(".*linear_1",)))):
+    for again in (
+        lambda: load_adapter(model, folder),
+        lambda: add_lora(model, LoRAConfig(targets=(".*linear_1",))),
+    ):
         with pytest.raises(UserError, match="has an adapter already"):
             again()
 
@@ -612,9 +793,13 @@ def test_gradients_are_those_of_peft(way, tmp_path):
     check_gradients(ours)
     want = {ours_in_theirs(n): p.grad for n, p in theirs.named_parameters() if p.grad is not None}
     got = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
-    assert want.keys() == got.keys() and len(got) == {"lora": 32, "rslora": 32, "dora": 46, "full": 62}[way]
+    assert (
+        want.keys() == got.keys()
+        and len(got) == {"lora": 32, "rslora": 32, "dora": 46, "full": 62}[way]
+    )
     for name, g in got.items():
-        if name.endswith("k_proj.bias"):  # adds the same to every score of a query: what is there is rounding
+        # adds the same to every score of a query: what is there is rounding
+        if name.endswith("k_proj.bias"):
             assert max(g.norm(), want[name].norm()) <= 1e-6
         else:
             assert apart(g, want[name]) <= 1e-4, name
@@ -623,9 +808,13 @@ def test_gradients_are_those_of_peft(way, tmp_path):
 @pytest.mark.parametrize("way", WAYS)
 def test_ten_steps_are_those_of_peft(way, tmp_path):
     theirs, ours = both(way, tmp_path)
-    sides = [{f(n): p for n, p in m.named_parameters() if p.requires_grad}
-             for m, f in ((theirs, ours_in_theirs), (ours, lambda n: n))]
-    optimizers = [torch.optim.AdamW(side.values(), lr=1e-3, eps=1e-5, weight_decay=0.01) for side in sides]
+    sides = [
+        {f(n): p for n, p in m.named_parameters() if p.requires_grad}
+        for m, f in ((theirs, ours_in_theirs), (ours, lambda n: n))
+    ]
+    optimizers = [
+        torch.optim.AdamW(side.values(), lr=1e-3, eps=1e-5, weight_decay=0.01) for side in sides
+    ]
     start = {n: p.detach().clone() for n, p in sides[1].items()}
     for step in range(10):
         both_losses = losses(theirs, ours, seed=step)
@@ -652,10 +841,14 @@ def test_the_length_of_a_row_that_vanishes_is_a_number():
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_dropout_is_as_peft_has_it(dora):
-    """Equal draws in both: for DoRA the base's own output comes without dropout, its correction with it."""
+    """Equal draws in both: for DoRA the base's own output comes without dropout, its correction
+    with it.
+    """
     peft = pytest.importorskip("peft", reason="the oracle of this test; pip install -e '.[test]'")
     base = torch.nn.Linear(16, 12)
-    config = peft.LoraConfig(r=4, lora_alpha=10, lora_dropout=0.4, use_dora=dora, target_modules=["0"])
+    config = peft.LoraConfig(
+        r=4, lora_alpha=10, lora_dropout=0.4, use_dora=dora, target_modules=["0"]
+    )
     theirs = peft.get_peft_model(torch.nn.Sequential(base), config).train()
     ours = made(base, 4, 2.5, dropout=0.4, dora=dora).train()
     layer = theirs.base_model.model[0]
@@ -695,7 +888,9 @@ def test_norms_without_a_matrix_of_that_size(dtype, most):
     torch.manual_seed(0)
     layer = made(torch.nn.Linear(4096, 512).to(dtype).requires_grad_(False), 8, 4.0, dora=True)
     layer.lora_B.weight.data.normal_(std=0.02)
-    w, a, b = (x.detach().double() for x in (layer.base.weight, layer.lora_A.weight, layer.lora_B.weight))
+    w, a, b = (
+        x.detach().double() for x in (layer.base.weight, layer.lora_A.weight, layer.lora_B.weight)
+    )
     exact, most_made = (w + 4 * b @ a).norm(dim=1), 0
 
     class Sizes(TorchDispatchMode):

@@ -1,12 +1,13 @@
-"""ops.py, fast/recompute.py and fast/attention.py: the same values and gradients as PyTorch's own functions, and less kept for the backward."""
+"""ops.py, fast/recompute.py and fast/attention.py: the same values and gradients as PyTorch's own
+functions, and less kept for the backward.
+"""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from llava_min.fast import attention as fast_attention
-from llava_min.ops import attention
-from llava_min.ops import rms_norm, swiglu
+from llava_min.ops import attention, rms_norm, swiglu
 
 
 def gradients(f, *inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -26,11 +27,26 @@ def normal(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
+)
 def test_rms_norm_and_swiglu(dtype, tolerance):
-    x, w, gate, up = normal(2, 7, 64, dtype=dtype), normal(64, dtype=dtype), normal(2, 7, 48, dtype=dtype), normal(2, 7, 48, dtype=dtype, seed=1)
-    same(gradients(lambda x, w: rms_norm(x, w, 1e-5), x, w), gradients(lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), x, w), tolerance)
-    same(gradients(swiglu, gate, up), gradients(lambda gate, up: F.silu(gate) * up, gate, up), tolerance)
+    x, w, gate, up = (
+        normal(2, 7, 64, dtype=dtype),
+        normal(64, dtype=dtype),
+        normal(2, 7, 48, dtype=dtype),
+        normal(2, 7, 48, dtype=dtype, seed=1),
+    )
+    same(
+        gradients(lambda x, w: rms_norm(x, w, 1e-5), x, w),
+        gradients(lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), x, w),
+        tolerance,
+    )
+    same(
+        gradients(swiglu, gate, up),
+        gradients(lambda gate, up: F.silu(gate) * up, gate, up),
+        tolerance,
+    )
 
 
 def test_a_frozen_norm_gets_no_gradient():
@@ -45,12 +61,20 @@ def test_a_frozen_norm_gets_no_gradient():
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("slow", [True, False])
 def test_attention_is_pytorchs(kv, kind, length, dtype, tolerance, slow, monkeypatch):
-    monkeypatch.setattr(fast_attention, "bf16_is_slow", lambda x: slow and x.dtype == torch.bfloat16)
-    q, k, v = normal(2, 4, length, 16, dtype=dtype), normal(2, kv, length, 16, dtype=dtype, seed=1), normal(2, kv, length, 16, dtype=dtype, seed=2)
+    monkeypatch.setattr(
+        fast_attention, "bf16_is_slow", lambda x: slow and x.dtype == torch.bfloat16
+    )
+    q, k, v = (
+        normal(2, 4, length, 16, dtype=dtype),
+        normal(2, kv, length, 16, dtype=dtype, seed=1),
+        normal(2, kv, length, 16, dtype=dtype, seed=2),
+    )
     mask = torch.rand(2, 1, length, length, generator=torch.Generator().manual_seed(3)) < 0.5
     mask = mask | torch.eye(length, dtype=torch.bool) if kind == "mask" else None
     ours = gradients(lambda *x: attention(*x, mask, kind == "causal"), q, k, v)
-    plain = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=kind == "causal", enable_gqa=kv != 4)
+    plain = lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=kind == "causal", enable_gqa=kv != 4
+    )
     theirs = [x.to(dtype) for x in gradients(plain, q.float(), k.float(), v.float())]
     same(ours, theirs, tolerance)
     with torch.no_grad():
@@ -60,7 +84,9 @@ def test_attention_is_pytorchs(kv, kind, length, dtype, tolerance, slow, monkeyp
 def test_autocast_does_not_narrow_what_was_widened(monkeypatch):
     monkeypatch.setattr(fast_attention, "bf16_is_slow", lambda x: x.dtype == torch.bfloat16)
     real, made = F.scaled_dot_product_attention, []
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **kw: made.append(real(*a, **kw)) or made[-1])
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **kw: made.append(real(*a, **kw)) or made[-1]
+    )
     q = normal(1, 2, 9, 16, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         y = attention(q, q, q)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llava_min.cli import UserError
 from llava_min.config import LlavaConfig
+from llava_min.errors import UserError
 from llava_min.llava import Llava
 from llava_min.quant.bits import WIDTHS, pack, unpack
 from llava_min.quant.group import GroupLinear
@@ -24,8 +24,9 @@ def weight(n: int = 96, k: int = 256, seed: int = 0) -> torch.Tensor:
     return torch.randn(n, k, generator=g) * 0.02 * torch.rand(n, 1, generator=g).add(0.5)
 
 
-def linear(n: int = 96, k: int = 256, bias: bool = True, dtype=torch.float32,
-           seed: int = 0) -> nn.Linear:
+def linear(
+    n: int = 96, k: int = 256, bias: bool = True, dtype=torch.float32, seed: int = 0
+) -> nn.Linear:
     layer = nn.Linear(k, n, bias=bias, dtype=dtype).requires_grad_(False)
     layer.weight.copy_(weight(n, k, seed))
     return layer
@@ -90,8 +91,12 @@ def test_the_backward_keeps_no_weight(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_saved_is_loaded(method):
     layer = quantized(linear(), method)
-    names = {"int8": "SCB", "w8a8": "SCB", "nf4": "absmax nested_absmax nested_offset",
-             "int4": "weight_scale"}
+    names = {
+        "int8": "SCB",
+        "w8a8": "SCB",
+        "nf4": "absmax nested_absmax nested_offset",
+        "int4": "weight_scale",
+    }
     names |= {"awq4": names["int4"], "fp4": names["nf4"]}
     expected = {"bias", "weight_packed", *names.get(method, "weight_scale weight_zero").split()}
     assert set(layer.state_dict()) == expected
@@ -104,8 +109,19 @@ def test_saved_is_loaded(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_more_bits_are_nearer_and_all_dtypes_of_a_weight_will_do(method):
     w = weight()
-    most = {"hqq1": 2.0, "hqq2": 0.5, "hqq3": 0.2, "hqq4": 0.1, "hqq8": 0.008, "int8": 0.008,
-            "w8a8": 0.008, "nf4": 0.1, "fp4": 0.13, "int4": 0.13, "awq4": 0.13}[method]
+    most = {
+        "hqq1": 2.0,
+        "hqq2": 0.5,
+        "hqq3": 0.2,
+        "hqq4": 0.1,
+        "hqq8": 0.008,
+        "int8": 0.008,
+        "w8a8": 0.008,
+        "nf4": 0.1,
+        "fp4": 0.13,
+        "int4": 0.13,
+        "awq4": 0.13,
+    }[method]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         layer = empty_layer(method, 256, 96)
         layer.load(w.to(dtype))
@@ -122,6 +138,7 @@ def test_bf16_is_the_fp32_weight_rounded_once():
 @pytest.mark.parametrize("method", ["int4", "hqq3"])
 def test_pieces_do_not_show(method, monkeypatch):
     from llava_min.quant import group
+
     if method == "hqq3":  # its stop is that of a piece
         monkeypatch.setattr("llava_min.quant.hqq.ITERATIONS", 3)
     whole = quantized(linear(), method).dequantize()
@@ -209,28 +226,59 @@ def test_hqq_never_rises_and_beats_rounding(bits, seed):
 
 
 CONFIG_7B = {
-    "model_type": "llava", "image_token_index": 32000, "image_seq_length": 576,
-    "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
-    "vision_config": dict(model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096,
-                          num_hidden_layers=24, num_attention_heads=16, image_size=336,
-                          patch_size=14),
-    "text_config": dict(model_type="llama", vocab_size=32064, hidden_size=4096,
-                        intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-                        num_key_value_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5)}
+    "model_type": "llava",
+    "image_token_index": 32000,
+    "image_seq_length": 576,
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "vision_config": dict(
+        model_type="clip_vision_model",
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    ),
+    "text_config": dict(
+        model_type="llama",
+        vocab_size=32064,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+    ),
+}
 
 
-@pytest.mark.parametrize("method, gib", [("nf4", 4.21), ("int4", 4.20), ("awq4", 4.20),
-                                         ("hqq2", 2.88), ("hqq4", 4.39), ("hqq3", 3.64),
-                                         ("hqq1", 2.13),
-                                         ("int8", 7.13), ("hqq8", 7.41)])
+@pytest.mark.parametrize(
+    "method, gib",
+    [
+        ("nf4", 4.21),
+        ("int4", 4.20),
+        ("awq4", 4.20),
+        ("hqq2", 2.88),
+        ("hqq4", 4.39),
+        ("hqq3", 3.64),
+        ("hqq1", 2.13),
+        ("int8", 7.13),
+        ("hqq8", 7.41),
+    ],
+)
 def test_7b_by_its_shapes(method, gib):
     """GiB of weights to two places, all but the blocks' linear layers in 16 bit. int4 is 4.204, and
     4.180 without the tower's last block, which is never run."""
     with torch.device("meta"):
         model = Llava(LlavaConfig.from_hf(CONFIG_7B))
     parts = {name: p.shape for name, p in model.named_parameters()}
-    inner = [shape for name, shape in parts.items()
-             if name.startswith("language_model.layers.") and len(shape) == 2]
+    inner = [
+        shape
+        for name, shape in parts.items()
+        if name.startswith("language_model.layers.") and len(shape) == 2
+    ]
     total = sum(shape.numel() for shape in parts.values())
     assert sum(shape.numel() for shape in inner) == 6_476_005_376
     rest = 2 * (total - 6_476_005_376)
@@ -244,8 +292,14 @@ def test_bytes_of_a_layer_are_those_it_has(method):
     held = sum(p.untyped_storage().nbytes() for p in layer.parameters())
     assert held == bytes_of(method, (96, 256))
     per_weight = 8 * held / (96 * 256)
-    expected = {"int4": 4.125, "awq4": 4.125, "int8": 8.125, "w8a8": 8.125, "nf4": 4.129,
-                "fp4": 4.129}.get(method, float(method[-1]) + 24 / 64)
+    expected = {
+        "int4": 4.125,
+        "awq4": 4.125,
+        "int8": 8.125,
+        "w8a8": 8.125,
+        "nf4": 4.129,
+        "fp4": 4.129,
+    }.get(method, float(method[-1]) + 24 / 64)
     assert per_weight == pytest.approx(expected, abs=1e-3)
 
 
@@ -275,16 +329,21 @@ def test_layers_are_replaced_by_path():
 def test_what_cannot_be_quantized_is_one_line():
     nan, far = weight(), weight()
     nan[3, 5], far[3, 5] = float("nan"), float("inf")
-    cases = [(lambda: empty_layer("int5", 256, 96), "no method; there are int8"),
-             (lambda: empty_layer("int4", 100, 96), "size: 128 does not divide the width 100"),
-             (lambda: empty_layer("hqq4", 256, 96, group_size=60), "group_size: 60"),
-             (lambda: empty_layer("nf4", 256, 96, group_size=64), "nf4 has none"),
-             (lambda: empty_layer("nf4", 10, 3), "whole blocks of 64"),
-             (lambda: GroupLinear(256, 96, bits=5, group_size=64), "bits: 5"),
-             (lambda: GroupLinear(256, 96, bits=1, group_size=64, symmetric=True), "bits: 1"),
-             (lambda: quantized(quantized(linear(), "int8"), "nf4"), "quantized already")]
-    cases += [(lambda m=m, w=w: empty_layer(m, 256, 96).load(w), "NaN or infinity")
-              for m in METHODS for w in (nan, far)]
+    cases = [
+        (lambda: empty_layer("int5", 256, 96), "no method; there are int8"),
+        (lambda: empty_layer("int4", 100, 96), "size: 128 does not divide the width 100"),
+        (lambda: empty_layer("hqq4", 256, 96, group_size=60), "group_size: 60"),
+        (lambda: empty_layer("nf4", 256, 96, group_size=64), "nf4 has none"),
+        (lambda: empty_layer("nf4", 10, 3), "whole blocks of 64"),
+        (lambda: GroupLinear(256, 96, bits=5, group_size=64), "bits: 5"),
+        (lambda: GroupLinear(256, 96, bits=1, group_size=64, symmetric=True), "bits: 1"),
+        (lambda: quantized(quantized(linear(), "int8"), "nf4"), "quantized already"),
+    ]
+    cases += [
+        (lambda m=m, w=w: empty_layer(m, 256, 96).load(w), "NaN or infinity")
+        for m in METHODS
+        for w in (nan, far)
+    ]
     cases += [(lambda: empty_layer("nf4", 128, 96).load(weight()), "(96, 256) came")]
     for call, words in cases:
         with pytest.raises(UserError) as e:

@@ -6,7 +6,7 @@ import torch
 from test_quant import linear, weight
 from torch import nn
 
-from llava_min.cli import UserError
+from llava_min.errors import UserError
 from llava_min.quant.awq import clip, fold, search_clips, search_scales
 from llava_min.quant.group import GroupLinear
 
@@ -76,9 +76,11 @@ def test_awq_beats_rounding_on_every_layer(seed, symmetric, bits):
     assert scaled < 0.8 * plain and clipped < scaled
 
 
-@pytest.mark.parametrize("before", [nn.LayerNorm(256), nn.RMSNorm(256), nn.Linear(40, 256),
-                                    nn.Linear(40, 256, bias=False)],
-                         ids=["layer norm", "rms norm", "linear", "no bias"])
+@pytest.mark.parametrize(
+    "before",
+    [nn.LayerNorm(256), nn.RMSNorm(256), nn.Linear(40, 256), nn.Linear(40, 256, bias=False)],
+    ids=["layer norm", "rms norm", "linear", "no bias"],
+)
 def test_what_is_folded_computes_the_same(before):
     layers = [linear(), linear(48, bias=False)]
     x = torch.randn(7, 256 if before.weight.dim() == 1 else 40)

@@ -75,8 +75,9 @@ def group_layers():
     for n in (16, 48, 64, 112, 208):
         for g in (32, 64, 128, 256):
             for choose, symmetric in ((half_quadratic, False), (None, False), (None, True)):
-                layer = GroupLinear(256, n, bits=4, group_size=g, symmetric=symmetric,
-                                    choose=choose)
+                layer = GroupLinear(
+                    256, n, bits=4, group_size=g, symmetric=symmetric, choose=choose
+                )
                 layer.load(linear(n, 256, dtype=BF16, seed=n + g).weight)
                 yield layer
 
@@ -92,7 +93,8 @@ def test_the_kernels_order_takes_the_place_of_ours_and_gives_it_back():
         portable(model)
         assert type(model[0]) is GroupLinear and model[0].choose is layer.choose
         assert {k: v.tolist() for k, v in model[0].state_dict().items()} == {
-            k: v.tolist() for k, v in layer.state_dict().items()}
+            k: v.tolist() for k, v in layer.state_dict().items()
+        }
 
 
 def test_published_fp16_scales_stay():
@@ -109,15 +111,17 @@ def test_published_fp16_scales_stay():
 def test_other_cpus_order_is_found_too(capability):
     """The packed order depends on the CPU's instructions: asked to do without some, the kernel has
     another."""
-    code = ("import torch; torch.manual_seed(0)\n"
-            "from llava_min.fast.int_matmul import Int4Linear, cpu_block, kernel_pack\n"
-            "from llava_min.quant.methods import empty_layer\n"
-            "layer = empty_layer('hqq4', 128, 112)\n"
-            "layer.load(torch.randn(112, 128))\n"
-            "other, x = Int4Linear(layer), torch.randn(3, 128).bfloat16()\n"
-            "assert torch.equal(other.dequantize(), layer.dequantize())\n"
-            "assert (other(x) - layer(x)).float().norm() <= 8e-3 * layer(x).float().norm()\n"
-            "print(cpu_block(), hash(tuple(other.weight_kernel.flatten().tolist())))")
+    code = (
+        "import torch; torch.manual_seed(0)\n"
+        "from llava_min.fast.int_matmul import Int4Linear, cpu_block, kernel_pack\n"
+        "from llava_min.quant.methods import empty_layer\n"
+        "layer = empty_layer('hqq4', 128, 112)\n"
+        "layer.load(torch.randn(112, 128))\n"
+        "other, x = Int4Linear(layer), torch.randn(3, 128).bfloat16()\n"
+        "assert torch.equal(other.dequantize(), layer.dequantize())\n"
+        "assert (other(x) - layer(x)).float().norm() <= 8e-3 * layer(x).float().norm()\n"
+        "print(cpu_block(), hash(tuple(other.weight_kernel.flatten().tolist())))"
+    )
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_quant import linear, weight
 
-from llava_min.cli import UserError
+from llava_min.errors import UserError
 from llava_min.quant import awq_gemm, bitsandbytes, compressed_tensors
 from llava_min.quant.codebook import CodebookLinear, codebook, quantize_sizes
 from llava_min.quant.group import GroupLinear
@@ -22,6 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def bnb():
     pytest.importorskip("bitsandbytes", reason="the oracle of this test; pip install bitsandbytes")
     import bitsandbytes.functional as functional
+
     return functional
 
 
@@ -96,6 +97,7 @@ def test_int8_is_bitsandbytes_both_ways(bnb, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bitsandbytes_layer_loads_ours(bnb, kind):
     import bitsandbytes as package
+
     layer = quantized(linear(128, 256, dtype=torch.bfloat16), kind)
     tensors = bitsandbytes.tensors_of(layer)
     module = package.nn.Linear4bit(256, 128, compute_dtype=torch.bfloat16, quant_type=kind)
@@ -112,6 +114,7 @@ def test_a_bitsandbytes_layer_loads_ours(bnb, kind):
 def test_compressed_tensors_reads_ours_and_we_theirs():
     pytest.importorskip("compressed_tensors", reason="the oracle; pip install compressed-tensors")
     from compressed_tensors.compressors.pack_quantized import helpers
+
     layer = quantized(linear(96, 256, dtype=torch.bfloat16), "int4")
     tensors = compressed_tensors.tensors_of(layer)
     packed, scale = tensors["weight_packed"], tensors["weight_scale"]
@@ -163,27 +166,40 @@ def test_tensors_that_do_not_fit_are_one_line():
     int8 = bitsandbytes.tensors_of(quantized(linear(), "int8"))
     int4 = compressed_tensors.tensors_of(quantized(linear(), "int4"))
     without = lambda tensors, name: {k: x for k, x in tensors.items() if k != name}
-    cases = [("nf4", bitsandbytes, state(blocksize=128), "blocksize is '128'"),
-             ("nf4", bitsandbytes, state(shape=[4, 4]), "shape is"),
-             ("nf4", bitsandbytes, state(nested_blocksize=64), "nested_blocksize"),
-             ("nf4", bitsandbytes, state(nested_offset=None), "nested_offset of a quantized layer"),
-             ("nf4", bitsandbytes, without(nf4, key), "quant_state"),
-             ("nf4", bitsandbytes, {**nf4, key: bytes_([255])}, "quant_state"),
-             ("nf4", bitsandbytes, {**nf4, key: bytes_([49])}, "quant_state"),
-             ("fp4", bitsandbytes, nf4, "quant_type is 'nf4'"),
-             ("nf4", bitsandbytes, {**nf4, "weight.quant_map": torch.zeros(16)}, "other numbers"),
-             ("nf4", bitsandbytes, {**nf4, "weight.nested_quant_map": torch.zeros(5)},
-              "other numbers"),
-             ("nf4", bitsandbytes, without(nf4, "weight.absmax"),
-              "absmax of a quantized layer is missing"),
-             ("nf4", bitsandbytes, {**nf4, "weight": nf4["weight"][:5]}, "uint8 (5, 1)"),
-             ("int8", bitsandbytes, {**int8, "weight_format": torch.tensor(1)}, "weight_format"),
-             ("int8", bitsandbytes, without(int8, "SCB"), "SCB of a quantized layer is missing"),
-             ("int4", compressed_tensors, {**int4, "weight_shape": torch.tensor([96, 128])},
-              "weight_shape"),
-             ("int4", compressed_tensors, without(int4, "weight_scale"), "missing"),
-             ("int4", compressed_tensors, {**int4, "weight_scale": int4["weight_scale"][:, :1]},
-              "(96, 1)")]
+    cases = [
+        ("nf4", bitsandbytes, state(blocksize=128), "blocksize is '128'"),
+        ("nf4", bitsandbytes, state(shape=[4, 4]), "shape is"),
+        ("nf4", bitsandbytes, state(nested_blocksize=64), "nested_blocksize"),
+        ("nf4", bitsandbytes, state(nested_offset=None), "nested_offset of a quantized layer"),
+        ("nf4", bitsandbytes, without(nf4, key), "quant_state"),
+        ("nf4", bitsandbytes, {**nf4, key: bytes_([255])}, "quant_state"),
+        ("nf4", bitsandbytes, {**nf4, key: bytes_([49])}, "quant_state"),
+        ("fp4", bitsandbytes, nf4, "quant_type is 'nf4'"),
+        ("nf4", bitsandbytes, {**nf4, "weight.quant_map": torch.zeros(16)}, "other numbers"),
+        ("nf4", bitsandbytes, {**nf4, "weight.nested_quant_map": torch.zeros(5)}, "other numbers"),
+        (
+            "nf4",
+            bitsandbytes,
+            without(nf4, "weight.absmax"),
+            "absmax of a quantized layer is missing",
+        ),
+        ("nf4", bitsandbytes, {**nf4, "weight": nf4["weight"][:5]}, "uint8 (5, 1)"),
+        ("int8", bitsandbytes, {**int8, "weight_format": torch.tensor(1)}, "weight_format"),
+        ("int8", bitsandbytes, without(int8, "SCB"), "SCB of a quantized layer is missing"),
+        (
+            "int4",
+            compressed_tensors,
+            {**int4, "weight_shape": torch.tensor([96, 128])},
+            "weight_shape",
+        ),
+        ("int4", compressed_tensors, without(int4, "weight_scale"), "missing"),
+        (
+            "int4",
+            compressed_tensors,
+            {**int4, "weight_scale": int4["weight_scale"][:, :1]},
+            "(96, 1)",
+        ),
+    ]
     for method, page, tensors, words in cases:
         layer = quantized(linear(), method)
         before = layer.dequantize()

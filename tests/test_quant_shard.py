@@ -1,5 +1,6 @@
-"""QLoRA sharded: on two ranks a quantized layer's tensors are split by FSDP2 like any weight, and its
-product and gradient are those of one rank, whatever the storage."""
+"""QLoRA sharded: on two ranks a quantized layer's tensors are split by FSDP2 like any weight, and
+its product and gradient are those of one rank, whatever the storage.
+"""
 
 import copy
 import os
@@ -30,6 +31,7 @@ class Adapted(nn.Module):
 
 def check(rank: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
+
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)

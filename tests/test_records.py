@@ -1,4 +1,6 @@
-"""Readers: good files are read as LLaVA and transformers do, every bad record is refused, counted and named."""
+"""Readers: good files are read as LLaVA and transformers do, every bad record is refused, counted
+and named.
+"""
 
 import codecs
 import gzip
@@ -12,10 +14,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava_min.cli import UserError
 from llava_min.data.chat import parts
 from llava_min.data.record import text_of
 from llava_min.data.records import Skips, hash_pictures, hash_records, read_records
+from llava_min.errors import UserError
 
 IMAGE = {"type": "image"}
 
@@ -39,7 +41,13 @@ def record(*values: str, **other) -> dict:
 
 
 def written(path: Path, data) -> Path:
-    path.write_bytes(data if isinstance(data, bytes) else data.encode() if isinstance(data, str) else json.dumps(data).encode())
+    path.write_bytes(
+        data
+        if isinstance(data, bytes)
+        else data.encode()
+        if isinstance(data, str)
+        else json.dumps(data).encode()
+    )
     return path
 
 
@@ -58,27 +66,56 @@ GOOD = record("<image>\nWhat is it?", "A cat.", image="a.png")
 def test_json_and_jsonl_by_what_they_hold_not_by_their_name(tmp_path, images):
     many = [record("Hi", f"Ho {i}", id=i) for i in range(3)]
     lines = "\n\n".join(json.dumps(r) for r in many) + "\n"
-    read = [read_records(written(tmp_path / name, data), images) for name, data in (
-        ("a.json", many), ("b.jsonl", many), ("a.jsonl", lines), ("b.json", lines), ("c.json", json.dumps(many, indent=3)),
-        ("bom.json", codecs.BOM_UTF8 + json.dumps(many).encode()), ("crlf.jsonl", lines.replace("\n", "\r\n")))]
+    read = [
+        read_records(written(tmp_path / name, data), images)
+        for name, data in (
+            ("a.json", many),
+            ("b.jsonl", many),
+            ("a.jsonl", lines),
+            ("b.json", lines),
+            ("c.json", json.dumps(many, indent=3)),
+            ("bom.json", codecs.BOM_UTF8 + json.dumps(many).encode()),
+            ("crlf.jsonl", lines.replace("\n", "\r\n")),
+        )
+    ]
     assert all(r == read[0] for r in read) and [r.id for r in read[0]] == ["0", "1", "2"]
     one = read_records(written(tmp_path / "one.jsonl", GOOD), images)
-    assert one[0].messages == [{"role": "user", "content": [IMAGE, {"type": "text", "text": "What is it?"}]},
-                               {"role": "assistant", "content": "A cat."}]
+    assert one[0].messages == [
+        {"role": "user", "content": [IMAGE, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": "A cat."},
+    ]
     assert one[0].images == [images / "a.png"]
     assert read_records(written(tmp_path / "one.json", json.dumps(GOOD, indent=1)), images) == one
-    text = "Ho\u2028Ho\x85"     # separators of lines to str.splitlines, not to JSON
-    (r,) = read_records(written(tmp_path / "u.jsonl", json.dumps(record("Hi", text), ensure_ascii=False)), images)
+    text = "Ho\u2028Ho\x85"  # separators of lines to str.splitlines, not to JSON
+    (r,) = read_records(
+        written(tmp_path / "u.jsonl", json.dumps(record("Hi", text), ensure_ascii=False)), images
+    )
     assert r.messages[1]["content"] == text
 
 
 def multimodal(value: str) -> str:
-    """What LLaVA's preprocess_multimodal leaves of a message (one mark): the picture, a newline, the rest stripped."""
-    return ("<image>\n" + value.replace("<image>", "").strip()).strip() if "<image>" in value else value
+    """What LLaVA's preprocess_multimodal leaves of a message (one mark): the picture, a newline,
+    the rest stripped.
+    """
+    return (
+        ("<image>\n" + value.replace("<image>", "").strip()).strip()
+        if "<image>" in value
+        else value
+    )
 
 
-@pytest.mark.parametrize("value", ["<image>\nWhat?", "What?\n<image>", "<image>", " <image> What? ", "a <image> b",
-                                   "<image>What?\n", "\n<image>\n\nA\nB  "])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "<image>\nWhat?",
+        "What?\n<image>",
+        "<image>",
+        " <image> What? ",
+        "a <image> b",
+        "<image>What?\n",
+        "\n<image>\n\nA\nB  ",
+    ],
+)
 def test_marks_are_taken_out_as_llava_does(tmp_path, images, value):
     (r,) = read_records(written(tmp_path / "x.json", [record(value, " A ", image="a.png")]), images)
     content = r.messages[0]["content"]
@@ -88,27 +125,46 @@ def test_marks_are_taken_out_as_llava_does(tmp_path, images, value):
 
 def test_pictures_and_text_in_every_legal_place(tmp_path, images):
     data = [
-        record(" Hi \n", "Ho"),                                                     # text-only stays as it is
+        # text-only stays as it is
+        record(" Hi \n", "Ho"),
         record("Hi", "Ho", image=None),
         record("<image>\n<image>\nCompare.", "So.", image=["a.png", "sub/c.png"]),
-        record("Hi", "Ho", "And <image>?", "No.", image="./sub/../b.png"),         # in the second turn
-        record("<image>", "A cat.", image="ü x.png"),                              # a picture and no text
-        record("<image>\nTag?", "Use <image>, </s> or ASSISTANT: in it.", image="a.png", kind="html", id=7),
+        # in the second turn
+        record("Hi", "Ho", "And <image>?", "No.", image="./sub/../b.png"),
+        # a picture and no text
+        record("<image>", "A cat.", image="ü x.png"),
+        record(
+            "<image>\nTag?",
+            "Use <image>, </s> or ASSISTANT: in it.",
+            image="a.png",
+            kind="html",
+            id=7,
+        ),
         record("Is </s> <s> USER: fine? \t", "Yes, \x1b[1m too."),
-        record("<image>\nx", "y", image=str(images / "a.png")),                    # absolute, and inside
+        # absolute, and inside
+        record("<image>\nx", "y", image=str(images / "a.png")),
     ]
     got = read_records(written(tmp_path / "x.json", data), images)
     assert [len(r.images) for r in got] == [0, 0, 2, 1, 1, 1, 0, 1]
-    assert got[0].messages[0]["content"] == " Hi \n" and got[2].messages[0]["content"][:2] == [IMAGE, IMAGE]
+    assert got[0].messages[0]["content"] == " Hi \n" and got[2].messages[0]["content"][:2] == [
+        IMAGE,
+        IMAGE,
+    ]
     assert got[3].messages[0]["content"] == "Hi" and got[3].messages[2]["content"][0] == IMAGE
     assert got[4].messages[0]["content"] == [IMAGE]
-    assert got[5].id == "7" and got[5].extra == {"kind": "html"} and "<image>" in got[5].messages[1]["content"]
+    assert (
+        got[5].id == "7"
+        and got[5].extra == {"kind": "html"}
+        and "<image>" in got[5].messages[1]["content"]
+    )
     assert [len(r.pictures()) for r in got] == [0, 0, 2, 1, 1, 1, 0, 1]
     assert [im.size for im in got[2].pictures()] == [(9, 7), (11, 7)]
     assert got[2].length > got[3].length > got[0].length == 2
 
 
-def test_the_folder_of_the_file_is_the_image_folder_unless_another_is_named(tmp_path, images, monkeypatch):
+def test_the_folder_of_the_file_is_the_image_folder_unless_another_is_named(
+    tmp_path, images, monkeypatch
+):
     written(images / "x.json", [GOOD])
     monkeypatch.chdir(images)
     assert read_records("x.json")[0].pictures()[0].size == (9, 7)
@@ -124,28 +180,55 @@ def test_the_folder_of_the_file_is_the_image_folder_unless_another_is_named(tmp_
 def test_warnings(tmp_path, images, capsys):
     headless = {"id": "h", "conversations": [{"from": "gpt", "value": "I am."}, *talk("Hi", "Ho")]}
     records = read_records(written(tmp_path / "x.json", [GOOD, GOOD, headless]), images)
-    assert records[2].messages == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    assert records[2].messages == [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Ho"},
+    ]
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 2 and "1 records begin with an answer" in err[0] and "r1" in err[1]
 
 
 def test_fields_that_are_not_used_are_counted_in_one_line(tmp_path, capsys):
-    weighed = [*talk("Hi"), {"from": "gpt", "value": "Ho", "weight": 0, "loss": None}, *talk("Hi"), {"from": "gpt", "value": "Ho", "weight": 0.5}]
-    called = [{"role": "user", "content": "Hi", "loss": True}, {"role": "assistant", "content": "Ho", "tool_calls": [{}], "weight": 1}]
-    data = [record("Hi", "Ho", system="Be kind.", source="web"), {"id": "r2", "system": "Be kind.", "tools": [{}], "conversations": weighed}, {"id": "r3", "weight": 2, "messages": called}]
+    weighed = [
+        *talk("Hi"),
+        {"from": "gpt", "value": "Ho", "weight": 0, "loss": None},
+        *talk("Hi"),
+        {"from": "gpt", "value": "Ho", "weight": 0.5},
+    ]
+    called = [
+        {"role": "user", "content": "Hi", "loss": True},
+        {"role": "assistant", "content": "Ho", "tool_calls": [{}], "weight": 1},
+    ]
+    data = [
+        record("Hi", "Ho", system="Be kind.", source="web"),
+        {"id": "r2", "system": "Be kind.", "tools": [{}], "conversations": weighed},
+        {"id": "r3", "weight": 2, "messages": called},
+    ]
     read_records(written(tmp_path / "x.json", data))
     (line,) = capsys.readouterr().err.splitlines()
-    assert "x.json: fields that are not used: weight (2 times), tools (1 times), loss (1 times), tool_calls (1 times); " in line
+    assert (
+        "x.json: fields that are not used: weight (2 times), tools (1 times), loss (1 times), "
+        "tool_calls (1 times); " in line
+    )
     assert line.endswith("nothing of them reaches the model: rename, mend or remove them")
 
 
 def test_the_length_of_a_record_is_its_words_and_256_a_picture(tmp_path, images):
-    (r,) = read_records(written(tmp_path / "x.json", [record("<image>\n<image>\nTwo words?", "Yes.", image=["a.png", "sub/c.png"])]), images)
+    (r,) = read_records(
+        written(
+            tmp_path / "x.json",
+            [record("<image>\n<image>\nTwo words?", "Yes.", image=["a.png", "sub/c.png"])],
+        ),
+        images,
+    )
     assert r.length == 3 + 2 * 256
 
 
 def test_what_a_mixture_is_told_by(tmp_path, images):
-    """Not by where it lies; by its records in their order, the names of the pictures, and what these are."""
+    """Not by where it lies; by its records in their order, the names of the pictures, and what
+    these are.
+    """
+
     def found(folder=images, n=4, skips=None):
         names = ["a.png", "b.png", "sub/c.png", "ü x.png"]
         data = [record("<image>", "x", image=name, id=i) for i, name in enumerate(names[:n])]
@@ -155,8 +238,15 @@ def test_what_a_mixture_is_told_by(tmp_path, images):
     want, moved = told_by(found()), tmp_path / "moved"
     shutil.copytree(images, moved)
     assert told_by(found(moved)) == want == told_by(found())
-    assert len({want, told_by(found(n=3)), told_by(found()[::-1]), told_by(found() * 2), told_by([])}) == 5
-    (moved / "a.png").rename(moved / "t"), (moved / "b.png").rename(moved / "a.png"), (moved / "t").rename(moved / "b.png")
+    assert (
+        len({want, told_by(found(n=3)), told_by(found()[::-1]), told_by(found() * 2), told_by([])})
+        == 5
+    )
+    (
+        (moved / "a.png").rename(moved / "t"),
+        (moved / "b.png").rename(moved / "a.png"),
+        (moved / "t").rename(moved / "b.png"),
+    )
     assert told_by(found(moved))[0] == want[0] and told_by(found(moved))[1] != want[1]
     shutil.rmtree(moved), shutil.copytree(images, moved)
     with open(moved / "a.png", "ab") as f:
@@ -174,11 +264,17 @@ def test_what_a_mixture_is_told_by(tmp_path, images):
 
 def test_names_that_some_disks_hold_for_one_are_told(tmp_path, images, capsys):
     shutil.copy(images / "a.png", images / "A.png")
-    rows = [record("<image>", "x", image=name, id=i) for i, name in enumerate(("a.png", "b.png", "a.png", "A.png"))]
+    rows = [
+        record("<image>", "x", image=name, id=i)
+        for i, name in enumerate(("a.png", "b.png", "a.png", "A.png"))
+    ]
     read_records(written(tmp_path / "x.json", rows[:3]), images)
     assert "warning" not in capsys.readouterr().err
     read_records(written(tmp_path / "x.json", rows), images)
-    assert "a.png and " in (said := capsys.readouterr().err) and "A.png are told apart by upper and lower case alone" in said
+    assert (
+        "a.png and " in (said := capsys.readouterr().err)
+        and "A.png are told apart by upper and lower case alone" in said
+    )
 
 
 # ---- what is refused: (file content, words the message must hold)
@@ -191,12 +287,21 @@ FILES = {
     "bad json": (b'[{"id": 1},\n  {"id": 2,}]', "line 2 column 12"),
     "bad line": (json.dumps(GOOD) + '\n{"id": ', ":2: column 8"),
     "two lists": (b"[]\n[]", "one after the other"),
-    **{f"top level object, {how}": (json.dumps({"data": [GOOD], "version": 1}, indent=n),
-                                    "one JSON object (its keys: data, version), expected records, but conversations is missing; put "
-                                    "the records into a list") for how, n in (("many lines", 1), ("one line", None))},
+    **{
+        f"top level object, {how}": (
+            json.dumps({"data": [GOOD], "version": 1}, indent=n),
+            "one JSON object (its keys: data, version), expected records, "
+            "but conversations is missing; put "
+            "the records into a list",
+        )
+        for how, n in (("many lines", 1), ("one line", None))
+    },
     "empty object": (b"{}", "its keys: none"),
     "records by id": (json.dumps({"r1": GOOD, "r2": GOOD}, indent=1), "its keys: r1, r2"),
-    "objects over many lines": (json.dumps(GOOD, indent=1) * 2, "one after the other: join them into one list"),
+    "objects over many lines": (
+        json.dumps(GOOD, indent=1) * 2,
+        "one after the other: join them into one list",
+    ),
     "object cut": (json.dumps(GOOD, indent=1)[:60], "line 6 column"),
     "utf-16": (json.dumps([GOOD]).encode("utf-16"), "UTF-16"),
     "invalid utf-8": (json.dumps([GOOD]).encode() + b"\xff", "byte 139"),
@@ -204,7 +309,10 @@ FILES = {
     "zip": (b"PK\x03\x04....", "zip"),
     "parquet": (b"PAR1....", "parquet"),
     "git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
-    "key twice": ('[{"id": "r1", "image": "a.png", "image": "b.png", "conversations": []}]', "key image of record r1"),
+    "key twice": (
+        '[{"id": "r1", "image": "a.png", "image": "b.png", "conversations": []}]',
+        "key image of record r1",
+    ),
     "NaN": ('[{"id": "r1", "score": NaN, "conversations": []}]', "NaN is not JSON"),
     "Infinity": ('{"score": -Infinity}', "-Infinity is not JSON"),
     "deep": (DEEP, "nested too deeply"),
@@ -220,11 +328,26 @@ RECORDS = {
     "turn no object": ({"id": "r1", "conversations": ["Hi", "Ho"]}, "turn 0: is text"),
     "one turn": (record("Hi"), "ends with a human turn"),
     "ends with human": (record("Hi", "Ho", "Hu"), "ends with a human turn"),
-    "two humans": ({"id": "r1", "conversations": [*talk("Hi"), *talk("Ho", "Hu")]}, "turn 1: another human turn"),
-    "two answers": ({"id": "r1", "conversations": [*talk("Hi", "Ho"), {"from": "gpt", "value": "x"}]}, "another gpt turn"),
-    "only gpt": ({"id": "r1", "conversations": [{"from": "gpt", "value": "x"}]}, "turn 0: another gpt turn"),
-    "unknown from": ({"id": "r1", "conversations": [{"from": "system", "value": "x"}]}, "from is system"),
-    "from a list": ({"id": "r1", "conversations": [{"from": ["human"], "value": "x"}]}, "expected from human or gpt"),
+    "two humans": (
+        {"id": "r1", "conversations": [*talk("Hi"), *talk("Ho", "Hu")]},
+        "turn 1: another human turn",
+    ),
+    "two answers": (
+        {"id": "r1", "conversations": [*talk("Hi", "Ho"), {"from": "gpt", "value": "x"}]},
+        "another gpt turn",
+    ),
+    "only gpt": (
+        {"id": "r1", "conversations": [{"from": "gpt", "value": "x"}]},
+        "turn 0: another gpt turn",
+    ),
+    "unknown from": (
+        {"id": "r1", "conversations": [{"from": "system", "value": "x"}]},
+        "from is system",
+    ),
+    "from a list": (
+        {"id": "r1", "conversations": [{"from": ["human"], "value": "x"}]},
+        "expected from human or gpt",
+    ),
     "no from": ({"id": "r1", "conversations": [{"value": "x"}]}, "from is None"),
     "value null": ({"id": "r1", "conversations": talk("Hi", None)}, "turn 1: value is null"),
     "value number": ({"id": "r1", "conversations": talk(5, "x")}, "turn 0: value is a number"),
@@ -235,13 +358,28 @@ RECORDS = {
     "image empty": (record("<image>", "x", image=""), "image is empty"),
     "image object": (record("<image>", "x", image={"path": "a.png"}), "image is an object"),
     "image in a list null": (record("<image>", "x", image=["a.png", None]), "image is null"),
-    "image without mark": (record("Hi", "Ho", image="a.png"), "1 pictures, but the human turns mark 0"),
+    "image without mark": (
+        record("Hi", "Ho", image="a.png"),
+        "1 pictures, but the human turns mark 0",
+    ),
     "mark without image": (record("<image>\nHi", "Ho"), "0 pictures, but the human turns mark 1"),
-    "mark in html": (record("Use the `<image>` tag?", "Ho"), "0 pictures, but the human turns mark 1"),
+    "mark in html": (
+        record("Use the `<image>` tag?", "Ho"),
+        "0 pictures, but the human turns mark 1",
+    ),
     "empty list of images": (record("<image>\nHi", "Ho", image=[]), "mark 1"),
-    "two marks one image": (record("<image>\n<image>", "Ho", image="a.png"), "1 pictures, but the human turns mark 2"),
-    "one mark two images": (record("<image>", "Ho", image=["a.png", "b.png"]), "2 pictures, but the human turns mark 1"),
-    "mark in the answer": (record("Hi", "<image>", image="a.png"), "1 pictures, but the human turns mark 0"),
+    "two marks one image": (
+        record("<image>\n<image>", "Ho", image="a.png"),
+        "1 pictures, but the human turns mark 2",
+    ),
+    "one mark two images": (
+        record("<image>", "Ho", image=["a.png", "b.png"]),
+        "2 pictures, but the human turns mark 1",
+    ),
+    "mark in the answer": (
+        record("Hi", "<image>", image="a.png"),
+        "1 pictures, but the human turns mark 0",
+    ),
     "missing picture": (record("<image>", "Ho", image="gone.png"), "no picture"),
     "other case": (record("<image>", "Ho", image="A.png"), "no picture"),
     "dots": (record("<image>", "Ho", image="../outside.png"), "lies outside"),
@@ -278,17 +416,29 @@ def test_bad_files(tmp_path, images, data, words):
 def test_bad_records_among_good_ones(tmp_path, images, raw, words):
     named = isinstance(raw, dict) and raw["id"] == "r1"
     path = written(tmp_path / "x.json", [GOOD, GOOD, raw])
-    refused(lambda: read_records(path, images), f"{path}: 1 of 3 records are bad: record 2" + " (id r1)" * named, words)
+    refused(
+        lambda: read_records(path, images),
+        f"{path}: 1 of 3 records are bad: record 2" + " (id r1)" * named,
+        words,
+    )
     written(path, "\n".join(map(json.dumps, [GOOD, raw, GOOD])))
     refused(lambda: read_records(path, images), "line 2" + " (id r1)" * named, words)
 
 
 def test_all_bad_records_are_counted_and_the_first_named(tmp_path, images):
     data = [GOOD, *(record("Hi", "", id=f"bad {i} \x1b[31m") for i in range(300)), GOOD]
-    message = refused(lambda: read_records(written(tmp_path / "x.json", data), images), "300 of 302", "record 1 ", "record 5 ")
+    message = refused(
+        lambda: read_records(written(tmp_path / "x.json", data), images),
+        "300 of 302",
+        "record 1 ",
+        "record 5 ",
+    )
     assert "record 6" not in message
     all_missing = [record("<image>", "x", image=f"{i}.png") for i in range(200)]
-    refused(lambda: read_records(written(tmp_path / "x.json", all_missing), images), "0 of 200 pictures found under")
+    refused(
+        lambda: read_records(written(tmp_path / "x.json", all_missing), images),
+        "0 of 200 pictures found under",
+    )
 
 
 def test_files_that_cannot_be_read(tmp_path, images, monkeypatch):
@@ -298,8 +448,10 @@ def test_files_that_cannot_be_read(tmp_path, images, monkeypatch):
     refused(lambda: read_records(tmp_path / "pipe", images), "not a regular file")
 
     path = written(tmp_path / "x.json", [GOOD])
+
     def deny(*_, **__):
         raise PermissionError(13, "Permission denied")
+
     monkeypatch.setattr("builtins.open", deny)
     monkeypatch.setattr(Path, "read_bytes", deny)
     refused(lambda: read_records(path, images), "Permission denied")
@@ -309,18 +461,25 @@ def test_a_picture_that_leaves_by_a_link_or_is_damaged_is_refused_with_its_recor
     os.symlink(tmp_path / "outside.png", images / "link.png")
     (images / "cut.png").write_bytes((images / "a.png").read_bytes()[:40])
     for name, words in (("link.png", "outside"), ("cut.png", "cut.png")):
-        (r,) = read_records(written(tmp_path / "x.json", [record("<image>", "x", image=name)]), images)
+        (r,) = read_records(
+            written(tmp_path / "x.json", [record("<image>", "x", image=name)]), images
+        )
         refused(r.pictures, "record r1: ", words)
 
 
 def test_no_bytes_of_a_file_escape_as_another_error(tmp_path, images):
     rng, path, outcomes = random.Random(0), tmp_path / "x.json", {"read": 0, "refused": 0}
-    for whole in (json.dumps([GOOD, record("Hi", "Ho")]), json.dumps(GOOD) + "\n" + json.dumps(record("Hi", "Ho"))):
+    for whole in (
+        json.dumps([GOOD, record("Hi", "Ho")]),
+        json.dumps(GOOD) + "\n" + json.dumps(record("Hi", "Ho")),
+    ):
         for _ in range(400):
             data = bytearray(whole.encode())
             for _ in range(rng.randint(1, 4)):
                 i = rng.randrange(len(data))
-                data[i:i + rng.randint(0, 3)] = rng.choice([b"", b"[", b"{", b'"', b"\\", b"null", rng.randbytes(2), data[:9]])
+                data[i : i + rng.randint(0, 3)] = rng.choice(
+                    [b"", b"[", b"{", b'"', b"\\", b"null", rng.randbytes(2), data[:9]]
+                )
             try:
                 assert 1 <= len(read_records(written(path, bytes(data)), images)) <= 2
                 outcomes["read"] += 1
@@ -336,7 +495,11 @@ def test_no_bytes_of_a_file_escape_as_another_error(tmp_path, images):
 def said(text: str, *indices: int | None, text_first: bool = True) -> list[dict]:
     """A content with image parts, as parquet gives it: every part has every field."""
     parts = [{"type": "image", "index": index, "text": None} for index in indices]
-    return [{"type": "text", "text": text, "index": None}, *parts] if text_first else [*parts, {"type": "text", "text": text, "index": None}]
+    return (
+        [{"type": "text", "text": text, "index": None}, *parts]
+        if text_first
+        else [*parts, {"type": "text", "text": text, "index": None}]
+    )
 
 
 def messages(*contents, roles=("user", "assistant")) -> list[dict]:
@@ -349,17 +512,41 @@ def chat(*contents, images=(), id="r1", **other) -> dict:
 
 def test_messages_are_what_the_llava_form_of_them_is(tmp_path, images):
     """The same conversations in either format are the same records, wherever the image part stands."""
-    llava = [record("<image>\nWhat is it?", "A cat.", "Sure?", "Yes.", image="a.png"), record("Hi", "Ho"),
-             record("<image>\n<image>\nSame?", "No.", "And <image>?", "So.", image=["a.png", "b.png", "sub/c.png"])]
+    llava = [
+        record("<image>\nWhat is it?", "A cat.", "Sure?", "Yes.", image="a.png"),
+        record("Hi", "Ho"),
+        record(
+            "<image>\n<image>\nSame?",
+            "No.",
+            "And <image>?",
+            "So.",
+            image=["a.png", "b.png", "sub/c.png"],
+        ),
+    ]
     want = read_records(written(tmp_path / "x.json", llava), images)
     for text_first in (True, False):
         for index in (True, False):
             ix = lambda *i: i if index else [None] * len(i)
-            data = [chat(said("What is it?", *ix(0), text_first=text_first), said("A cat."), said("Sure?"), "Yes.", images=["a.png"]),
-                    chat("Hi", said("Ho")),
-                    chat(said("Same?", *ix(0, 1), text_first=text_first), "No.", said("And ?", *ix(2), text_first=text_first), "So.",
-                         images=["a.png", {"path": "b.png", "bytes": None}, "sub/c.png"])]
-            got = read_records(written(tmp_path / "m.jsonl", "\n".join(map(json.dumps, data))), images)
+            data = [
+                chat(
+                    said("What is it?", *ix(0), text_first=text_first),
+                    said("A cat."),
+                    said("Sure?"),
+                    "Yes.",
+                    images=["a.png"],
+                ),
+                chat("Hi", said("Ho")),
+                chat(
+                    said("Same?", *ix(0, 1), text_first=text_first),
+                    "No.",
+                    said("And ?", *ix(2), text_first=text_first),
+                    "So.",
+                    images=["a.png", {"path": "b.png", "bytes": None}, "sub/c.png"],
+                ),
+            ]
+            got = read_records(
+                written(tmp_path / "m.jsonl", "\n".join(map(json.dumps, data))), images
+            )
             assert [r.images for r in got] == [r.images for r in want]
             for a, b in zip(got, want):
                 assert [m["role"] for m in a.messages] == [m["role"] for m in b.messages]
@@ -371,18 +558,34 @@ def test_messages_are_what_the_llava_form_of_them_is(tmp_path, images):
 def test_messages_name_their_pictures(tmp_path, images):
     system = {"role": "system", "content": said("Be short.")}
     data = [
-        chat(said("Which?", 1, 0, 1), "The first.", images=["a.png", "b.png"]),                # in any order, one shown twice
-        chat("<image>\nWhat? <image>", "That.", "<image>", "It.", images=["a.png", "b.png", "a.png"]),  # marks in plain strings
-        chat(said("The <image> tag?", 0), "Use <image>.", images=["a.png"]),                  # text where there are parts
-        chat("What is <image>?", "A tag."),                                                     # and where there are no pictures
+        # in any order, one shown twice
+        chat(said("Which?", 1, 0, 1), "The first.", images=["a.png", "b.png"]),
+        # marks in plain strings
+        chat(
+            "<image>\nWhat? <image>", "That.", "<image>", "It.", images=["a.png", "b.png", "a.png"]
+        ),
+        # text where there are parts
+        chat(said("The <image> tag?", 0), "Use <image>.", images=["a.png"]),
+        # and where there are no pictures
+        chat("What is <image>?", "A tag."),
         {"messages": [system, *chat("Hi", "Ho")["messages"]], "images": None, "source": "s"},
     ]
     got = read_records(written(tmp_path / "x.json", data), images)
     names = [[p.name for p in r.images] for r in got]
     assert names == [["b.png", "a.png", "b.png"], ["a.png", "b.png", "a.png"], ["a.png"], [], []]
-    assert got[1].messages[0]["content"] == [IMAGE, IMAGE, {"type": "text", "text": "What?"}] and got[1].messages[2]["content"] == [IMAGE]
-    assert text_of(got[2].messages[0]) == "The <image> tag?" and got[3].messages[0]["content"] == "What is <image>?"
-    assert got[4].messages[0] == {"role": "system", "content": [{"type": "text", "text": "Be short."}]}
+    assert got[1].messages[0]["content"] == [
+        IMAGE,
+        IMAGE,
+        {"type": "text", "text": "What?"},
+    ] and got[1].messages[2]["content"] == [IMAGE]
+    assert (
+        text_of(got[2].messages[0]) == "The <image> tag?"
+        and got[3].messages[0]["content"] == "What is <image>?"
+    )
+    assert got[4].messages[0] == {
+        "role": "system",
+        "content": [{"type": "text", "text": "Be short."}],
+    }
     assert got[4].id == "4" and got[4].extra == {"source": "s"}
 
 
@@ -396,10 +599,22 @@ BAD_MESSAGES = {
     "part text": (chat(["Hi"], "x"), "message 0: unknown part"),
     "part null": (chat([None], "x"), "message 0: unknown part"),
     "text null": (chat([{"type": "text", "text": None}], "x"), "message 0: unknown part"),
-    "video in a part": (chat([{"type": "image", "video": "a.mp4"}], "x"), "an image part has video"),
-    "unknown role": ({"id": "r1", "messages": messages("Hi", "Ho", roles=("user", "tool"))}, "expected role assistant"),
-    "starts with the assistant": ({"id": "r1", "messages": messages("Hi", "Ho", roles=("assistant", "user"))}, "expected role user"),
-    "system later": ({"id": "r1", "messages": messages("Hi", "Ho") + [{"role": "system", "content": "x"}]}, "message 2"),
+    "video in a part": (
+        chat([{"type": "image", "video": "a.mp4"}], "x"),
+        "an image part has video",
+    ),
+    "unknown role": (
+        {"id": "r1", "messages": messages("Hi", "Ho", roles=("user", "tool"))},
+        "expected role assistant",
+    ),
+    "starts with the assistant": (
+        {"id": "r1", "messages": messages("Hi", "Ho", roles=("assistant", "user"))},
+        "expected role user",
+    ),
+    "system later": (
+        {"id": "r1", "messages": messages("Hi", "Ho") + [{"role": "system", "content": "x"}]},
+        "message 2",
+    ),
     "no answer": (chat("Hi"), "end without an answer"),
     "ends with a question": (chat("Hi", "Ho", "Hi"), "end without an answer"),
     "empty answer": (chat("Hi", " "), "the answer is empty"),
@@ -410,29 +625,60 @@ BAD_MESSAGES = {
     "index text": (chat(said("Hi", "0"), "x", images=["a.png"]), "image index 0"),
     "index true": (chat(said("Hi", True), "x", images=["a.png", "b.png"]), "image index True"),
     "index without pictures": (chat(said("Hi", 0), "x"), "image index 0"),
-    "some have an index": (chat(said("Hi", 0, None), "x", images=["a.png", "b.png"]), "image index None"),
-    "never named": (chat(said("Hi", 0, 0), "x", images=["a.png", "b.png"]), "picture 1 is named by no message"),
+    "some have an index": (
+        chat(said("Hi", 0, None), "x", images=["a.png", "b.png"]),
+        "image index None",
+    ),
+    "never named": (
+        chat(said("Hi", 0, 0), "x", images=["a.png", "b.png"]),
+        "picture 1 is named by no message",
+    ),
     "no place": (chat("Hi", "x", images=["a.png"]), "1 pictures, but the messages have 0 places"),
-    "more marks than pictures": (chat("<image> <image>", "x", images=["a.png"]), "1 pictures, but the messages have 2 places"),
+    "more marks than pictures": (
+        chat("<image> <image>", "x", images=["a.png"]),
+        "1 pictures, but the messages have 2 places",
+    ),
     "images text": ({**chat("Hi", "x"), "images": "a.png"}, "images is text"),
     "picture null": (chat(said("Hi", 0), "x", images=[None]), "picture 0 is null"),
-    "picture empty": (chat(said("Hi", 0), "x", images=[{"path": None, "bytes": None}]), "picture 0 is null"),
-    "bytes in JSON": (chat(said("Hi", 0), "x", images=[{"path": "a.png", "bytes": "iVBO"}]), "picture 0 is an object"),
-    "url": (chat(said("Hi", 0), "x", images=["https://example.com/a.png"]), "picture 0 https://example.com/a.png is a URL"),
-    "outside": (chat(said("Hi", 0), "x", images=["../outside.png"]), "picture 0 ../outside.png lies outside"),
+    "picture empty": (
+        chat(said("Hi", 0), "x", images=[{"path": None, "bytes": None}]),
+        "picture 0 is null",
+    ),
+    "bytes in JSON": (
+        chat(said("Hi", 0), "x", images=[{"path": "a.png", "bytes": "iVBO"}]),
+        "picture 0 is an object",
+    ),
+    "url": (
+        chat(said("Hi", 0), "x", images=["https://example.com/a.png"]),
+        "picture 0 https://example.com/a.png is a URL",
+    ),
+    "outside": (
+        chat(said("Hi", 0), "x", images=["../outside.png"]),
+        "picture 0 ../outside.png lies outside",
+    ),
     "missing picture": (chat(said("Hi", 0), "x", images=["gone.png"]), "no picture"),
     "surrogate": (chat("Hi", said("\ud800")), "message 1: holds half of a surrogate"),
     "long": (chat("x" * 1_000_001, "y"), "1000001 characters"),
-    "both kinds": ({**chat("Hi", "x"), "conversations": talk("Hi", "x")}, "messages and conversations"),
+    "both kinds": (
+        {**chat("Hi", "x"), "conversations": talk("Hi", "x")},
+        "messages and conversations",
+    ),
     "image beside messages": ({**chat("Hi", "x"), "image": "a.png"}, "messages and image"),
-    "images beside conversations": (record("Hi", "x", images=["a.png"]), "1 pictures, but the human turns mark 0"),
+    "images beside conversations": (
+        record("Hi", "x", images=["a.png"]),
+        "1 pictures, but the human turns mark 0",
+    ),
 }
 
 
 @pytest.mark.parametrize("raw, words", BAD_MESSAGES.values(), ids=BAD_MESSAGES.keys())
 def test_bad_messages(tmp_path, images, raw, words):
     path = written(tmp_path / "x.json", [GOOD, raw])
-    refused(lambda: read_records(path, images), f"{path}: 1 of 2 records are bad: record 1 (id r1)", words)
+    refused(
+        lambda: read_records(path, images),
+        f"{path}: 1 of 2 records are bad: record 1 (id r1)",
+        words,
+    )
 
 
 # ---- mixtures
@@ -442,13 +688,21 @@ def test_mixtures(tmp_path, images, monkeypatch, capsys):
     other = tmp_path / "other"
     other.mkdir()
     Image.new("RGB", (5, 5)).save(other / "a.png")
-    written(images / "a.json", [record("<image>", f"A{i}", image="a.png", id=f"a{i}") for i in range(5)])
-    written(other / "b,@2.jsonl", "\n".join(json.dumps(chat(said("Hi", 0), f"B{i}", images=["a.png"], id=f"b{i}")) for i in range(4)))
+    written(
+        images / "a.json", [record("<image>", f"A{i}", image="a.png", id=f"a{i}") for i in range(5)]
+    )
+    written(
+        other / "b,@2.jsonl",
+        "\n".join(
+            json.dumps(chat(said("Hi", 0), f"B{i}", images=["a.png"], id=f"b{i}")) for i in range(4)
+        ),
+    )
     written(other / "c.json", [{"conversations": talk("Hi", "C")}])
     monkeypatch.chdir(tmp_path)
 
     def ids(data, *folder):
         return [r.id for r in read_records(data, *folder)]
+
     assert ids("pictures/a.json, other/c.json") == ["a0", "a1", "a2", "a3", "a4", "c.json:0"]
     got = read_records("pictures/a.json,other/c.json")
     assert got[0].images == [images / "a.png"] and got[0].root == images and got[-1].root == other
@@ -458,9 +712,14 @@ def test_mixtures(tmp_path, images, monkeypatch, capsys):
     assert ids("pictures/a.json@1.4") == ["a0", "a1", "a2", "a2", "a3", "a4", "a4"]
     assert len(ids("pictures/a.json@0.1,other/c.json")) == 1
     assert not capsys.readouterr().err  # repeats are no doubles
-    assert ids("other/*.json") == ["0"] and ids("other/*n") == ["0"] and ids("other/*.json@2,pictures/*.json")[:3] == ["c.json:0", "c.json:0", "a0"]
+    assert (
+        ids("other/*.json") == ["0"]
+        and ids("other/*n") == ["0"]
+        and ids("other/*.json@2,pictures/*.json")[:3] == ["c.json:0", "c.json:0", "a0"]
+    )
     written(other / "a.json", [{"conversations": talk("Hi", "A")}])
-    for names in (["a.json", "c.json"], ["c.json", "a.json"]):  # in whichever order the system lists them
+    # in whichever order the system lists them
+    for names in (["a.json", "c.json"], ["c.json", "a.json"]):
         with monkeypatch.context() as m:
             m.setattr(Path, "glob", lambda *_: iter([other / name for name in names]))
             assert ids("other/*.json") == ["a.json:0", "c.json:0"]
@@ -469,13 +728,22 @@ def test_mixtures(tmp_path, images, monkeypatch, capsys):
     assert "1 ids stand on more than one record, for example a1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("data, words", [
-    ("a.json,", "a name is empty"), ("a.json@0", "a weight of 0"), ("a.json@0.1", "no record is left"), ("no*.json", "no such files"),
-    ("a.json,gone.json", "gone.json: no such file"), ("a.json@x", "a.json@x: no such file"), ("a.json@-1", "no such file"),
-    ("a.json@100000000", "a.json 1e+08 times is more than 100000000 records; lower the weight"), ("a.json@9" + "9" * 400, "a weight of 401 digits"),
-    ("a.json,a.json@0." + "3" * 5000, "a weight of 5002 digits; write at most 20"),
-    (",".join(["a.json"] * 100 + ["b" * 300]), "File name too long"),
-])
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        ("a.json,", "a name is empty"),
+        ("a.json@0", "a weight of 0"),
+        ("a.json@0.1", "no record is left"),
+        ("no*.json", "no such files"),
+        ("a.json,gone.json", "gone.json: no such file"),
+        ("a.json@x", "a.json@x: no such file"),
+        ("a.json@-1", "no such file"),
+        ("a.json@100000000", "a.json 1e+08 times is more than 100000000 records; lower the weight"),
+        ("a.json@9" + "9" * 400, "a weight of 401 digits"),
+        ("a.json,a.json@0." + "3" * 5000, "a weight of 5002 digits; write at most 20"),
+        (",".join(["a.json"] * 100 + ["b" * 300]), "File name too long"),
+    ],
+)
 def test_bad_mixtures(tmp_path, monkeypatch, data, words):
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "a.json", [record("Hi", "Ho", id=i) for i in range(3)])
@@ -487,26 +755,53 @@ def test_bad_mixtures(tmp_path, monkeypatch, data, words):
 
 def test_bad_records_are_skipped_up_to_a_share_counted_and_listed(tmp_path, images, capsys):
     good = [record("Hi", "Ho", id=i) for i in range(198)]
-    data = [*good[:50], record("Hi", "", id="bad \x1b"), *good[50:], record("<image>", "x", image="gone.png", id="b")]
+    data = [
+        *good[:50],
+        record("Hi", "", id="bad \x1b"),
+        *good[50:],
+        record("<image>", "x", image="gone.png", id="b"),
+    ]
     path, skips = written(tmp_path / "x.json", data), Skips(tmp_path / "skipped.txt")
-    with pytest.raises(UserError, match="0 of 1 pictures found"):  # the wrong folder is nothing to skip
+    # the wrong folder is nothing to skip
+    with pytest.raises(UserError, match="0 of 1 pictures found"):
         read_records(path, images, skips)
-    path = written(tmp_path / "x.json", [*data[:-1], record("<image> <image>", "x", image="a.png", id="b")])
+    path = written(
+        tmp_path / "x.json", [*data[:-1], record("<image> <image>", "x", image="a.png", id="b")]
+    )
     refused(lambda: read_records(path, images), "2 of 200")
     assert [r.id for r in read_records(path, images, skips)] == [str(i) for i in range(198)]
     assert "2 of 200 records are bad and left out: record 50" in capsys.readouterr().err
     skips.write()
     lines = (tmp_path / "skipped.txt").read_text().splitlines()
-    assert len(lines) == 2 and lines[0].startswith(f"{path}: record 50 (id bad \\x1b): turn 1") and "(id b)" in lines[1]
+    assert (
+        len(lines) == 2
+        and lines[0].startswith(f"{path}: record 50 (id bad \\x1b): turn 1")
+        and "(id b)" in lines[1]
+    )
     skips.add(lines)  # known already
-    refused(lambda: skips.add(["record 7: a.png: is damaged"]), "3 of 200 records are bad, more than the 1.00%")
-    refused(lambda: read_records(written(tmp_path / "y.json", data[:60]), images, Skips()), "1 of 60 records are bad, more than")
+    refused(
+        lambda: skips.add(["record 7: a.png: is damaged"]),
+        "3 of 200 records are bad, more than the 1.00%",
+    )
+    refused(
+        lambda: read_records(written(tmp_path / "y.json", data[:60]), images, Skips()),
+        "1 of 60 records are bad, more than",
+    )
     exact = Skips(cap=0.5)
     exact.total = 3
     exact.add(["one"])
     refused(lambda: exact.add(["two"]), "2 of 3 records are bad, more than the 50.00%")
     skips = Skips()  # the share is of all files together
-    assert len(read_records(f"{written(tmp_path / 'w.json', [GOOD] + data[50:51])},{written(tmp_path / 'z.json', good)}", images, skips)) == 199
+    assert (
+        len(
+            read_records(
+                f"{written(tmp_path / 'w.json', [GOOD] + data[50:51])},{written(tmp_path / 'z.json', good)}",
+                images,
+                skips,
+            )
+        )
+        == 199
+    )
     assert skips.total == 200 and len(skips.lines) == 1
 
 

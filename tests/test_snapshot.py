@@ -1,4 +1,6 @@
-"""One checkpoint: what is in it, that every bit is looked at, that it appears whole or not at all, on any number of ranks."""
+"""One checkpoint: what is in it, that every bit is looked at, that it appears whole or not at all,
+on any number of ranks.
+"""
 
 import errno
 import json
@@ -13,9 +15,9 @@ from safetensors.torch import load_file
 from torch import nn
 from training import child
 
-from llava_min import checkpoint, snapshot
-from llava_min.cli import UserError
+from llava_min.errors import UserError
 from llava_min.parallel.ranks import World
+from llava_min.training import checkpoint, run_folder
 
 MORE = {"more": lambda folder: (folder / "text.txt").write_text("text")}
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -35,26 +37,34 @@ def trained(seed: int = 0, steps: int = 2):
 
 
 def write(folder, step=7, seed=0, **run):
-    return snapshot.save(folder, step, *trained(seed), ALONE, {"identity": {"lr": 0.1}, **run})
+    return checkpoint.save(folder, step, *trained(seed), ALONE, {"identity": {"lr": 0.1}, **run})
 
 
 def test_what_is_saved_comes_back(tmp_path):
     model, optimizer = trained()
-    path = snapshot.save(tmp_path, 7, model, optimizer, ALONE, {"identity": {"lr": 0.1}, "at": 3})
+    path = checkpoint.save(tmp_path, 7, model, optimizer, ALONE, {"identity": {"lr": 0.1}, "at": 3})
     drawn = torch.rand(4)
-    assert path == tmp_path / "step-000007" and sorted(p.name for p in path.iterdir()) == ["manifest.json", "rank-0.safetensors", "state.json"]
+    assert path == tmp_path / "step-000007" and sorted(p.name for p in path.iterdir()) == [
+        "manifest.json",
+        "rank-0.safetensors",
+        "state.json",
+    ]
     names = {n for n, p in model.named_parameters() if p.requires_grad}
     stored = load_file(path / "rank-0.safetensors")
-    assert stored.keys() == names | {f"{key} of {n}" for n in names for key in ("exp_avg", "exp_avg_sq", "step")} | {"rng torch"}
+    assert stored.keys() == names | {
+        f"{key} of {n}" for n in names for key in ("exp_avg", "exp_avg_sq", "step")
+    } | {"rng torch"}
     assert oct(path.stat().st_mode & 0o777) == oct(0o777 & ~umask())
 
     other, fresh = trained(seed=1, steps=0)
-    run = checkpoint.resume(path, {"lr": 0.1}, other, fresh, ALONE, seed=0)
+    run = run_folder.resume(path, {"lr": 0.1}, other, fresh, ALONE, seed=0)
     assert run["at"] == 3 and torch.equal(torch.rand(4), drawn)
     for (name, a), (_, b) in zip(model.named_parameters(), other.named_parameters()):
         assert torch.equal(a, b) == a.requires_grad
     for a, b in zip(optimizer.param_groups[0]["params"], fresh.param_groups[0]["params"]):
-        assert all(torch.equal(optimizer.state[a][key], fresh.state[b][key]) for key in optimizer.state[a])
+        assert all(
+            torch.equal(optimizer.state[a][key], fresh.state[b][key]) for key in optimizer.state[a]
+        )
 
 
 def umask() -> int:
@@ -64,8 +74,8 @@ def umask() -> int:
 
 
 def test_two_hundred_flipped_bits(tmp_path):
-    path = snapshot.save(tmp_path, 7, *trained(), ALONE, {"identity": {}}, MORE)
-    assert snapshot.verify(path)["step"] == 7
+    path = checkpoint.save(tmp_path, 7, *trained(), ALONE, {"identity": {}}, MORE)
+    assert checkpoint.verify(path)["step"] == 7
     files, rng = sorted(p for p in path.rglob("*") if p.is_file()), random.Random(0)
     for n in range(200):
         file = files[n % len(files)]
@@ -75,33 +85,44 @@ def test_two_hundred_flipped_bits(tmp_path):
         flipped[bit // 8] ^= 1 << bit % 8
         file.write_bytes(flipped)
         with pytest.raises(UserError, match=path.name) as e:
-            snapshot.verify(path)
+            checkpoint.verify(path)
         assert file.name in str(e.value) or file.name == "manifest.json"
         file.write_bytes(data)
-    for change in (lambda: (path / "more" / "text.txt").unlink(), lambda: (path / "new").write_text("x"), lambda: (path / "manifest.json").unlink()):
+    for change in (
+        lambda: (path / "more" / "text.txt").unlink(),
+        lambda: (path / "new").write_text("x"),
+        lambda: (path / "manifest.json").unlink(),
+    ):
         change()
-        with pytest.raises(snapshot.Damaged):
-            snapshot.verify(path)
+        with pytest.raises(checkpoint.CorruptCheckpoint):
+            checkpoint.verify(path)
         shutil.rmtree(path)
-        path = snapshot.save(tmp_path, 7, *trained(), ALONE, {"identity": {}}, MORE)
-    snapshot.verify(path)
+        path = checkpoint.save(tmp_path, 7, *trained(), ALONE, {"identity": {}}, MORE)
+    checkpoint.verify(path)
 
 
-@pytest.mark.parametrize("state", [{}, [], {"format": "x"}, {"step": 7}, ("rng",), ("run",), {"ranks": 2}], ids=str)
+@pytest.mark.parametrize(
+    "state", [{}, [], {"format": "x"}, {"step": 7}, ("rng",), ("run",), {"ranks": 2}], ids=str
+)
 def test_a_state_that_lacks_parts_is_damaged_whatever_the_manifest_says(tmp_path, state):
-    """A tuple names what is taken out; a dict of some keys changes them; {} and [] are the whole file."""
-    path = snapshot.save(tmp_path, 7, *trained(), ALONE, {"identity": {}})
-    whole, listed = json.loads((path / "state.json").read_bytes()), json.loads((path / "manifest.json").read_bytes())
+    """A tuple names what is taken out; a dict of some keys changes them; {} and [] are the whole
+    file.
+    """
+    path = checkpoint.save(tmp_path, 7, *trained(), ALONE, {"identity": {}})
+    whole, listed = (
+        json.loads((path / "state.json").read_bytes()),
+        json.loads((path / "manifest.json").read_bytes()),
+    )
     if isinstance(state, tuple):
         state = {k: v for k, v in whole.items() if k not in state}
     elif state and "step" not in state:
         state = whole | state
-    data = snapshot.as_json(state)
+    data = checkpoint.as_json(state)
     (path / "state.json").write_bytes(data)
-    listed["state.json"] = {"bytes": len(data), "sha256": snapshot.sha256(path / "state.json")}
-    (path / "manifest.json").write_bytes(snapshot.as_json(listed))
-    with pytest.raises(snapshot.Damaged):
-        snapshot.verify(path)
+    listed["state.json"] = {"bytes": len(data), "sha256": checkpoint.sha256(path / "state.json")}
+    (path / "manifest.json").write_bytes(checkpoint.as_json(listed))
+    with pytest.raises(checkpoint.CorruptCheckpoint):
+        checkpoint.verify(path)
 
 
 def test_other_trainable_tensors_are_an_error(tmp_path):
@@ -109,9 +130,9 @@ def test_other_trainable_tensors_are_an_error(tmp_path):
     model, optimizer = trained(steps=0)
     model[0].bias.requires_grad_(False)
     with pytest.raises(UserError, match="0.bias"):
-        checkpoint.resume(path, {"lr": 0.1}, model, optimizer, ALONE, 0)
+        run_folder.resume(path, {"lr": 0.1}, model, optimizer, ALONE, 0)
     with pytest.raises(UserError, match=r"lr \(was 0.1, is 0.2\)"):
-        checkpoint.resume(path, {"lr": 0.2}, *trained(steps=0), ALONE, 0)
+        run_folder.resume(path, {"lr": 0.2}, *trained(steps=0), ALONE, 0)
 
 
 def test_a_full_disk_at_twenty_sizes(tmp_path):
@@ -134,7 +155,7 @@ def test_a_full_disk_at_twenty_sizes(tmp_path):
             assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["step-000001"]
         else:
             shutil.rmtree(tmp_path / "step-000002")
-        snapshot.verify(tmp_path / "step-000001")
+        checkpoint.verify(tmp_path / "step-000001")
     assert set(codes[:17]) == {3} and codes[-1] == 0
 
 
@@ -143,7 +164,11 @@ def work_said(work, said) -> int:
     try:
         work()
     except UserError as e:
-        return 3 if "File too large" in str(e) and "step-000002" in str(e) and "\n" not in str(e) else 4
+        return (
+            3
+            if "File too large" in str(e) and "step-000002" in str(e) and "\n" not in str(e)
+            else 4
+        )
     return 0
 
 
@@ -181,17 +206,30 @@ def test_a_failure_at_every_call(tmp_path, monkeypatch, number):
         with monkeypatch.context() as patch:
             for name in ("fsync", "rename", "mkdir"):
                 patch.setattr(os, name, failing(getattr(os, name)))
-            patch.setattr(snapshot, "open", lambda path, mode: File(path, mode) if "w" in mode else open(path, mode), raising=False)
+            patch.setattr(
+                checkpoint,
+                "open",
+                lambda path, mode: File(path, mode) if "w" in mode else open(path, mode),
+                raising=False,
+            )
             try:
                 write(tmp_path, 2, seed=1)
             except UserError as e:
                 failed += 1
-                assert os.strerror(number) in str(e) and "step-000002" in str(e) and "--resume auto" in str(e)
-        snapshot.verify(tmp_path / "step-000001")
-        assert (tmp_path / "step-000001" / "manifest.json").read_bytes() == before and not list(tmp_path.glob(".tmp-*"))
+                assert (
+                    os.strerror(number) in str(e)
+                    and "step-000002" in str(e)
+                    and "--resume auto" in str(e)
+                )
+        checkpoint.verify(tmp_path / "step-000001")
+        assert (tmp_path / "step-000001" / "manifest.json").read_bytes() == before and not list(
+            tmp_path.glob(".tmp-*")
+        )
         if left[0] > 0:  # there was no n-th call
             break
-        assert checkpoint.find(tmp_path).name == ("step-000002" if (tmp_path / "step-000002").exists() else "step-000001")
+        assert run_folder.find(tmp_path).name == (
+            "step-000002" if (tmp_path / "step-000002").exists() else "step-000001"
+        )
         shutil.rmtree(tmp_path / "step-000002", ignore_errors=True)
     assert failed >= 25 and n == failed + 2  # the first mkdir finds its folder there, and passes
 
@@ -199,8 +237,12 @@ def test_a_failure_at_every_call(tmp_path, monkeypatch, number):
 def test_rows_of_another_number_of_ranks(tmp_path):
     """What three ranks wrote, one reads: each tensor from the parts that have its rows."""
     path = write(tmp_path)
-    state, tensors = json.loads((path / "state.json").read_bytes()), load_file(path / "rank-0.safetensors")
-    tensors, rows = {name: x.clone() for name, x in tensors.items()}, []  # they are mapped, and the file is written anew
+    state, tensors = (
+        json.loads((path / "state.json").read_bytes()),
+        load_file(path / "rank-0.safetensors"),
+    )
+    # they are mapped, and the file is written anew
+    tensors, rows = {name: x.clone() for name, x in tensors.items()}, []
     for rank in range(3):
         part, here = {}, {}
         for name, x in tensors.items():
@@ -213,27 +255,36 @@ def test_rows_of_another_number_of_ranks(tmp_path):
             size = -(-len(x) // 3)
             a, b = min(rank * size, len(x)), min((rank + 1) * size, len(x))
             part[name], here[name] = x[a:b], [a, b]
-        snapshot.write_tensors(path / f"rank-{rank}.safetensors", part)
+        checkpoint.write_tensors(path / f"rank-{rank}.safetensors", part)
         rows.append(here)
     state |= {"ranks": 3, "rows": rows, "rng": [{}, {}, {}]}
     model, optimizer = trained(seed=2, steps=0)
-    assert snapshot.restore(path, state, model, optimizer, ALONE) is False  # the random streams are other ranks'
+    # the random streams are other ranks'
+    assert checkpoint.restore(path, state, model, optimizer, ALONE) is False
     want, reference = trained()
     for a, b in zip(want.parameters(), model.parameters()):
         if a.requires_grad:
-            assert torch.equal(a, b) and torch.equal(reference.state[a]["exp_avg_sq"], optimizer.state[b]["exp_avg_sq"])
+            assert torch.equal(a, b) and torch.equal(
+                reference.state[a]["exp_avg_sq"], optimizer.state[b]["exp_avg_sq"]
+            )
 
 
 def test_everything_is_on_disk_before_it_has_its_name_and_after(tmp_path, monkeypatch):
     """The order that a power cut asks for: files, their folders, the rename, the folder of that."""
     events, sync, rename = [], os.fsync, os.rename
-    monkeypatch.setattr(os, "fsync", lambda fd: events.append(os.readlink(f"/proc/self/fd/{fd}")) or sync(fd))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: events.append(os.readlink(f"/proc/self/fd/{fd}")) or sync(fd)
+    )
     monkeypatch.setattr(os, "rename", lambda a, b: events.append("renamed") or rename(a, b))
-    path = snapshot.save(tmp_path, 7, *trained(), ALONE, {}, MORE)
+    path = checkpoint.save(tmp_path, 7, *trained(), ALONE, {}, MORE)
     aside = tmp_path / ".tmp-step-000007"
     there = {str(aside / p.relative_to(path)) for p in path.rglob("*")} | {str(aside)}
     cut = events.index("renamed")
-    assert set(events[:cut]) == there and events.index(str(aside / "manifest.json")) == cut - 1 - 2 and events[cut + 1 :] == [str(tmp_path)]
+    assert (
+        set(events[:cut]) == there
+        and events.index(str(aside / "manifest.json")) == cut - 1 - 2
+        and events[cut + 1 :] == [str(tmp_path)]
+    )
 
 
 @pytest.mark.parametrize("name", ["rank-0.safetensors", "state.json", "manifest.json"])
@@ -252,18 +303,26 @@ def test_a_checkpoint_that_reads_back_otherwise_is_none(tmp_path, monkeypatch, n
     monkeypatch.setattr(os, "fsync", bad_disk)
     with pytest.raises(UserError, match=f"read back is not what was written.*{name}"):
         write(tmp_path, 2)
-    assert checkpoint.find(tmp_path).name == "step-000001" and len(list(tmp_path.iterdir())) == 1
+    assert run_folder.find(tmp_path).name == "step-000001" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_optimizer_of_ones_own_comes_back_with_its_kinds(tmp_path):
     """Tensors of other kinds than the parameters', and what is no tensor."""
     model, optimizer = trained()
     for p in optimizer.param_groups[0]["params"]:
-        optimizer.state[p] |= {"seen": (torch.arange(p.numel()) * 3 + (1 << 40)).view_as(p), "half": p.detach().bfloat16(), "mu": 0.1, "times": 3}
-    path = snapshot.save(tmp_path, 7, model, optimizer, ALONE, {"identity": {}})
+        optimizer.state[p] |= {
+            "seen": (torch.arange(p.numel()) * 3 + (1 << 40)).view_as(p),
+            "half": p.detach().bfloat16(),
+            "mu": 0.1,
+            "times": 3,
+        }
+    path = checkpoint.save(tmp_path, 7, model, optimizer, ALONE, {"identity": {}})
     other, fresh = trained(seed=1, steps=0)
-    assert snapshot.restore(path, snapshot.verify(path), other, fresh, ALONE)
+    assert checkpoint.restore(path, checkpoint.verify(path), other, fresh, ALONE)
     for a, b in zip(optimizer.param_groups[0]["params"], fresh.param_groups[0]["params"]):
         was, now = optimizer.state[a], fresh.state[b]
         assert (was.keys(), now["mu"], now["times"]) == (now.keys(), 0.1, 3)
-        assert all(was[key].dtype == now[key].dtype and torch.equal(was[key], now[key]) for key in ("seen", "half", "exp_avg", "step"))
+        assert all(
+            was[key].dtype == now[key].dtype and torch.equal(was[key], now[key])
+            for key in ("seen", "half", "exp_avg", "step")
+        )

@@ -1,7 +1,9 @@
-"""The tokenizers: ours = transformers and SentencePiece, saved = loaded, streamed = decoded, bad file = line.
+"""The tokenizers: ours = transformers and SentencePiece, saved = loaded, streamed = decoded, bad
+file = line.
 
-Tiny tokenizers are made on the spot. The real Llama and Qwen1.5 files and llama.cpp's vectors for them lie
-outside the repository (../shared/assets/tokenizers); tests that need them skip where they are not.
+Tiny tokenizers are made on the spot. The real Llama and Qwen1.5 files and llama.cpp's vectors for
+them lie outside the repository (../shared/assets/tokenizers); tests that need them skip where they
+are not.
 """
 
 import json
@@ -16,18 +18,27 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from llava_min.cli import UserError
-from llava_min.data import bpe
-from llava_min.data.tokenizer import Tokenizer
+from llava_min.data.tokenizer import Tokenizer, bpe
+from llava_min.errors import UserError
 
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets" / "tokenizers"
-REAL = {"tokenizer.model": "llama_tokenizer.model", "tokenizer.json": "qwen1_5_tokenizer.json",
-        "tokenizer_config.json": "qwen1_5_tokenizer_config.json"}
-TEXT = ["A chat between a curious user and an assistant.", "USER: What is in it? ASSISTANT: A red circle.",
-        "the quick brown fox jumps over the lazy dog  and   then    sleeps", "There are 12 squares, 3 stars.",
-        "def f(x):\n    return x  # code\n\n\tpass", "naïve café, Ünïcödé, 한국어 中文 🦙"]
-QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+REAL = {
+    "tokenizer.model": "llama_tokenizer.model",
+    "tokenizer.json": "qwen1_5_tokenizer.json",
+    "tokenizer_config.json": "qwen1_5_tokenizer_config.json",
+}
+TEXT = [
+    "A chat between a curious user and an assistant.",
+    "USER: What is in it? ASSISTANT: A red circle.",
+    "the quick brown fox jumps over the lazy dog  and   then    sleeps",
+    "There are 12 squares, 3 stars.",
+    "def f(x):\n    return x  # code\n\n\tpass",
+    "naïve café, Ünïcödé, 한국어 中文 🦙",
+]
+QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
@@ -51,84 +62,169 @@ def edit(folder: Path, name: str, change) -> None:
 
 
 def train(path: Path, lines: list[str] = TEXT * 8, **options) -> Path:
-    options = dict(vocab_size=420, model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
-                   remove_extra_whitespaces=False, character_coverage=0.98, num_threads=1, minloglevel=2,
-                   allow_whitespace_only_pieces=True) | options
+    options = (
+        dict(
+            vocab_size=420,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            character_coverage=0.98,
+            num_threads=1,
+            minloglevel=2,
+            allow_whitespace_only_pieces=True,
+        )
+        | options
+    )
     prefix = str(path.with_suffix(""))
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_prefix=prefix, **options)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=prefix, **options
+    )
     return path
 
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory) -> bytes:
-    """As in Llama's, `▁▁` has the lowest score: SentencePiece merges it last, transformers 5 by its id."""
+    """As in Llama's, `▁▁` has the lowest score: SentencePiece merges it last, transformers 5 by its
+    id.
+    """
     model = train(tmp_path_factory.mktemp("sp") / "tokenizer.model").read_bytes()
     start = model.index(b"\x0a\x06\xe2\x96\x81\xe2\x96\x81\x15") + 9
-    return model[:start] + struct.pack("<f", -1e9) + model[start + 4:]
+    return model[:start] + struct.pack("<f", -1e9) + model[start + 4 :]
 
 
 def added(content: str, id: int, **flags) -> dict:
-    return dict(id=id, content=content, single_word=False, lstrip=False, rstrip=False, normalized=False,
-                special=True) | flags
+    return (
+        dict(
+            id=id,
+            content=content,
+            single_word=False,
+            lstrip=False,
+            rstrip=False,
+            normalized=False,
+            special=True,
+        )
+        | flags
+    )
 
 
 def byte_level(regex: str | None = QWEN, nfc: bool = True, ignore_merges: bool = False) -> dict:
     """A tokenizer.json of 256 bytes and the merges of a few words."""
     vocab = {c: i for i, c in enumerate(bpe.BYTE_TO_CHAR.values())}
     merges = []
-    for word in (" the", " quick", "ing", "'s", "'ll", "   ", "\n\n", "é", "中", "🦙", "USER", " image", "ab",
-                 "bc", "abc", "!!"):
+    for word in (
+        " the",
+        " quick",
+        "ing",
+        "'s",
+        "'ll",
+        "   ",
+        "\n\n",
+        "é",
+        "中",
+        "🦙",
+        "USER",
+        " image",
+        "ab",
+        "bc",
+        "abc",
+        "!!",
+    ):
         chars = [bpe.BYTE_TO_CHAR[b] for b in word.encode()]
         while len(chars) > 1:
             if chars[0] + chars[1] not in vocab:
                 vocab[chars[0] + chars[1]] = len(vocab)
                 merges.append([chars[0], chars[1]])
             chars[:2] = [chars[0] + chars[1]]
-    vocab["Ġzq"] = len(vocab)                            # no merge leads there: found by ignore_merges alone
+    # no merge leads there: found by ignore_merges alone
+    vocab["Ġzq"] = len(vocab)
     n = len(vocab)
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": regex is None}
+    level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": regex is None,
+    }
     split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-    return {"version": "1.0", "truncation": None, "padding": None,
-            "normalizer": {"type": "NFC"} if nfc else None,
-            "added_tokens": [added("<|endoftext|>", n), added("<|im_end|>", n + 1)],
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]} if regex else level,
-            "post_processor": None, "decoder": level,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
-                      "byte_fallback": False, "ignore_merges": ignore_merges,
-                      "vocab": vocab, "merges": merges}}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "normalizer": {"type": "NFC"} if nfc else None,
+        "added_tokens": [added("<|endoftext|>", n), added("<|im_end|>", n + 1)],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]} if regex else level,
+        "post_processor": None,
+        "decoder": level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": ignore_merges,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
 
 
 def metaspace(model: bytes, scheme: str) -> dict:
     """A tokenizer.json with the pieces of a tokenizer.model; scheme "prepend": the older form."""
     sp = sentencepiece.SentencePieceProcessor(model_proto=model)
     vocab = {sp.id_to_piece(i): i for i in range(len(sp))}
-    merges = [[p[:i], p[i:]] for p in vocab for i in range(1, len(p))
-              if {p[:i], p[i:]} <= vocab.keys() and p[0] != "<"]
+    merges = [
+        [p[:i], p[i:]]
+        for p in vocab
+        for i in range(1, len(p))
+        if {p[:i], p[i:]} <= vocab.keys() and p[0] != "<"
+    ]
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    decoders = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
-                {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    decoders = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]
     prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
     space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
     a, b = ({"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB"))
-    bos = {"type": "TemplateProcessing", "pair": [a, b],
-           "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, a],
-           "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}}
-    return {"version": "1.0", "truncation": None, "padding": None,
-            "normalizer": prepend if scheme == "prepend" else None,
-            "pre_tokenizer": None if scheme == "prepend" else space, "post_processor": bos,
-            "added_tokens": [added("<unk>", 0), added("<s>", 1), added("</s>", 2)],
-            "decoder": {"type": "Sequence", "decoders": decoders},
-            "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "fuse_unk": True,
-                      "byte_fallback": True, "vocab": vocab, "merges": merges}}
+    bos = {
+        "type": "TemplateProcessing",
+        "pair": [a, b],
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, a],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "normalizer": prepend if scheme == "prepend" else None,
+        "pre_tokenizer": None if scheme == "prepend" else space,
+        "post_processor": bos,
+        "added_tokens": [added("<unk>", 0), added("<s>", 1), added("</s>", 2)],
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
 
 
-FLAGS = [dict(content="<L>", lstrip=True), dict(content="<R>", rstrip=True),
-         dict(content="qwörd", single_word=True, special=False),
-         dict(content="<LR>", lstrip=True, rstrip=True, special=False),
-         dict(content="<LRx", normalized=True, special=False),
-         dict(content="<LRxy", normalized=True, special=False),
-         dict(content="<image>", normalized=True, special=False),
-         dict(content="<e\u0301 f>", normalized=True, special=False)]
+FLAGS = [
+    dict(content="<L>", lstrip=True),
+    dict(content="<R>", rstrip=True),
+    dict(content="qwörd", single_word=True, special=False),
+    dict(content="<LR>", lstrip=True, rstrip=True, special=False),
+    dict(content="<LRx", normalized=True, special=False),
+    dict(content="<LRxy", normalized=True, special=False),
+    dict(content="<image>", normalized=True, special=False),
+    dict(content="<e\u0301 f>", normalized=True, special=False),
+]
 
 
 def with_flags(spec: dict) -> dict:
@@ -139,10 +235,24 @@ def with_flags(spec: dict) -> dict:
 
 
 AS_WRITTEN = {"tokenizer_class": "PreTrainedTokenizerFast"}
-MODEL_ALONE = ["llama legacy", "llama", "tiny legacy", "tiny"]  # transformers 5 ranks their merges by id: not the reference
-SOURCES = ["llama legacy", "llama", "llama saved by transformers", "qwen", "tiny legacy", "tiny",
-           "tiny saved by transformers", "tiny prepend", "tiny always", "tiny first", "tiny never",
-           "tiny qwen", "tiny llama-3", "tiny gpt-2"]
+# transformers 5 ranks their merges by id: not the reference
+MODEL_ALONE = ["llama legacy", "llama", "tiny legacy", "tiny"]
+SOURCES = [
+    "llama legacy",
+    "llama",
+    "llama saved by transformers",
+    "qwen",
+    "tiny legacy",
+    "tiny",
+    "tiny saved by transformers",
+    "tiny prepend",
+    "tiny always",
+    "tiny first",
+    "tiny never",
+    "tiny qwen",
+    "tiny llama-3",
+    "tiny gpt-2",
+]
 
 
 def make(source: str, tmp: Path, tiny_model: bytes) -> Path:
@@ -163,8 +273,16 @@ def make(source: str, tmp: Path, tiny_model: bytes) -> Path:
     model = asset("tokenizer.model").read_bytes() if kind == "llama" else tiny_model
     if rest == "bare":
         return write(tmp, "tokenizer.model", model)
-    write(tmp, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "legacy": rest == "legacy",
-                                         "add_bos_token": True, "pad_token": "<pad>"})
+    write(
+        tmp,
+        "tokenizer_config.json",
+        {
+            "tokenizer_class": "LlamaTokenizer",
+            "legacy": rest == "legacy",
+            "add_bos_token": True,
+            "pad_token": "<pad>",
+        },
+    )
     write(tmp, "tokenizer.model", model)
     if "saved" in rest:
         transformers = pytest.importorskip("transformers", reason="it is to write the folder")
@@ -174,34 +292,114 @@ def make(source: str, tmp: Path, tiny_model: bytes) -> Path:
     return tmp
 
 
-# Code points assigned in Unicode 14: where Python's own tables are newer, the newer ones are left out.
-ASSIGNED = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
-SPECIAL = ["<s>", "</s>", "<unk>", "<pad>", "<image>", "<|im_end|>", "<|endoftext|>", "<0x0A>", "<L>", "<R>",
-           " <L> ", "<LRxy", "<R>\x85 ", "\xa0<LR>\n", "<LRx", "<LR>>", "qwörd", "qwörds", "aqwörd",
-           "qwörd\u0301", "\u24d0qwörd", "<e\u0301 f>", "<é f>"]
-ODD = ["\n", "\n\n", "\r\n", "\t", " \n", "\n \n", "\t\t ", "\x85", "\xa0", "\u2028", "\u3000", "\x1c", "\0",
-       "\x1f", "\x0b", "\u200b", "🦙", "👨\u200d👩\u200d👧", "🇩🇪", "👍🏽", "é", "e\u0301", "ǅ", "ﬁ", "İ", "ſ", "'ſ",
-       "'S", "'LL", "'re", "한국", "①", "½", "Ⅷ", "٣", "▁", "▁▁", "a▁b", "\ufffd", "\ufeff"]
-PLAIN = ("the quick Brown fox USER: ASSISTANT: What's in image Answer they'll don't I've zq x aa aaaa abcabc "
-         "ababc").split()
+# Code points assigned in Unicode 14: where Python's own tables are newer, the newer ones are left
+# out.
+ASSIGNED = [
+    chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")
+]
+SPECIAL = [
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<pad>",
+    "<image>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<0x0A>",
+    "<L>",
+    "<R>",
+    " <L> ",
+    "<LRxy",
+    "<R>\x85 ",
+    "\xa0<LR>\n",
+    "<LRx",
+    "<LR>>",
+    "qwörd",
+    "qwörds",
+    "aqwörd",
+    "qwörd\u0301",
+    "\u24d0qwörd",
+    "<e\u0301 f>",
+    "<é f>",
+]
+ODD = [
+    "\n",
+    "\n\n",
+    "\r\n",
+    "\t",
+    " \n",
+    "\n \n",
+    "\t\t ",
+    "\x85",
+    "\xa0",
+    "\u2028",
+    "\u3000",
+    "\x1c",
+    "\0",
+    "\x1f",
+    "\x0b",
+    "\u200b",
+    "🦙",
+    "👨\u200d👩\u200d👧",
+    "🇩🇪",
+    "👍🏽",
+    "é",
+    "e\u0301",
+    "ǅ",
+    "ﬁ",
+    "İ",
+    "ſ",
+    "'ſ",
+    "'S",
+    "'LL",
+    "'re",
+    "한국",
+    "①",
+    "½",
+    "Ⅷ",
+    "٣",
+    "▁",
+    "▁▁",
+    "a▁b",
+    "\ufffd",
+    "\ufeff",
+]
+PLAIN = (
+    "the quick Brown fox USER: ASSISTANT: What's in image Answer they'll don't I've zq x aa aaaa "
+    "abcabc "
+    "ababc"
+).split()
 
 
 def random_text(r: random.Random) -> str:
     parts = []
     for _ in range(r.randrange(12)):
-        parts.append(r.choice([
-            lambda: "".join(r.choices(ASSIGNED, k=r.randrange(1, 8))), lambda: " " * r.randrange(1, 7),
-            lambda: r.choice(ODD), lambda: r.choice(SPECIAL),
-            lambda: str(r.randrange(10 ** r.randrange(1, 9))),
-            lambda: "".join(r.choices("abc()[]<>/|_-'\";:,.?", k=4)),
-            lambda: "".join(chr(r.randrange(0x4E00, 0x9FFC)) for _ in range(4)),
-            lambda: r.choice(["", " "]) + r.choice(PLAIN), lambda: r.choice(["", " "]) + r.choice(PLAIN)])())
+        parts.append(
+            r.choice(
+                [
+                    lambda: "".join(r.choices(ASSIGNED, k=r.randrange(1, 8))),
+                    lambda: " " * r.randrange(1, 7),
+                    lambda: r.choice(ODD),
+                    lambda: r.choice(SPECIAL),
+                    lambda: str(r.randrange(10 ** r.randrange(1, 9))),
+                    lambda: "".join(r.choices("abc()[]<>/|_-'\";:,.?", k=4)),
+                    lambda: "".join(chr(r.randrange(0x4E00, 0x9FFC)) for _ in range(4)),
+                    lambda: r.choice(["", " "]) + r.choice(PLAIN),
+                    lambda: r.choice(["", " "]) + r.choice(PLAIN),
+                ]
+            )()
+        )
     return "".join(parts)
 
 
 def random_ids(r: random.Random, size: int) -> list[int]:
-    """Any ids, past the end of the vocabulary too; half of them bytes, whole and broken UTF-8 alike."""
-    return [r.randrange(size + 20) if r.random() < 0.5 else r.randrange(259) for _ in range(r.randrange(16))]
+    """Any ids, past the end of the vocabulary too; half of them bytes, whole and broken UTF-8
+    alike.
+    """
+    return [
+        r.randrange(size + 20) if r.random() < 0.5 else r.randrange(259)
+        for _ in range(r.randrange(16))
+    ]
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -217,16 +415,22 @@ def test_equals_transformers(source, tmp_path, tiny_model):
     assert len(ours) == len(theirs)
     assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
     assert (ours.unk_id, ours.pad_id) == (theirs.unk_token_id, theirs.pad_token_id)
-    assert ours.encode("hi", parse_special=True) == theirs("hi").input_ids[ours.add_bos:]
+    assert ours.encode("hi", parse_special=True) == theirs("hi").input_ids[ours.add_bos :]
     assert ours.add_bos == (theirs("hi").input_ids[0] == ours.bos_id)
     for n in range(500 if source.startswith("tiny") else 5000):
         text = random_text(r)
         ids = ours.encode(text, parse_special=True)
         assert ids == theirs.encode(text, add_special_tokens=False), (n, text)
         ids = ours.encode(text)
-        assert ids == theirs.encode(text, add_special_tokens=False, split_special_tokens=True), (n, text)
+        assert ids == theirs.encode(text, add_special_tokens=False, split_special_tokens=True), (
+            n,
+            text,
+        )
         for ids in (ids, random_ids(r, len(ours))) if n % 5 == 0 else ():
-            assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, **exact), (n, ids)
+            assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, **exact), (
+                n,
+                ids,
+            )
             assert ours.decode(ids, skip_special=False) == theirs.decode(ids, **exact), (n, ids)
 
 
@@ -238,12 +442,15 @@ def bare(model: bytes) -> sentencepiece.SentencePieceProcessor:
 @pytest.mark.parametrize("legacy", [None, True, False])
 @pytest.mark.parametrize("name", ["tiny", "tokenizer.model", "tokenizer.model.v1"])
 def test_a_tokenizer_model_alone_is_sentencepiece(name, legacy, tmp_path, tiny_model):
-    """Merges ranked by score; each chunk between special tokens has its dummy space, or only the first (legacy false).
-    Saved, too, and there transformers reads the same."""
+    """Merges ranked by score; each chunk between special tokens has its dummy space, or only the
+    first (legacy false). Saved, too, and there transformers reads the same.
+    """
     model = tiny_model if name == "tiny" else asset(name).read_bytes()
     folder = write(tmp_path / "from", "tokenizer.model", model)
     if legacy is not None:
-        write(folder, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "legacy": legacy})
+        write(
+            folder, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "legacy": legacy}
+        )
     ours, r = Tokenizer.load(folder), random.Random(name)
     ours.save(tmp_path / "to")
     saved = [Tokenizer.load(tmp_path / "to")]
@@ -272,8 +479,12 @@ def test_a_tokenizer_model_alone_is_sentencepiece(name, legacy, tmp_path, tiny_m
 
 @pytest.mark.parametrize("source", ["llama legacy", "tiny legacy", "tiny always"])
 def test_legacy_survives_transformers_save(source, tmp_path, tiny_model):
-    """transformers 5.23 writes legacy into tokenizer.json, and forgets it on reading; the file stands."""
-    transformers = pytest.importorskip("transformers", reason="the folder is to be written by transformers")
+    """transformers 5.23 writes legacy into tokenizer.json, and forgets it on reading; the file
+    stands.
+    """
+    transformers = pytest.importorskip(
+        "transformers", reason="the folder is to be written by transformers"
+    )
     folder = make(source, tmp_path, tiny_model)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     theirs.save_pretrained(tmp_path / "again")
@@ -281,11 +492,15 @@ def test_legacy_survives_transformers_save(source, tmp_path, tiny_model):
     assert ours.legacy
     for _ in range(300):
         text = random_text(r)
-        assert ours.encode(text, parse_special=True) == theirs.encode(text, add_special_tokens=False), text
+        assert ours.encode(text, parse_special=True) == theirs.encode(
+            text, add_special_tokens=False
+        ), text
 
 
-@pytest.mark.parametrize("name, vectors", [("tokenizer.model", "ggml-vocab-llama-spm.gguf"),
-                                           ("tokenizer.json", "ggml-vocab-qwen2.gguf")])
+@pytest.mark.parametrize(
+    "name, vectors",
+    [("tokenizer.model", "ggml-vocab-llama-spm.gguf"), ("tokenizer.json", "ggml-vocab-qwen2.gguf")],
+)
 def test_llama_cpp_vectors(name, vectors, tmp_path):
     """llama.cpp's own tests of the two real tokenizers: texts, and their ids without BOS."""
     ours = Tokenizer.load(write(tmp_path, name, asset(name).read_bytes()))
@@ -323,15 +538,21 @@ def test_dummy_space(tmp_path, tiny_model):
         assert t.encode("USER", at="special") == t.encode_prefixed("USER", at="special") == after
         assert t.encode("</s>USER", parse_special=True) == [2, *after]
         assert t.encode_prefixed("USER") == spaced
-        assert t.encode_prefixed(" USER") == t.encode(" USER") != spaced    # SentencePiece puts its space before every text
+        # SentencePiece puts its space before every text
+        assert t.encode_prefixed(" USER") == t.encode(" USER") != spaced
         assert t.encode("") == t.encode_prefixed("") == t.encode("", at="inside") == []
-        assert t.decode(t.encode("  a  b") + [2] + t.encode("  c")) == "  a  b   c"    # drops one dummy space, once
+        # drops one dummy space, once
+        assert t.decode(t.encode("  a  b") + [2] + t.encode("  c")) == "  a  b   c"
 
 
 @pytest.mark.parametrize("source, ids", [("llama legacy", [2, 3148, 1001]), ("llama", [2, 11889])])
 def test_legacy_as_published(source, ids, tmp_path, tiny_model):
     ours = Tokenizer.load(make(source, tmp_path, tiny_model))
-    assert ours.encode("</s>USER", parse_special=True) == ids == [2, *ours.encode("USER", at="special")]
+    assert (
+        ours.encode("</s>USER", parse_special=True)
+        == ids
+        == [2, *ours.encode("USER", at="special")]
+    )
 
 
 def test_only_a_tokenizer_model(tmp_path, tiny_model):
@@ -346,8 +567,14 @@ def test_only_a_tokenizer_model(tmp_path, tiny_model):
 
 def test_spelled_bytes_are_no_bytes(tmp_path):
     """`<0x41` and `>` may be pieces; together they are still text."""
-    train(tmp_path / "tokenizer.model", ["a<0x41 b<0x41 c<0x41 d<0x41 >"] * 20, vocab_size=280,
-          hard_vocab_limit=False, split_by_unicode_script=False, split_by_number=False)
+    train(
+        tmp_path / "tokenizer.model",
+        ["a<0x41 b<0x41 c<0x41 d<0x41 >"] * 20,
+        vocab_size=280,
+        hard_vocab_limit=False,
+        split_by_unicode_script=False,
+        split_by_number=False,
+    )
     ours = Tokenizer.load(tmp_path)
     ids = ours.encode("<0x41>", at="inside")
     assert {"<0x41", ">"} <= ours.vocab.keys() and ours.token_id("<0x41>") not in ids
@@ -357,7 +584,7 @@ def test_spelled_bytes_are_no_bytes(tmp_path):
 @pytest.mark.parametrize("source", SOURCES)
 def test_text_stays_text(source, tmp_path, tiny_model):
     ours = Tokenizer.load(make(source, tmp_path, tiny_model))
-    ours.encode("<image>")                               # must leave no trace once <image> is added
+    ours.encode("<image>")  # must leave no trace once <image> is added
     image = ours.add_special("<image>")
     special = {token.id for token in ours.added.values() if token.special}
     assert image in special and ours.encode("<image>", parse_special=True)[-1] == image
@@ -368,7 +595,9 @@ def test_text_stays_text(source, tmp_path, tiny_model):
             assert ours.decode(ours.encode(text)).lstrip(" ") == text.lstrip(" ")
 
 
-@pytest.mark.parametrize("source", ["tiny", "tiny prepend", "tiny qwen", "tiny llama-3", "llama", "qwen"])
+@pytest.mark.parametrize(
+    "source", ["tiny", "tiny prepend", "tiny qwen", "tiny llama-3", "llama", "qwen"]
+)
 def test_stream(source, tmp_path, tiny_model):
     ours, r = Tokenizer.load(make(source, tmp_path, tiny_model)), random.Random(3)
     for n in range(1000):
@@ -378,10 +607,11 @@ def test_stream(source, tmp_path, tiny_model):
         pieces = [stream.push(i) for i in ids] + [stream.flush()]
         assert "".join(pieces) == ours.decode(ids)
         if n % 2 == 0:
-            assert not any("\ufffd" in piece for piece in pieces), text      # never half a character
+            # never half a character
+            assert not any("\ufffd" in piece for piece in pieces), text
     stream, ids = ours.stream(), ours.encode("a 中🦙 b")
     pieces = [stream.push(i) for i in ids]
-    assert sum(map(bool, pieces)) > 2                    # it comes in parts
+    assert sum(map(bool, pieces)) > 2  # it comes in parts
     assert "".join(pieces + [stream.flush()]) == "a 中🦙 b"
 
 
@@ -393,19 +623,29 @@ def test_saved_is_loaded(source, tmp_path, tiny_model):
         edit(folder, "tokenizer_config.json", lambda config: config.update(extra))
     ours, r = Tokenizer.load(folder), random.Random(4)
     size = len(ours)
-    assert ours.add_special("<new>") == size and ours.add_special("<new>") == size and len(ours) == size + 1
+    assert (
+        ours.add_special("<new>") == size
+        and ours.add_special("<new>") == size
+        and len(ours) == size + 1
+    )
     ours.save(tmp_path / "to")
     again = Tokenizer.load(tmp_path / "to")
     config = json.loads((tmp_path / "to" / "tokenizer_config.json").read_bytes())
-    assert "auto_map" not in config and (source == "tiny bare" or config["chat_template"] == "{{ x }}")
+    assert "auto_map" not in config and (
+        source == "tiny bare" or config["chat_template"] == "{{ x }}"
+    )
     if (tmp_path / "to" / "tokenizer.json").exists():
         spec = json.loads((tmp_path / "to" / "tokenizer.json").read_bytes())
-        assert (spec["added_tokens"][-1]["content"], spec["added_tokens"][-1]["id"]) == ("<new>", size)
+        assert (spec["added_tokens"][-1]["content"], spec["added_tokens"][-1]["id"]) == (
+            "<new>",
+            size,
+        )
     assert again.added == ours.added and len(again) == len(ours) and again.token(size) == "<new>"
     for name in ("bos_id", "eos_id", "unk_id", "pad_id", "legacy", "add_bos", "scheme", "prepend"):
         assert getattr(again, name) == getattr(ours, name), name
     try:
         from transformers import AutoTokenizer
+
         theirs = AutoTokenizer.from_pretrained(tmp_path / "to")
     except ImportError:
         theirs = None
@@ -428,9 +668,16 @@ def test_added_tokens_of_the_config_files(tmp_path, tiny_model):
     write(tmp_path, "special_tokens_map.json", special)
     ours = Tokenizer.load(tmp_path)
     assert ours.added["<image>"].special and not ours.added["word"].special
-    assert (ours.token_id("<image>"), ours.token_id("word"), ours.pad_id, len(ours)) == (420, 421, 422, 423)
+    assert (ours.token_id("<image>"), ours.token_id("word"), ours.pad_id, len(ours)) == (
+        420,
+        421,
+        422,
+        423,
+    )
     write(tmp_path, "added_tokens.json", {"<image>": 5})
-    with pytest.raises(UserError, match="added_tokens.json: .*<image> with id 5: the id is taken by <0x02>"):
+    with pytest.raises(
+        UserError, match="added_tokens.json: .*<image> with id 5: the id is taken by <0x02>"
+    ):
         Tokenizer.load(tmp_path)
 
 
@@ -441,7 +688,9 @@ def test_special_is_out_of_reach_of_the_merges(source, tmp_path, tiny_model):
     piece = "▁the" if source != "tiny llama-3" else "Ġthe"
     assert ours.encode(" the", at="inside") == [ours.token_id(piece)]
     id = ours.add_special(piece)
-    assert id == ours.vocab[piece] and id not in ours.encode(" the", at="inside") + ours.encode(" the")
+    assert id == ours.vocab[piece] and id not in ours.encode(" the", at="inside") + ours.encode(
+        " the"
+    )
     assert ours.decode(ours.encode("x the")) == "x the"
     assert ours.decode([id]) == ""
 
@@ -457,7 +706,9 @@ def test_copies_travel_to_workers(source, tmp_path, tiny_model):
 
 
 def test_merge_equals_the_textbook():
-    """The heap against the definition: while any pair is known, merge the lowest-ranked, leftmost one."""
+    """The heap against the definition: while any pair is known, merge the lowest-ranked, leftmost
+    one.
+    """
     r = random.Random(5)
     for _ in range(300):
         pairs = {(r.randrange(9), r.randrange(9)): r.randrange(3, 9) for _ in range(12)}
@@ -465,7 +716,7 @@ def test_merge_equals_the_textbook():
         ids = slow = [r.randrange(4) for _ in range(r.randrange(20))]
         while known := [(pairs[p][0], i) for i, p in enumerate(zip(slow, slow[1:])) if p in pairs]:
             i = min(known)[1]
-            slow = slow[:i] + [pairs[slow[i], slow[i + 1]][1]] + slow[i + 2:]
+            slow = slow[:i] + [pairs[slow[i], slow[i + 1]][1]] + slow[i + 2 :]
         assert bpe.merge(ids, pairs) == slow
 
 
@@ -477,18 +728,32 @@ def test_a_pair_that_changed_waits_for_its_own_rank():
 
 def test_words_that_are_remembered_have_a_bound():
     words = bpe.Words(len)
-    assert [words[str(i)] for i in range(70_000)] == [len(str(i)) for i in range(70_000)] and len(words) <= 1 << 16
+    assert [words[str(i)] for i in range(70_000)] == [len(str(i)) for i in range(70_000)] and len(
+        words
+    ) <= 1 << 16
     assert words["x" * 65] == 65 and "x" * 65 not in words
 
 
 @pytest.mark.parametrize("fuse, ids", [(True, [1, 0, 1]), (False, [1, 0, 0, 1])])
 def test_unknown_characters_are_one_token_where_the_file_says_so(fuse, ids):
-    assert bpe.SentencePieceBPE({"<unk>": 0, "a": 1}, {}, byte_fallback=False, unk_id=0, fuse_unk=fuse, strip=False).encode("aéèa") == ids
+    assert (
+        bpe.SentencePieceBPE(
+            {"<unk>": 0, "a": 1}, {}, byte_fallback=False, unk_id=0, fuse_unk=fuse, strip=False
+        ).encode("aéèa")
+        == ids
+    )
 
 
 def test_a_piece_may_reach_over_a_space():
     vocab = {"a": 0, "▁": 1, "b": 2, "a▁": 3, "a▁b": 4}
-    whole = bpe.SentencePieceBPE(vocab, {(0, 1): (0, 3), (3, 2): (1, 4)}, byte_fallback=False, unk_id=None, fuse_unk=True, strip=False)
+    whole = bpe.SentencePieceBPE(
+        vocab,
+        {(0, 1): (0, 3), (3, 2): (1, 4)},
+        byte_fallback=False,
+        unk_id=None,
+        fuse_unk=True,
+        strip=False,
+    )
     assert whole.encode("a▁b") == [4]
 
 
@@ -497,12 +762,23 @@ def test_no_dummy_space_where_the_config_says_so(tmp_path, tiny_model):
     spaced = Tokenizer.load(folder)
     edit(folder, "tokenizer_config.json", lambda config: config.update(add_prefix_space=False))
     t = Tokenizer.load(folder)
-    assert t.encode("USER") == spaced.encode("USER", at="inside") and t.decode(t.encode(" USER")) == " USER"
+    assert (
+        t.encode("USER") == spaced.encode("USER", at="inside")
+        and t.decode(t.encode(" USER")) == " USER"
+    )
 
 
 def test_llavas_own_rule_has_its_dummy_space_though_the_tokenizer_has_none(tmp_path, tiny_model):
-    never, first = (Tokenizer.load(make(f"tiny {scheme}", tmp_path / scheme, tiny_model)) for scheme in ("never", "first"))
-    assert never.encode("USER") != never.encode_prefixed("USER") == first.encode_prefixed("USER") == first.encode("USER")
+    never, first = (
+        Tokenizer.load(make(f"tiny {scheme}", tmp_path / scheme, tiny_model))
+        for scheme in ("never", "first")
+    )
+    assert (
+        never.encode("USER")
+        != never.encode_prefixed("USER")
+        == first.encode_prefixed("USER")
+        == first.encode("USER")
+    )
 
 
 def test_ids_may_have_gaps(tmp_path, tiny_model, capsys):
@@ -517,14 +793,19 @@ def test_ids_may_have_gaps(tmp_path, tiny_model, capsys):
 def test_words_join_up():
     text = "I'LL say\n\n\xa0Ünï12   ٣e\u0301!?\n \x1c"
     for split in bpe.SPLITS.values():
-        cut = [text[m.start():m.end()] for m in re.finditer(split, text.translate(bpe.KINDS), re.ASCII)]
+        cut = [
+            text[m.start() : m.end()]
+            for m in re.finditer(split, text.translate(bpe.KINDS), re.ASCII)
+        ]
         assert "".join(cut) == text and all(cut)
 
 
 def test_words_of_the_three_regexes():
     kinds = "It'S 1234\n\n  x".translate(bpe.KINDS)
-    cuts = {name: [m[0] for m in re.finditer(bpe.SPLITS[regex], kinds, re.ASCII)]
-            for name, regex in (("gpt2", bpe.GPT2_SPLIT), ("qwen", QWEN), ("llama3", LLAMA3))}
+    cuts = {
+        name: [m[0] for m in re.finditer(bpe.SPLITS[regex], kinds, re.ASCII)]
+        for name, regex in (("gpt2", bpe.GPT2_SPLIT), ("qwen", QWEN), ("llama3", LLAMA3))
+    }
     assert cuts["gpt2"] == ["It", "'", "S", " 1234", "\n\n ", " x"]
     assert cuts["qwen"] == ["It", "'S", " ", "1", "2", "3", "4", "\n\n", " ", " x"]
     assert cuts["llama3"] == ["It", "'S", " ", "123", "4", "\n\n", " ", " x"]
@@ -535,14 +816,15 @@ def test_words_of_the_three_regexes():
 def test_text_at_the_edges(source, tmp_path, tiny_model):
     ours = Tokenizer.load(make(source, tmp_path, tiny_model))
     for text in ("a\0b", "   ", "\u202eabc", "a" * 300 + " " * 300):
-        assert ours.decode(ours.encode(text)) == text.removeprefix(" " * (source == "tiny always"))  # Metaspace adds none here
+        # Metaspace adds none here
+        assert ours.decode(ours.encode(text)) == text.removeprefix(" " * (source == "tiny always"))
     for encode in (ours.encode, ours.encode_prefixed, ours.add_special):
         with pytest.raises(UserError, match="lone surrogate U\\+D83D at character 2"):
             encode("ab\ud83d")
     for text in ("a" * 50_000, " " * 50_000, "漢字🦙" * 17_000, "ab c" * 12_500):
         start = time.perf_counter()
         assert ours.encode(text)
-        assert time.perf_counter() - start < 5          # ~0.2 s; a quadratic merge takes minutes
+        assert time.perf_counter() - start < 5  # ~0.2 s; a quadratic merge takes minutes
 
 
 def set_(*keys_and_value):
@@ -552,21 +834,52 @@ def set_(*keys_and_value):
         for key in keys:
             spec = spec[key]
         spec[last] = value
+
     return change
 
 
 REFUSED = [
-    ("tiny first", lambda spec: spec["post_processor"]["single"].extend([{"SpecialToken": {"id": "</s>", "type_id": 0}}] * 2), "at most one token"),
-    ("tiny qwen", set_("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex", r"\p{L}"), "regex is .*L"),
-    ("tiny qwen", set_("pre_tokenizer", "pretokenizers", 0, "behavior", "Removed"), "pre_tokenizer.*Removed"),
+    (
+        "tiny first",
+        lambda spec: spec["post_processor"]["single"].extend(
+            [{"SpecialToken": {"id": "</s>", "type_id": 0}}] * 2
+        ),
+        "at most one token",
+    ),
+    (
+        "tiny qwen",
+        set_("pre_tokenizer", "pretokenizers", 0, "pattern", "Regex", r"\p{L}"),
+        "regex is .*L",
+    ),
+    (
+        "tiny qwen",
+        set_("pre_tokenizer", "pretokenizers", 0, "behavior", "Removed"),
+        "pre_tokenizer.*Removed",
+    ),
     ("tiny qwen", set_("pre_tokenizer", "pretokenizers", 0, "invert", True), "pre_tokenizer"),
-    ("tiny qwen", set_("pre_tokenizer", "pretokenizers", 0, {"type": "Digits"}), "pre_tokenizer.*Digits"),
-    ("tiny qwen", set_("pre_tokenizer", "pretokenizers", 1, "add_prefix_space", True), "pre_tokenizer"),
+    (
+        "tiny qwen",
+        set_("pre_tokenizer", "pretokenizers", 0, {"type": "Digits"}),
+        "pre_tokenizer.*Digits",
+    ),
+    (
+        "tiny qwen",
+        set_("pre_tokenizer", "pretokenizers", 1, "add_prefix_space", True),
+        "pre_tokenizer",
+    ),
     ("tiny qwen", set_("pre_tokenizer", "pretokenizers", 1, "use_regex", True), "pre_tokenizer"),
-    ("tiny llama-3", set_("pre_tokenizer", {"type": "BertPreTokenizer"}), "pre_tokenizer.*BertPreTokenizer"),
+    (
+        "tiny llama-3",
+        set_("pre_tokenizer", {"type": "BertPreTokenizer"}),
+        "pre_tokenizer.*BertPreTokenizer",
+    ),
     ("tiny qwen", set_("normalizer", {"type": "Lowercase"}), "normalizer.*Lowercase"),
     ("tiny qwen", set_("decoder", {"type": "WordPiece"}), "decoder.*WordPiece"),
-    ("tiny qwen", set_("post_processor", {"type": "BertProcessing"}), "post_processor.*BertProcessing"),
+    (
+        "tiny qwen",
+        set_("post_processor", {"type": "BertProcessing"}),
+        "post_processor.*BertProcessing",
+    ),
     ("tiny qwen", set_("model", "type", "Unigram"), "model.type.*Unigram"),
     ("tiny qwen", set_("model", "dropout", 0.1), "model.dropout"),
     ("tiny qwen", set_("model", "end_of_word_suffix", "</w>"), "end_of_word_suffix"),
@@ -585,50 +898,79 @@ REFUSED = [
     ("tiny first", set_("pre_tokenizer", None), "pre_tokenizer"),
     ("tiny first", set_("normalizer", {"type": "NFKC"}), "normalizer.*NFKC"),
     ("tiny first", set_("decoder", {"type": "Metaspace"}), "decoder.*Metaspace"),
-    ("tiny first", set_("post_processor", "single", [{"Sequence": {}}, {"SpecialToken": {"id": "</s>"}}]),
-     "add_eos_token"),
+    (
+        "tiny first",
+        set_("post_processor", "single", [{"Sequence": {}}, {"SpecialToken": {"id": "</s>"}}]),
+        "add_eos_token",
+    ),
 ]
 
 
 @pytest.mark.parametrize("source, change, named", REFUSED, ids=range(len(REFUSED)))
 def test_refused_by_name(source, change, named, tmp_path, tiny_model):
     folder = make(source, tmp_path, tiny_model)
-    Tokenizer.load(folder)                               # the control: it is the change that is refused
+    # the control: it is the change that is refused
+    Tokenizer.load(folder)
     edit(folder, "tokenizer.json", change)
     with pytest.raises(UserError, match=f"tokenizer.*json: .*({named})") as e:
         Tokenizer.load(folder)
     assert "\n" not in str(e.value) and len(str(e.value)) < 2000
 
 
-@pytest.mark.parametrize("options, named", [
-    (dict(model_type="unigram", hard_vocab_limit=False), "unigram"),
-    (dict(normalization_rule_name="nmt_nfkc"), "nmt_nfkc"),
-    (dict(remove_extra_whitespaces=True), "remove_extra_whitespaces"),
-    (dict(add_dummy_prefix=False), "add_dummy_prefix"),
-    (dict(user_defined_symbols=["<x>"]), "user-defined")])
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (dict(model_type="unigram", hard_vocab_limit=False), "unigram"),
+        (dict(normalization_rule_name="nmt_nfkc"), "nmt_nfkc"),
+        (dict(remove_extra_whitespaces=True), "remove_extra_whitespaces"),
+        (dict(add_dummy_prefix=False), "add_dummy_prefix"),
+        (dict(user_defined_symbols=["<x>"]), "user-defined"),
+    ],
+)
 def test_other_sentencepiece_models_are_refused(options, named, tmp_path):
     train(tmp_path / "tokenizer.model", **options)
     with pytest.raises(UserError, match=f"tokenizer.model: .*{named}"):
         Tokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize("name, data, said", [
-    ("tokenizer.json", b"", "line 1 column 1"), ("tokenizer.json", b'{"a": 1,\n}', "line 2"),
-    ("tokenizer.json", b"[]", "object"),
-    ("tokenizer.json", b"\xff\xfe{", "not UTF-8"), ("tokenizer.json", b"[" * 100_000, "RecursionError"),
-    ("tokenizer.json", b"{}", "KeyError"), ("tokenizer.json", b'{"a": ' + b"9" * 5000 + b"}", "not readable as JSON"),
-    ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
-    ("tokenizer.model", b"", "not a SentencePiece"), ("tokenizer.model", b"hello", "not a SentencePiece"),
-    ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
-    ("tokenizer_config.json", b"{", "line 1"), ("tokenizer_config.json", {"legacy": "no"}, "legacy is .no."),
-    ("tokenizer_config.json", {"tokenizer_class": "T5Tokenizer"}, "tokenizer_class is T5Tokenizer"),
-    ("tokenizer_config.json", {"add_eos_token": True}, "add_eos_token"),
-    ("tokenizer_config.json", {"bos_token": 3}, "expected a token"),
-    ("tokenizer_config.json", {"additional_special_tokens": "<x>"}, "expected a list"),
-    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<x>"}}}, "added token"),
-    ("tokenizer_config.json", {"added_tokens_decoder": {"99999999999": {"content": "<x>"}}}, "added token"),
-    ("added_tokens.json", {"<x>": None}, "added token"), ("special_tokens_map.json", [], "object"),
-])
+@pytest.mark.parametrize(
+    "name, data, said",
+    [
+        ("tokenizer.json", b"", "line 1 column 1"),
+        ("tokenizer.json", b'{"a": 1,\n}', "line 2"),
+        ("tokenizer.json", b"[]", "object"),
+        ("tokenizer.json", b"\xff\xfe{", "not UTF-8"),
+        ("tokenizer.json", b"[" * 100_000, "RecursionError"),
+        ("tokenizer.json", b"{}", "KeyError"),
+        ("tokenizer.json", b'{"a": ' + b"9" * 5000 + b"}", "not readable as JSON"),
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        ("tokenizer.model", b"", "not a SentencePiece"),
+        ("tokenizer.model", b"hello", "not a SentencePiece"),
+        ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        ("tokenizer_config.json", b"{", "line 1"),
+        ("tokenizer_config.json", {"legacy": "no"}, "legacy is .no."),
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "T5Tokenizer"},
+            "tokenizer_class is T5Tokenizer",
+        ),
+        ("tokenizer_config.json", {"add_eos_token": True}, "add_eos_token"),
+        ("tokenizer_config.json", {"bos_token": 3}, "expected a token"),
+        ("tokenizer_config.json", {"additional_special_tokens": "<x>"}, "expected a list"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"x": {"content": "<x>"}}},
+            "added token",
+        ),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"99999999999": {"content": "<x>"}}},
+            "added token",
+        ),
+        ("added_tokens.json", {"<x>": None}, "added token"),
+        ("special_tokens_map.json", [], "object"),
+    ],
+)
 def test_malformed_files(name, data, said, tmp_path, tiny_model):
     write(tmp_path, "tokenizer.model", tiny_model)
     write(tmp_path, name, data)
@@ -659,9 +1001,16 @@ def test_two_tokenizers_that_disagree(tmp_path, tiny_model):
         Tokenizer.load(folder)
 
 
-@pytest.mark.parametrize("source, name", [
-    ("tiny qwen", "tokenizer.json"), ("tiny first", "tokenizer.json"), ("tiny", "tokenizer.model"),
-    ("tiny", "tokenizer_config.json"), ("tiny qwen", "tokenizer_config.json")])
+@pytest.mark.parametrize(
+    "source, name",
+    [
+        ("tiny qwen", "tokenizer.json"),
+        ("tiny first", "tokenizer.json"),
+        ("tiny", "tokenizer.model"),
+        ("tiny", "tokenizer_config.json"),
+        ("tiny qwen", "tokenizer_config.json"),
+    ],
+)
 def test_fuzzed_files(source, name, tmp_path, tiny_model):
     """Whatever a file holds: it loads and works, or one UserError."""
     folder, r, outcomes = make(source, tmp_path, tiny_model), random.Random(6), [0, 0]
@@ -677,15 +1026,18 @@ def test_fuzzed_files(source, name, tmp_path, tiny_model):
             if kind == 0:
                 data[i] = r.randrange(256)
             elif kind == 1:
-                del data[i:i + r.choice([1, 2, 50])]
+                del data[i : i + r.choice([1, 2, 50])]
             elif kind == 2:
                 data[i:i] = bytes(r.randrange(256) for _ in range(3))
             else:
-                data[i:i] = data[j:j + 30]
+                data[i:i] = data[j : j + 30]
         write(folder, name, bytes(data))
         try:
             ours = Tokenizer.load(folder)
-            ours.decode(ours.encode("the quick <x> 🦙 </s>", parse_special=True) + ours.encode_prefixed(" x"))
+            ours.decode(
+                ours.encode("the quick <x> 🦙 </s>", parse_special=True)
+                + ours.encode_prefixed(" x")
+            )
             outcomes[0] += 1
         except UserError as e:
             assert "\n" not in str(e) and len(str(e)) < 2000
@@ -694,7 +1046,9 @@ def test_fuzzed_files(source, name, tmp_path, tiny_model):
 
 
 def test_added_tokens_in_text(tmp_path, tiny_model):
-    """The flags of an added token, by example (the random texts compare the same with transformers)."""
+    """The flags of an added token, by example (the random texts compare the same with
+    transformers).
+    """
     ours = Tokenizer.load(make("tiny first", tmp_path, tiny_model))
     ids = {content: token.id for content, token in ours.added.items()}
     raw = ours.matchers[0]

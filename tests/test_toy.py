@@ -1,4 +1,6 @@
-"""The toy world: what is asked and told is what is drawn, and nothing is on both sides of the split."""
+"""The toy world: what is asked and told is what is drawn, and nothing is on both sides of the
+split.
+"""
 
 import json
 import os
@@ -12,10 +14,10 @@ import pytest
 import sentencepiece
 from PIL import Image, ImageChops
 
-from llava_min.cli import UserError
+from llava_min.data.records import read_records
+from llava_min.errors import UserError
 from llava_min.toy import draw as toy
 from llava_min.toy import vocab as toy_vocab
-from llava_min.data.records import read_records
 
 # Written without looking at words.txt: what a person may type about a picture or a day.
 EVERYDAY = """
@@ -58,10 +60,18 @@ def shown(caption: str) -> tuple[list[tuple[str, str, str]], tuple[str, str] | N
 
 
 def answer(question: str, things: list, text) -> str:
-    """What a person would answer who has only read the caption; KeyError or AssertionError if that is not one thing."""
+    """What a person would answer who has only read the caption; KeyError or AssertionError if that
+    is not one thing.
+    """
     place = re.sub(r".* (?:at|in|on) the ([a-z ]+)\?$", r"\1", question)
-    shapes = {"circles": "circle", "squares": "square", "triangles": "triangle", "stars": "star", "crosses": "cross",
-              "rings": "ring"}
+    shapes = {
+        "circles": "circle",
+        "squares": "square",
+        "triangles": "triangle",
+        "stars": "star",
+        "crosses": "cross",
+        "rings": "ring",
+    }
     one = lambda found: (len(found) == 1 or pytest.fail(f"{question}: {found}")) and found[0]
     the = lambda words: one([t for t in things if set(words) <= {*t[:2], "shape"}])
     if question == "What is in the picture?":
@@ -114,9 +124,15 @@ def test_the_caption_tells_what_is_drawn(size):
         for color, shape, place in things:
             x, y = middle(place)
             got = pixels[x + (9 if shape == "ring" else 0), y]
-            assert min(toy.COLORS, key=lambda c: distance(toy.COLORS[c], got)) == color, (i, place, got)
-        corner = [p for p in toy.PLACES if p not in filled and not (text and row(p) == row(text[1]))]
-        for place in corner:                # nothing where nothing is told
+            assert min(toy.COLORS, key=lambda c: distance(toy.COLORS[c], got)) == color, (
+                i,
+                place,
+                got,
+            )
+        corner = [
+            p for p in toy.PLACES if p not in filled and not (text and row(p) == row(text[1]))
+        ]
+        for place in corner:  # nothing where nothing is told
             x, y = middle(place)
             assert distance(pixels[x, y], pixels[x + 4, y + 4]) < 10, (i, place)
 
@@ -139,15 +155,20 @@ def test_shapes_colors_and_glyphs_are_distinct_at_64_pixels():
     for name in toy.SHAPES:
         s = toy.Scene((toy.Shape("red", name, 0),), look=5)
         bare = toy.Scene((), look=5)
-        masks[name] = ImageChops.difference(toy.draw(s), toy.draw(bare)).convert("L").point(lambda v: 255 * (v > 20))
+        masks[name] = (
+            ImageChops.difference(toy.draw(s), toy.draw(bare))
+            .convert("L")
+            .point(lambda v: 255 * (v > 20))
+        )
     for a, b in combinations(masks, 2):
         assert ImageChops.difference(masks[a], masks[b]).histogram()[255] >= 30, (a, b)
     for a, b in combinations(toy.COLORS.values(), 2):
         assert distance(a, b) > 70
     for (a, x), (b, y) in combinations(toy.GLYPHS.items(), 2):
         assert (int(x, 16) ^ int(y, 16)).bit_count() >= 3, (a, b)
-    assert all(len(bytes.fromhex(g)) == 7 and max(bytes.fromhex(g)) < 32 for g in toy.GLYPHS.values())
-
+    assert all(
+        len(bytes.fromhex(g)) == 7 and max(bytes.fromhex(g)) < 32 for g in toy.GLYPHS.values()
+    )
 
 
 def scenes(task, split, seed, n):
@@ -166,7 +187,7 @@ def test_no_scene_is_on_both_sides_whatever_task_and_seed():
     for task in toy.TASKS:
         for seed in (0, 7):
             val = scenes(task, "val", seed, 150)
-            assert len(set(val)) == 150     # and within validation none comes twice
+            assert len(set(val)) == 150  # and within validation none comes twice
             assert not train & set(val)
     assert any(len(s) == 1 for s, *_ in train)
 
@@ -179,7 +200,10 @@ def test_records():
         for r, image in toy.generate(task, 40):
             turns = r["conversations"]
             assert [t["from"] for t in turns] == ["human", "gpt"] * (len(turns) // 2)
-            assert turns[0]["value"].startswith("<image>\n") and json.dumps(turns).count("<image>") == 1
+            assert (
+                turns[0]["value"].startswith("<image>\n")
+                and json.dumps(turns).count("<image>") == 1
+            )
             if task == "questions":
                 assert "What is in the picture?" in "".join(t["value"] for t in turns)
             else:
@@ -190,15 +214,26 @@ def test_records():
 
 
 def test_same_seed_same_pictures_in_any_process():
-    code = ("import hashlib; from llava_min.toy import draw as toy; h = hashlib.sha256()\n"
-            "for t in toy.TASKS:\n for r, im in toy.generate(t, 30, 3): h.update(repr(r).encode() + im.tobytes())\n"
-            "print(h.hexdigest())")
-    run = lambda salt: subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": salt},
-                                      capture_output=True, text=True, check=True).stdout
+    code = (
+        "import hashlib; from llava_min.toy import draw as toy; h = hashlib.sha256()\n"
+        "for t in toy.TASKS:\n for r, im in toy.generate(t, 30, 3): h.update(repr(r).encode() "
+        "+ im.tobytes())\n"
+        "print(h.hexdigest())"
+    )
+    run = lambda salt: (
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": salt},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
     assert run("1") == run("2")
     a, b = ([r for r, _ in toy.generate("questions", 5, seed)] for seed in (0, 1))
     assert a != b
-    assert a[:3] == [r for r, _ in toy.generate("questions", 3, 0)]     # a longer run begins as a shorter one
+    # a longer run begins as a shorter one
+    assert a[:3] == [r for r, _ in toy.generate("questions", 3, 0)]
 
 
 def test_write(tmp_path, monkeypatch):
@@ -221,7 +256,9 @@ def test_write(tmp_path, monkeypatch):
     assert (tmp_path / "empty/train.json").exists()
 
     draw, drawn = toy.draw, []
-    monkeypatch.setattr(toy, "draw", lambda s: drawn.append(s) or (draw(s) if len(drawn) < 4 else 1 / 0))
+    monkeypatch.setattr(
+        toy, "draw", lambda s: drawn.append(s) or (draw(s) if len(drawn) < 4 else 1 / 0)
+    )
     with pytest.raises(ZeroDivisionError):
         toy.write(tmp_path / "half", train=9, val=9)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "toy"]
@@ -229,27 +266,55 @@ def test_write(tmp_path, monkeypatch):
 
 def test_command_line(tmp_path, capsys):
     from llava_min.tools.toy import main
-    main([str(tmp_path / "a"), "--task", "captions-text", "--train", "3", "--val", "2", "--seed", "5"])
+
+    main(
+        [
+            str(tmp_path / "a"),
+            "--task",
+            "captions-text",
+            "--train",
+            "3",
+            "--val",
+            "2",
+            "--seed",
+            "5",
+        ]
+    )
     assert "3 training and 2 validation" in capsys.readouterr().err
     assert len(list((tmp_path / "a/images").iterdir())) == 5
     main([str(tmp_path / "c"), "--text", "0.8", "--train", "200", "--val", "6"])
-    records = [[t["value"] for t in r["conversations"]] for r in json.loads((tmp_path / "c/train.json").read_text())]
-    share = sum(any(v.endswith(toy.READ) for v in values) and "nothing" not in values for values in records) / len(records)
+    records = [
+        [t["value"] for t in r["conversations"]]
+        for r in json.loads((tmp_path / "c/train.json").read_text())
+    ]
+    share = sum(
+        any(v.endswith(toy.READ) for v in values) and "nothing" not in values for values in records
+    ) / len(records)
     assert 0.7 < share < 0.9
-    for wrong in (["--text", "0.8", "--task", "captions"], ["--text", "1.5"], ["--train", "-1"], ["--task", "poems"], ["--seed", "x"], ["--sede", "1"], []):
+    for wrong in (
+        ["--text", "0.8", "--task", "captions"],
+        ["--text", "1.5"],
+        ["--train", "-1"],
+        ["--task", "poems"],
+        ["--seed", "x"],
+        ["--sede", "1"],
+        [],
+    ):
         argv = wrong + [str(tmp_path / "b")] if wrong else []
         with pytest.raises(UserError) as e:
             main(argv)
         assert "\n" not in str(e.value) and not (tmp_path / "b").exists()
 
 
-# ---- the vocabulary -----------------------------------------------------------------------------------------------
+# ---- the vocabulary
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def pieces():
     return sentencepiece.SentencePieceProcessor(
-        model_proto=toy_vocab.tokenizer_model(toy_vocab.words(), toy_vocab.toy_words()))
+        model_proto=toy_vocab.tokenizer_model(toy_vocab.words(), toy_vocab.toy_words())
+    )
 
 
 def test_everyday_words_are_at_most_three_pieces(pieces):
@@ -263,13 +328,19 @@ def test_everyday_words_are_at_most_three_pieces(pieces):
 
 
 def test_the_toy_world_is_spelled_in_single_pieces_and_strings_by_letter(pieces):
-    assert (len(pieces), pieces.unk_id(), pieces.bos_id(), pieces.eos_id(), pieces.pad_id()) == (3072, 0, 1, 2, -1)
+    assert (len(pieces), pieces.unk_id(), pieces.bos_id(), pieces.eos_id(), pieces.pad_id()) == (
+        3072,
+        0,
+        1,
+        2,
+        -1,
+    )
     for word in toy_vocab.toy_words():
         assert len(pieces.encode(word)) == 1, word
     for a in toy.GLYPHS:
         for b in toy.GLYPHS:
             for c in "AKT7":
-                got = pieces.encode(f"The text \"{a}{b}{c}\" is {a}{b}{c}", out_type=str)
+                got = pieces.encode(f'The text "{a}{b}{c}" is {a}{b}{c}', out_type=str)
                 assert got[-3:] == ["▁" + a, b, c] if a.isalpha() else got[-4:] == ["▁", a, b, c]
                 assert got[-8:-5] == [a, b, c] if a.isalpha() else got[-9:-6] == [a, b, c], got
     assert len(pieces.encode("USER: ASSISTANT:")) == 4

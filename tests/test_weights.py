@@ -1,5 +1,6 @@
-"""layouts.py, weights.py and files.py: every published layout gives one model, what is saved is what was loaded, and a
-malformed folder gives one line."""
+"""layouts.py, weights.py and files.py: every published layout gives one model, what is saved is
+what was loaded, and a malformed folder gives one line.
+"""
 
 import json
 import os
@@ -17,18 +18,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KINDS, PIECES, VOCAB, hf_config, our_model, pixels, rows, their_model, write_folder
+from conftest import (
+    KINDS,
+    PIECES,
+    VOCAB,
+    hf_config,
+    our_model,
+    pixels,
+    rows,
+    their_model,
+    write_folder,
+)
 from safetensors.torch import load_file, save_file
 
 import llava_min
 from llava_min import weights
-from llava_min.cli import UserError
 from llava_min.config import LlavaConfig
-from llava_min.files import new_folder, replace, write_json
+from llava_min.errors import UserError
+from llava_min.fast.cpu_linear import unpacked
 from llava_min.layouts import READ, WRITE, check_entries, translate
 from llava_min.llava import Llava
 from llava_min.load import collect_entries, on_meta, read_config, save, stored_rows
-from llava_min.fast.cpu_linear import unpacked
+from llava_min.util.files import new_folder, replace, write_json
 from llava_min.weights import load_weights
 
 
@@ -68,27 +79,41 @@ def logits(model) -> torch.Tensor:
 
 
 def replaced(*pairs: tuple[str, str]):
-    return lambda name: next((new + name[len(old):] for old, new in pairs if name.startswith(old)), name)
+    return lambda name: next(
+        (new + name[len(old) :] for old, new in pairs if name.startswith(old)), name
+    )
 
 
 memory = replaced()  # as transformers >= 5 has it in memory
-hf_memory = replaced(("model.vision_tower.", "model.vision_tower.vision_model."))  # 4.52 and later, B
-hf_saved = replaced(("model.vision_tower.", "vision_tower."),
-                    ("model.language_model.", "language_model.model."),  # transformers 5, C
-                    ("lm_head.", "language_model.lm_head."),
-                    ("model.multi_modal_projector.", "multi_modal_projector."))
-llava_hf = replaced(("vision_tower.", "vision_tower.vision_model."))  # after hf_saved: as published, A
-original = replaced(("model.vision_tower.", "model.vision_tower.vision_tower.vision_model."),
-                    ("model.language_model.", "model."),
-                    ("model.multi_modal_projector.linear_1.", "model.mm_projector.0."),
-                    ("model.multi_modal_projector.linear_2.", "model.mm_projector.2."))
-LAYOUTS = {"A": lambda n: llava_hf(hf_saved(n)), "B": hf_memory, "C": hf_saved, "C in memory": memory}
+# 4.52 and later, B
+hf_memory = replaced(("model.vision_tower.", "model.vision_tower.vision_model."))
+hf_saved = replaced(
+    ("model.vision_tower.", "vision_tower."),
+    ("model.language_model.", "language_model.model."),  # transformers 5, C
+    ("lm_head.", "language_model.lm_head."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+)
+# after hf_saved: as published, A
+llava_hf = replaced(("vision_tower.", "vision_tower.vision_model."))
+original = replaced(
+    ("model.vision_tower.", "model.vision_tower.vision_tower.vision_model."),
+    ("model.language_model.", "model."),
+    ("model.multi_modal_projector.linear_1.", "model.mm_projector.0."),
+    ("model.multi_modal_projector.linear_2.", "model.mm_projector.2."),
+)
+LAYOUTS = {
+    "A": lambda n: llava_hf(hf_saved(n)),
+    "B": hf_memory,
+    "C": hf_saved,
+    "C in memory": memory,
+}
 
 
 def test_transformers_of_today_saves_layout_c(theirs, tmp_path):
     theirs.save_pretrained(tmp_path)
-    assert {hf_saved(n)
-            for n, _ in theirs.named_parameters()} == load_file(tmp_path / "model.safetensors").keys()
+    assert {hf_saved(n) for n, _ in theirs.named_parameters()} == load_file(
+        tmp_path / "model.safetensors"
+    ).keys()
 
 
 def shard(folder: Path, parts: int, end: str = "safetensors") -> None:
@@ -96,11 +121,15 @@ def shard(folder: Path, parts: int, end: str = "safetensors") -> None:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     stem, write = ("model", save_file) if end == "safetensors" else ("pytorch_model", torch.save)
-    files = {f"{stem}-{i + 1:05}-of-{parts:05}.{end}": sorted(tensors)[i::parts] for i in range(parts)}
+    files = {
+        f"{stem}-{i + 1:05}-of-{parts:05}.{end}": sorted(tensors)[i::parts] for i in range(parts)
+    }
     for file, names in files.items():
         write({n: tensors[n] for n in names}, folder / file)
     places = {n: file for file, names in files.items() for n in names}
-    (folder / f"{stem}.{end}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / f"{stem}.{end}.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": places})
+    )
 
 
 @pytest.mark.parametrize("store", ["single", "shards", "bin", "bin shards"])
@@ -113,7 +142,9 @@ def test_every_llava_hf_layout(theirs, spm, tmp_path, layout, store):
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
     ours, expected = bare(folder).state_dict(), our_model(theirs).state_dict()
-    assert ours.keys() == expected.keys() and all(torch.equal(ours[n], x) for n, x in expected.items())
+    assert ours.keys() == expected.keys() and all(
+        torch.equal(ours[n], x) for n, x in expected.items()
+    )
 
 
 def test_safetensors_are_read_where_there_are_both(theirs, spm, tmp_path):
@@ -132,40 +163,72 @@ def test_every_decoder_loads(kind, spm, tmp_path):
 
 
 def write_original(folder: Path, spm: bytes, theirs, tower: str) -> Path:
-    """The original's folder: its config, PIECES rows of vocabulary, the tower inside, or beside it as `tower`."""
+    """The original's folder: its config, PIECES rows of vocabulary, the tower inside, or beside it
+    as `tower`.
+    """
     folder.mkdir()
     text = {k: v for k, v in hf_config()["text_config"].items() if k != "pad_token_id"}
-    (folder / "config.json").write_text(json.dumps({
-        **text, "model_type": "llava_llama", "vocab_size": PIECES, "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_select_layer": -2,
-        "mm_vision_select_feature": "patch", "mm_vision_tower": "clip", "mm_use_im_start_end": False,
-        "image_aspect_ratio": "pad"}))
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                **text,
+                "model_type": "llava_llama",
+                "vocab_size": PIECES,
+                "mm_projector_type": "mlp2x_gelu",
+                "mm_vision_select_layer": -2,
+                "mm_vision_select_feature": "patch",
+                "mm_vision_tower": "clip",
+                "mm_use_im_start_end": False,
+                "image_aspect_ratio": "pad",
+            }
+        )
+    )
     (folder / "tokenizer.model").write_bytes(spm)
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>", "eos_token": "</s>",
-        "unk_token": "<unk>", "pad_token": "<unk>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "LlamaTokenizer",
+                "legacy": False,
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "unk_token": "<unk>",
+                "pad_token": "<unk>",
+            }
+        )
+    )
     clip, tensors = folder.parent / "clip", {}
     clip.mkdir()
     for n, p in theirs.named_parameters():
         tensors[original(n)] = p[:PIECES].clone() if p.shape[0] == VOCAB else p.clone()
     inside = "model.vision_tower.vision_tower.vision_model."
-    of_clip = {n.removeprefix("model.vision_tower.vision_tower."): tensors.pop(n)
-               for n in list(tensors) if n.startswith(inside)}
+    of_clip = {
+        n.removeprefix("model.vision_tower.vision_tower."): tensors.pop(n)
+        for n in list(tensors)
+        if n.startswith(inside)
+    }
     vision = hf_config()["vision_config"]
     if tower == "inside":
         tensors |= {"model.vision_tower.vision_tower." + n: x for n, x in of_clip.items()}
-        tensors |= {"model.image_newline": torch.zeros(32),
-                    "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+        tensors |= {
+            "model.image_newline": torch.zeros(32),
+            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4),
+        }
         (clip / "config.json").write_text(json.dumps(vision))
     else:  # OpenAI's folder holds the text half too
-        of_clip |= {"text_model.final_layer_norm.weight": torch.ones(8),
-                    "visual_projection.weight": torch.ones(16, 32),
-                    "text_projection.weight": torch.ones(16, 8), "logit_scale": torch.tensor(2.0),
-                    "vision_model.embeddings.position_ids": torch.arange(5)}
-        (clip / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision,
-                                                      "text_config": {}}))
-        write, name = {"safetensors": (save_file, "model.safetensors"),
-                       "bin": (torch.save, "pytorch_model.bin")}[tower]
+        of_clip |= {
+            "text_model.final_layer_norm.weight": torch.ones(8),
+            "visual_projection.weight": torch.ones(16, 32),
+            "text_projection.weight": torch.ones(16, 8),
+            "logit_scale": torch.tensor(2.0),
+            "vision_model.embeddings.position_ids": torch.arange(5),
+        }
+        (clip / "config.json").write_text(
+            json.dumps({"model_type": "clip", "vision_config": vision, "text_config": {}})
+        )
+        write, name = {
+            "safetensors": (save_file, "model.safetensors"),
+            "bin": (torch.save, "pytorch_model.bin"),
+        }[tower]
         write(of_clip, clip / name)
     torch.save(tensors, folder / "pytorch_model.bin")
     return folder
@@ -176,10 +239,17 @@ def test_the_original_layout(theirs, spm, tmp_path, tower):
     folder = write_original(tmp_path / "llava", spm, theirs, tower)
     ours, processor = llava_min.load(folder, device="cpu")
     assert (logits(ours) - logits(theirs))[..., :PIECES].abs().max() <= 1e-4
-    for table in (ours.language_model.embed_tokens.weight, ours.lm_head.weight):  # rows for <image>, <pad> …
-        assert table.shape[0] == VOCAB and (table[PIECES:] - table[:PIECES].mean(0)).abs().max() <= 1e-6
-    assert (processor.template_name, processor.image_config.aspect,
-            processor.image_token_id) == ("vicuna_v1", "pad", PIECES)
+    # rows for <image>, <pad> …
+    for table in (ours.language_model.embed_tokens.weight, ours.lm_head.weight):
+        assert (
+            table.shape[0] == VOCAB
+            and (table[PIECES:] - table[:PIECES].mean(0)).abs().max() <= 1e-6
+        )
+    assert (processor.template_name, processor.image_config.aspect, processor.image_token_id) == (
+        "vicuna_v1",
+        "pad",
+        PIECES,
+    )
     save(ours, processor, tmp_path / "saved")  # written as llava-hf, every reader's layout
     again, _ = llava_min.load(tmp_path / "saved", device="cpu")
     assert torch.equal(logits(again), logits(ours))
@@ -190,10 +260,13 @@ def test_the_original_layout(theirs, spm, tmp_path, tower):
 def test_an_original_vocabulary_of_another_size(theirs, spm, tmp_path):
     folder = write_original(tmp_path / "llava", spm, theirs, "bin")
     tensors = torch.load(folder / "pytorch_model.bin")
-    torch.save({n: x[:300] if x.shape[0] == PIECES else x for n, x in tensors.items()},
-               folder / "pytorch_model.bin")
-    with pytest.raises(UserError,
-                       match=r"shape \[300, 32\] of model.embed_tokens.weight, expected \[320, 32\]"):
+    torch.save(
+        {n: x[:300] if x.shape[0] == PIECES else x for n, x in tensors.items()},
+        folder / "pytorch_model.bin",
+    )
+    with pytest.raises(
+        UserError, match=r"shape \[300, 32\] of model.embed_tokens.weight, expected \[320, 32\]"
+    ):
         llava_min.load(folder, device="cpu")
 
 
@@ -211,11 +284,15 @@ def test_clip_leftovers_are_no_part_of_a_llava(folder):
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_saved_is_loaded(kind, dtype, spm, tmp_path):
     theirs = their_model(kind)
-    first, processor = llava_min.load(write_folder(tmp_path / "m", spm, theirs, hf_saved), device="cpu",
-                                      dtype=dtype)
+    first, processor = llava_min.load(
+        write_folder(tmp_path / "m", spm, theirs, hf_saved), device="cpu", dtype=dtype
+    )
     save(first, processor, tmp_path / "saved")
     second, _ = llava_min.load(tmp_path / "saved", device="cpu", dtype=dtype)
-    assert second.dtype == weights.DTYPES[dtype] and first.state_dict().keys() == second.state_dict().keys()
+    assert (
+        second.dtype == weights.DTYPES[dtype]
+        and first.state_dict().keys() == second.state_dict().keys()
+    )
     for (name, a), b in zip(first.state_dict().items(), second.state_dict().values()):
         assert torch.equal(unpacked(a), unpacked(b)) and a.dtype == b.dtype, name
     # none is lost, the tower's last block and norm among them
@@ -227,7 +304,9 @@ def test_saved_is_loaded(kind, dtype, spm, tmp_path):
     assert config["dtype"] == config["torch_dtype"] == weights.NAMES[second.dtype]
     save(second, processor, tmp_path / "again")  # and byte for byte from then on
     for name in sorted(os.listdir(tmp_path / "saved")):
-        assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+        assert (tmp_path / "saved" / name).read_bytes() == (
+            tmp_path / "again" / name
+        ).read_bytes(), name
 
 
 @pytest.mark.parametrize("shards", [False, True])
@@ -241,7 +320,9 @@ def test_transformers_loads_what_we_save(kind_pair, shards, tmp_path, monkeypatc
         assert len(files) > 3 and files[-1] == "model.safetensors.index.json"
         assert max(os.path.getsize(tmp_path / "saved" / f) for f in files) < 90_000
         index = json.loads((tmp_path / "saved" / files[-1]).read_text())
-        total = sum(t.nbytes for f in files[:-1] for t in load_file(tmp_path / "saved" / f).values())
+        total = sum(
+            t.nbytes for f in files[:-1] for t in load_file(tmp_path / "saved" / f).values()
+        )
         assert index["metadata"]["total_size"] == total
         assert set(index["weight_map"].values()) == set(files[:-1])
     model, info = type(theirs).from_pretrained(tmp_path / "saved", output_loading_info=True)
@@ -253,8 +334,9 @@ def test_transformers_loads_what_we_save(kind_pair, shards, tmp_path, monkeypatc
 @pytest.fixture(scope="module", params=KINDS)
 def kind_pair(request, spm, tmp_path_factory):
     theirs = their_model(request.param)
-    return theirs, *llava_min.load(write_folder(tmp_path_factory.mktemp("k") / "m", spm, theirs, hf_saved),
-                                   device="cpu")
+    return theirs, *llava_min.load(
+        write_folder(tmp_path_factory.mktemp("k") / "m", spm, theirs, hf_saved), device="cpu"
+    )
 
 
 @pytest.mark.parametrize("source", ["tokenizer.model", "tokenizer.json"])
@@ -314,7 +396,9 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
 def events(monkeypatch):
     """What is synced and renamed, in its order."""
     told, sync, rename, swap = [], os.fsync, os.rename, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: told.append(os.readlink(f"/proc/self/fd/{fd}")) or sync(fd))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: told.append(os.readlink(f"/proc/self/fd/{fd}")) or sync(fd)
+    )
     monkeypatch.setattr(os, "rename", lambda a, b: told.append("renamed") or rename(a, b))
     monkeypatch.setattr(os, "replace", lambda a, b: told.append("renamed") or swap(a, b))
     return told
@@ -326,7 +410,9 @@ def test_a_folder_is_on_disk_before_it_has_its_name_and_after(tmp_path, events, 
         (aside / "sub").mkdir()
         (aside / "sub" / "x").write_text("whole")
     cut = events.index("renamed")
-    assert set(events[:cut]) == ({str(p) for p in (aside, aside / "sub", aside / "sub" / "x")} if durable else set())
+    assert set(events[:cut]) == (
+        {str(p) for p in (aside, aside / "sub", aside / "sub" / "x")} if durable else set()
+    )
     assert events[cut + 1 :] == [str(aside.parent)]
 
 
@@ -349,7 +435,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(kind_pair, room, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
-        with pytest.raises(UserError, match="cannot be written .*(File too large|os error 27).*; free space"):
+        with pytest.raises(
+            UserError, match="cannot be written .*(File too large|os error 27).*; free space"
+        ):
             save(*kind_pair[1:], tmp_path / "saved")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -369,7 +457,9 @@ def test_a_file_cut_short_after_it_was_looked_at(folder):
     entries, model = collect_entries(folder, config, None), on_meta(config)
     os.truncate(single(folder), single(folder).stat().st_size - 1)
     for dtype in (torch.float32, torch.bfloat16):
-        with pytest.raises(UserError, match="model.safetensors: .* ends early; download the file again"):
+        with pytest.raises(
+            UserError, match="model.safetensors: .* ends early; download the file again"
+        ):
             load_weights(model, entries, dtype, torch.device("cpu"))
 
 
@@ -413,10 +503,19 @@ for folder, dtype in zip(sys.argv[1::2], sys.argv[2::2]):
 
 
 def write_big(folder: Path, dtype: torch.dtype) -> Path:
-    """A checkpoint of 587 M parameters in one file. Some tensors are big, a tenth of all: the harder case."""
-    config = hf_config(text_config={"model_type": "llama", "vocab_size": 16384, "hidden_size": 4096,
-                                    "intermediate_size": 12288, "num_hidden_layers": 2,
-                                    "num_attention_heads": 32})
+    """A checkpoint of 587 M parameters in one file. Some tensors are big, a tenth of all: the
+    harder case.
+    """
+    config = hf_config(
+        text_config={
+            "model_type": "llama",
+            "vocab_size": 16384,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 32,
+        }
+    )
     header, at, kind = {}, 0, {2: "F16", 4: "F32"}[dtype.itemsize]
     for name, p in on_meta(LlavaConfig.from_hf(config)).named_parameters():
         end = at + p.numel() * dtype.itemsize
@@ -425,7 +524,10 @@ def write_big(folder: Path, dtype: torch.dtype) -> Path:
         at = end
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    text, block = json.dumps(header).encode(), torch.full((1 << 22,), 0.01, dtype=dtype).numpy().tobytes()
+    text, block = (
+        json.dumps(header).encode(),
+        torch.full((1 << 22,), 0.01, dtype=dtype).numpy().tobytes(),
+    )
     with open(folder / "model.safetensors", "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for start in range(0, at, len(block)):
@@ -434,11 +536,20 @@ def write_big(folder: Path, dtype: torch.dtype) -> Path:
 
 
 def test_peak_memory_is_the_model(tmp_path):
-    """At 1 GB, as stored and converted: at most 1.10 × the bytes in the dtype asked, above torch's own."""
-    free = [int(line.split()[1]) >> 20 for line in open("/proc/meminfo") if line.startswith("MemAvailable")]
+    """At 1 GB, as stored and converted: at most 1.10 × the bytes in the dtype asked, above torch's
+    own.
+    """
+    free = [
+        int(line.split()[1]) >> 20
+        for line in open("/proc/meminfo")
+        if line.startswith("MemAvailable")
+    ]
     if free[0] < 6 or shutil.disk_usage(tmp_path).free >> 30 < 6:
         pytest.skip("needs 6 GB of free memory and disk")
-    half, full = write_big(tmp_path / "fp16", torch.float16), write_big(tmp_path / "fp32", torch.float32)
+    half, full = (
+        write_big(tmp_path / "fp16", torch.float16),
+        write_big(tmp_path / "fp32", torch.float32),
+    )
     cases = [half, "fp16", half, "bf16", full, "bf16"]
     run = subprocess.run([sys.executable, "-c", MEASURE, *cases], capture_output=True, text=True)
     shutil.rmtree(half), shutil.rmtree(full)
@@ -459,6 +570,7 @@ LOADS = object()  # in the place of what the message says: the folder is sound
 
 def loading(folder: Path, **options) -> str | Llava:
     """The model, or the one line of the refusal; anything else fails, a hang too."""
+
     def hang(*_):
         raise AssertionError("loading hangs")
 
@@ -495,6 +607,7 @@ def raw(change):
 
 def header(change):
     """A case that changes the header before unchanged data; bytes are written as they are."""
+
     def case(folder):
         data = single(folder).read_bytes()
         n = int.from_bytes(data[:8], "little")
@@ -502,6 +615,7 @@ def header(change):
         text = change(table)
         text = text if isinstance(text, bytes) else json.dumps(table).encode()
         single(folder).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + n :])
+
     return case
 
 
@@ -511,11 +625,15 @@ def info(name: str, key: str, value):
 
 def tensors(change):
     """A case that writes a well-formed file of other tensors."""
+
     def case(folder):
         table = load_file(single(folder))
         table = change(table) or table
-        save_file({n: x.clone(memory_format=torch.contiguous_format) for n, x in table.items()},
-                  single(folder))
+        save_file(
+            {n: x.clone(memory_format=torch.contiguous_format) for n, x in table.items()},
+            single(folder),
+        )
+
     return case
 
 
@@ -529,11 +647,13 @@ def renamed(new: str, old: str = NORM):
 
 def index(change, end: str = "safetensors"):
     """A case that puts the folder in three shards and changes the index."""
+
     def case(folder):
         shard(folder, 3, end)
         path = next(folder.glob("*.index.json"))
         text = change(data := json.loads(path.read_text()))
         path.write_bytes(text if isinstance(text, bytes) else json.dumps(data).encode())
+
     return case
 
 
@@ -541,28 +661,35 @@ def shards(change):
     def case(folder):
         shard(folder, 3)
         change(folder, *sorted(folder.glob("*.safetensors")))
+
     return case
 
 
 def binary(write):
     """A case that puts a .bin file in the place of the safetensors."""
+
     def case(folder):
         table = load_file(single(folder))
         single(folder).unlink()
         write(table, folder / "pytorch_model.bin")
+
     return case
 
 
 def small(name: str, change):
     """A case that changes a small file: its bytes, or an object's keys."""
+
     def case(folder):
         path = folder / name
         if isinstance(change, dict):
-            path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | change))
+            path.write_text(
+                json.dumps((json.loads(path.read_text()) if path.exists() else {}) | change)
+            )
         elif change is None:
             path.unlink()
         else:
             path.write_bytes(change)
+
     return case
 
 
@@ -579,7 +706,11 @@ EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 
 
 def language_model(table):
-    return {n.removeprefix("language_model."): x for n, x in table.items() if n.startswith("language_model.")}
+    return {
+        n.removeprefix("language_model."): x
+        for n, x in table.items()
+        if n.startswith("language_model.")
+    }
 
 
 def shard_without_its_first(folder, a, *_):
@@ -594,199 +725,490 @@ def half_zip(table, path):
 
 
 def bad_index(value) -> tuple:
-    return index(lambda d: d["weight_map"].__setitem__(NORM, value)), "is not the name of a file beside it"
+    return index(
+        lambda d: d["weight_map"].__setitem__(NORM, value)
+    ), "is not the name of a file beside it"
 
 
 CASES = {
     # the file as bytes
-    **{f"cut at {n}": (raw(lambda b, n=n: b[:n]), "model.safetensors: ")
-       for n in (0, 1, 7, 8, 9, 500, 5000, -1, -128, -4096)},
-    **{f"followed by {n} bytes": (raw(lambda b, n=n: b + b"\0" * n), "damaged") for n in (1, 8, 4096)},
-    **{f"header length {n}": (raw(lambda b, n=n: struct.pack("<Q", n % 2**64) + b[8:]), "damaged")
-       for n in (0, 1, 2, 10**8 + 1, 2**31, 2**63, -1)},
-    **{f"header length off by {n}": (raw(lambda b, n=n: bytes([b[0] + n]) + b[1:]), "damaged")
-       for n in (-1, 1, 9)},
-    **{f"file of {x[:8]!r}": (raw(lambda b, x=x: x), says) for x, says in (
-        (LFS.encode(), "git lfs pull"), (b"<html>404</html>", "damaged"), (b"\0" * 4096, "damaged"),
-        (b"PK\3\4" + b"\0" * 100, "damaged"), (b"\x80\4\x95" + b"\0" * 100, "damaged"),
-        (b"GGUF\3\0\0\0" + b"\0" * 99, "damaged"), (b"\xff" * 99, "damaged"))},
+    **{
+        f"cut at {n}": (raw(lambda b, n=n: b[:n]), "model.safetensors: ")
+        for n in (0, 1, 7, 8, 9, 500, 5000, -1, -128, -4096)
+    },
+    **{
+        f"followed by {n} bytes": (raw(lambda b, n=n: b + b"\0" * n), "damaged")
+        for n in (1, 8, 4096)
+    },
+    **{
+        f"header length {n}": (raw(lambda b, n=n: struct.pack("<Q", n % 2**64) + b[8:]), "damaged")
+        for n in (0, 1, 2, 10**8 + 1, 2**31, 2**63, -1)
+    },
+    **{
+        f"header length off by {n}": (raw(lambda b, n=n: bytes([b[0] + n]) + b[1:]), "damaged")
+        for n in (-1, 1, 9)
+    },
+    **{
+        f"file of {x[:8]!r}": (raw(lambda b, x=x: x), says)
+        for x, says in (
+            (LFS.encode(), "git lfs pull"),
+            (b"<html>404</html>", "damaged"),
+            (b"\0" * 4096, "damaged"),
+            (b"PK\3\4" + b"\0" * 100, "damaged"),
+            (b"\x80\4\x95" + b"\0" * 100, "damaged"),
+            (b"GGUF\3\0\0\0" + b"\0" * 99, "damaged"),
+            (b"\xff" * 99, "damaged"),
+        )
+    },
     # the header
-    **{f"header {x[:9]!r}": (header(lambda t, x=x: x), "damaged") for x in (
-        b"", b"{", b"[]", b"null", b"5", b'"x"', b"{}}", b"\xff\xfe", b'{"a": 1}', b"[" * 10**5,
-        b'{"a":' * 10**5, b'{"__metadata__": 5}',
-        b'{"__metadata__": {"a": 1}}', b'{"a": {"dtype": "F32"}}', b"{" + b" " * 99)},
-    **{f"dtype {x!r}": (info(NORM, "dtype", x), "")
-       for x in ("F99", "", None, 5, "f32", "F64", "F16", "I8", "I64", ["F32"])},
-    **{f"dtype {x!r} in place": (info(NORM, "dtype", x), f"holds {x}, expected floating point")
-       for x in ("I32", "U32")},
-    **{f"shape {x!r}": (info(NORM, "shape", x), "") for x in (
-        None, [], [31], [33], [0], [-32], ["32"], [32.5], [2**63], [2**64 + 32], "32", {}, 32, [2**62, 4],
-        [2**32, 2**32])},
-    **{f"shape {x!r} in place": (info(NORM, "shape", x), f"shape {x} of {NORM}, expected [32]")
-       for x in ([32, 1], [1, 32], [4, 8], [2, 4, 4])},
-    **{f"offsets {x!r}": (info(NORM, "data_offsets", x), "damaged") for x in (
-        None, [], [0], [0, 64, 128], [128, 0], [-128, 0], ["0", "128"], [0.5, 128], [0, 2**62],
-        [2**63, 2**63 + 128], "0", {}, [0, 128])},
-    **{f"no {key}": (header(lambda t, key=key: t[NORM].pop(key) and None), "damaged")
-       for key in ("dtype", "shape", "data_offsets")},
+    **{
+        f"header {x[:9]!r}": (header(lambda t, x=x: x), "damaged")
+        for x in (
+            b"",
+            b"{",
+            b"[]",
+            b"null",
+            b"5",
+            b'"x"',
+            b"{}}",
+            b"\xff\xfe",
+            b'{"a": 1}',
+            b"[" * 10**5,
+            b'{"a":' * 10**5,
+            b'{"__metadata__": 5}',
+            b'{"__metadata__": {"a": 1}}',
+            b'{"a": {"dtype": "F32"}}',
+            b"{" + b" " * 99,
+        )
+    },
+    **{
+        f"dtype {x!r}": (info(NORM, "dtype", x), "")
+        for x in ("F99", "", None, 5, "f32", "F64", "F16", "I8", "I64", ["F32"])
+    },
+    **{
+        f"dtype {x!r} in place": (info(NORM, "dtype", x), f"holds {x}, expected floating point")
+        for x in ("I32", "U32")
+    },
+    **{
+        f"shape {x!r}": (info(NORM, "shape", x), "")
+        for x in (
+            None,
+            [],
+            [31],
+            [33],
+            [0],
+            [-32],
+            ["32"],
+            [32.5],
+            [2**63],
+            [2**64 + 32],
+            "32",
+            {},
+            32,
+            [2**62, 4],
+            [2**32, 2**32],
+        )
+    },
+    **{
+        f"shape {x!r} in place": (info(NORM, "shape", x), f"shape {x} of {NORM}, expected [32]")
+        for x in ([32, 1], [1, 32], [4, 8], [2, 4, 4])
+    },
+    **{
+        f"offsets {x!r}": (info(NORM, "data_offsets", x), "damaged")
+        for x in (
+            None,
+            [],
+            [0],
+            [0, 64, 128],
+            [128, 0],
+            [-128, 0],
+            ["0", "128"],
+            [0.5, 128],
+            [0, 2**62],
+            [2**63, 2**63 + 128],
+            "0",
+            {},
+            [0, 128],
+        )
+    },
+    **{
+        f"no {key}": (header(lambda t, key=key: t[NORM].pop(key) and None), "damaged")
+        for key in ("dtype", "shape", "data_offsets")
+    },
     "two tensors on one range": (header(lambda t: t[NORM].update(t[INPUT])), "damaged"),
     "a hole": (header(lambda t: t.pop(NORM) and None), "damaged"),
     # names
-    **{f"name {x[:9]!r}": (renamed(x), "unknown 1 tensor(s)") for x in (
-        "language_model.model.norm2.weight", "language_model.model.norm.bias", "model.norm.weight.weight",
-        f"model.{EVIL}", "model." + "x" * 10**5,
-        "model.\u202enorm", "model.layers.99.mlp.up_proj.weight", "lm_head.bias",
-        "multi_modal_projector.linear_3.weight", "vision_tower.norm")},
-    **{f"place of {x[:9]!r}": (renamed(x), "have no place in a LLaVA-1.5") for x in (
-        "x", "norm.weight", EVIL, "../../etc/passwd", "Model.norm.weight", "transformer.h.0",
-        "language_model", "x" * 10**5)},
+    **{
+        f"name {x[:9]!r}": (renamed(x), "unknown 1 tensor(s)")
+        for x in (
+            "language_model.model.norm2.weight",
+            "language_model.model.norm.bias",
+            "model.norm.weight.weight",
+            f"model.{EVIL}",
+            "model." + "x" * 10**5,
+            "model.\u202enorm",
+            "model.layers.99.mlp.up_proj.weight",
+            "lm_head.bias",
+            "multi_modal_projector.linear_3.weight",
+            "vision_tower.norm",
+        )
+    },
+    **{
+        f"place of {x[:9]!r}": (renamed(x), "have no place in a LLaVA-1.5")
+        for x in (
+            "x",
+            "norm.weight",
+            EVIL,
+            "../../etc/passwd",
+            "Model.norm.weight",
+            "transformer.h.0",
+            "language_model",
+            "x" * 10**5,
+        )
+    },
     "name empty": (renamed(""), "no place"),
-    "long name twice": (tensors(lambda t: t.update({p + "x" * 10**5: t[NORM].clone()
-                                                    for p in ("model.", "language_model.model.")})),
-                        "is the same tensor as"),
-    **{f"named twice as {x}": (tensors(lambda t, x=x: t.__setitem__(x, t[NORM].clone())),
-                               "is the same tensor as") for x in (
-        "model.norm.weight", "model.language_model.norm.weight")},
-    **{f"without {n}": (tensors(lambda t, n=n: t.pop(n) is None), "missing 1 tensor(s)") for n in (
-        NORM, EMBED, HEAD, DOWN, "multi_modal_projector.linear_2.bias", "vision_tower.post_layernorm.weight",
-        "vision_tower.embeddings.class_embedding",
-        "vision_tower.encoder.layers.2.self_attn.k_proj.bias")},
-    "without the tower": (tensors(lambda t: {n: x for n, x in t.items() if "vision" not in n}),
-                          "missing 55 tensor(s)"),
+    "long name twice": (
+        tensors(
+            lambda t: t.update(
+                {p + "x" * 10**5: t[NORM].clone() for p in ("model.", "language_model.model.")}
+            )
+        ),
+        "is the same tensor as",
+    ),
+    **{
+        f"named twice as {x}": (
+            tensors(lambda t, x=x: t.__setitem__(x, t[NORM].clone())),
+            "is the same tensor as",
+        )
+        for x in ("model.norm.weight", "model.language_model.norm.weight")
+    },
+    **{
+        f"without {n}": (tensors(lambda t, n=n: t.pop(n) is None), "missing 1 tensor(s)")
+        for n in (
+            NORM,
+            EMBED,
+            HEAD,
+            DOWN,
+            "multi_modal_projector.linear_2.bias",
+            "vision_tower.post_layernorm.weight",
+            "vision_tower.embeddings.class_embedding",
+            "vision_tower.encoder.layers.2.self_attn.k_proj.bias",
+        )
+    },
+    "without the tower": (
+        tensors(lambda t: {n: x for n, x in t.items() if "vision" not in n}),
+        "missing 55 tensor(s)",
+    ),
     "without any tensor": (raw(lambda b: struct.pack("<Q", 2) + b"{}"), "missing 80 tensor(s)"),
     "a language model alone": (tensors(language_model), "missing 59 tensor(s)"),
-    "one tensor more": (tensors(lambda t: t.__setitem__(DOWN.replace("1", "2"), t[DOWN].clone())),
-                        "unknown 1 tensor(s)"),
-    "a bomb of names": (header(lambda t: t.update({f"model.{i}": EMPTY for i in range(10**5)})), ""),
-    "tables that code recomputes": (tensors(lambda t: t.update({
-        "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4),
-        "vision_tower.embeddings.position_ids": torch.arange(5)})), LOADS),
+    "one tensor more": (
+        tensors(lambda t: t.__setitem__(DOWN.replace("1", "2"), t[DOWN].clone())),
+        "unknown 1 tensor(s)",
+    ),
+    "a bomb of names": (
+        header(lambda t: t.update({f"model.{i}": EMPTY for i in range(10**5)})),
+        "",
+    ),
+    "tables that code recomputes": (
+        tensors(
+            lambda t: t.update(
+                {
+                    "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4),
+                    "vision_tower.embeddings.position_ids": torch.arange(5),
+                }
+            )
+        ),
+        LOADS,
+    ),
     # shapes
-    **{f"{what} {n}": (put(n, f), f"of {n}, expected") for what, n, f in (
-        ("transposed", DOWN, lambda x: x.T), ("one row", NORM, lambda x: x[:1]),
-        ("a number for", NORM, lambda x: x[0].clone()),
-        ("one dimension more in", DOWN, lambda x: x[None]), ("a row less in", EMBED, lambda x: x[:-1]),
-        ("a row more in", HEAD, lambda x: torch.cat([x, x[:1]])),
-        ("no row in", EMBED, lambda x: x[:0]),
-        ("flat", "vision_tower.embeddings.patch_embedding.weight", lambda x: x.flatten(1)),
-        ("a patch less in", "vision_tower.embeddings.position_embedding.weight", lambda x: x[:-1]),
-        ("broadcast", DOWN, lambda x: x[:1]))},
+    **{
+        f"{what} {n}": (put(n, f), f"of {n}, expected")
+        for what, n, f in (
+            ("transposed", DOWN, lambda x: x.T),
+            ("one row", NORM, lambda x: x[:1]),
+            ("a number for", NORM, lambda x: x[0].clone()),
+            ("one dimension more in", DOWN, lambda x: x[None]),
+            ("a row less in", EMBED, lambda x: x[:-1]),
+            ("a row more in", HEAD, lambda x: torch.cat([x, x[:1]])),
+            ("no row in", EMBED, lambda x: x[:0]),
+            ("flat", "vision_tower.embeddings.patch_embedding.weight", lambda x: x.flatten(1)),
+            (
+                "a patch less in",
+                "vision_tower.embeddings.position_embedding.weight",
+                lambda x: x[:-1],
+            ),
+            ("broadcast", DOWN, lambda x: x[:1]),
+        )
+    },
     # dtypes and values
-    **{f"{dtype} for float": (put(NORM, lambda x, d=dtype: x.to(d)), "expected floating point") for dtype in (
-        torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool, torch.float8_e4m3fn,
-        torch.float8_e5m2)},
+    **{
+        f"{dtype} for float": (put(NORM, lambda x, d=dtype: x.to(d)), "expected floating point")
+        for dtype in (
+            torch.int8,
+            torch.uint8,
+            torch.int16,
+            torch.int32,
+            torch.int64,
+            torch.bool,
+            torch.float8_e4m3fn,
+            torch.float8_e5m2,
+        )
+    },
     "fp64": (tensors(lambda t: {n: x.double() for n, x in t.items()}), LOADS),
     "fp64 and fp32": (put(NORM, torch.Tensor.double), LOADS),
-    **{f"{x} in {n}": (put(n, lambda t, x=x: t.index_fill(0, torch.tensor([1]), x)),
-                       f"{n} holds NaN, infinity or numbers too large") for n in (NORM, DOWN)
-       for x in (float("nan"), float("inf"), -float("inf"))},
+    **{
+        f"{x} in {n}": (
+            put(n, lambda t, x=x: t.index_fill(0, torch.tensor([1]), x)),
+            f"{n} holds NaN, infinity or numbers too large",
+        )
+        for n in (NORM, DOWN)
+        for x in (float("nan"), float("inf"), -float("inf"))
+    },
     "1e300 in fp64": (put(NORM, lambda t: t.double().fill_(1e300)), "too large for float32"),
     # the index and its shards
     "shards": (shard_ok := shards(lambda *_: None), LOADS),
-    "a symlink as a shard": (shards(lambda folder, a, *_: a.rename(folder / "blob") and a.symlink_to("blob")),
-                             LOADS),
-    "an index beside one file": (lambda folder: (folder / "model.safetensors.index.json").write_text("{"),
-                                 LOADS),
-    **{f"shard {x!r}": bad_index(x) for x in (
-        "../model.safetensors", "../../x.safetensors", "/etc/passwd", "/x.safetensors", "sub/x.safetensors",
-        "sub/../../x.safetensors", "..", ".", "",
-        "x.txt", "x", "C:\\x.safetensors", "x.safetensors\0", f"{EVIL}.safetensors", "x.safetensors ",
-        "http://x/y.safetensors", "~/x.safetensors", 5, None, [], {})},
-    "shards absent": (index(lambda d: d["weight_map"].update({NORM: "a.safetensors",
-                                                              EMBED: "b.safetensors"})),
-                      "2 of 5 shards are absent (a.safetensors, b.safetensors)"),
-    **{f"index {x[:9]!r}": (index(lambda d, x=x: x), says) for x, says in (
-        (b"", "line 1"), (b"[]", "a JSON list"), (b"{}", "no weight_map"),
-        (b'{"weight_map": {}}', "no weight_map"), (b'{"weight_map": []}', "no weight_map"),
-        (b'{"weight_map": "model.safetensors"}', "no weight_map"), (b"{" * 10**5, "line 1"),
-        (b"[" * 10**5, "not readable"), (b"\xff", "not UTF-8"),
-        (LFS.encode(), "git lfs pull"))},
-    "index names too few shards": (index(lambda d: d.update(weight_map={NORM: d["weight_map"][NORM]})),
-                                   "missing"),
-    "a shard is a pointer": (shards(lambda f, a, b, c: b.write_text(LFS)),
-                             "00002-of-00003.safetensors: a git-lfs pointer"),
+    "a symlink as a shard": (
+        shards(lambda folder, a, *_: a.rename(folder / "blob") and a.symlink_to("blob")),
+        LOADS,
+    ),
+    "an index beside one file": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text("{"),
+        LOADS,
+    ),
+    **{
+        f"shard {x!r}": bad_index(x)
+        for x in (
+            "../model.safetensors",
+            "../../x.safetensors",
+            "/etc/passwd",
+            "/x.safetensors",
+            "sub/x.safetensors",
+            "sub/../../x.safetensors",
+            "..",
+            ".",
+            "",
+            "x.txt",
+            "x",
+            "C:\\x.safetensors",
+            "x.safetensors\0",
+            f"{EVIL}.safetensors",
+            "x.safetensors ",
+            "http://x/y.safetensors",
+            "~/x.safetensors",
+            5,
+            None,
+            [],
+            {},
+        )
+    },
+    "shards absent": (
+        index(lambda d: d["weight_map"].update({NORM: "a.safetensors", EMBED: "b.safetensors"})),
+        "2 of 5 shards are absent (a.safetensors, b.safetensors)",
+    ),
+    **{
+        f"index {x[:9]!r}": (index(lambda d, x=x: x), says)
+        for x, says in (
+            (b"", "line 1"),
+            (b"[]", "a JSON list"),
+            (b"{}", "no weight_map"),
+            (b'{"weight_map": {}}', "no weight_map"),
+            (b'{"weight_map": []}', "no weight_map"),
+            (b'{"weight_map": "model.safetensors"}', "no weight_map"),
+            (b"{" * 10**5, "line 1"),
+            (b"[" * 10**5, "not readable"),
+            (b"\xff", "not UTF-8"),
+            (LFS.encode(), "git lfs pull"),
+        )
+    },
+    "index names too few shards": (
+        index(lambda d: d.update(weight_map={NORM: d["weight_map"][NORM]})),
+        "missing",
+    ),
+    "a shard is a pointer": (
+        shards(lambda f, a, b, c: b.write_text(LFS)),
+        "00002-of-00003.safetensors: a git-lfs pointer",
+    ),
     "a shard is empty": (shards(lambda f, a, b, c: b.write_bytes(b"")), "damaged"),
     "a shard is cut": (shards(lambda f, a, b, c: b.write_bytes(b.read_bytes()[:-1])), "damaged"),
     "a shard twice": (shards(lambda f, a, b, c: shutil.copy(a, b)), "is the same tensor as"),
     "a shard is gone": (shards(lambda f, a, b, c: b.unlink()), "1 of 3 shards are absent"),
     "a shard is a folder": (shards(lambda f, a, b, c: b.unlink() or b.mkdir()), "absent"),
     "a shard is a pipe": (shards(lambda f, a, b, c: b.unlink() or os.mkfifo(b)), "absent"),
-    "a shard is a dangling link": (shards(lambda f, a, b, c: b.unlink() or b.symlink_to("nowhere")),
-                                   "absent"),
+    "a shard is a dangling link": (
+        shards(lambda f, a, b, c: b.unlink() or b.symlink_to("nowhere")),
+        "absent",
+    ),
     "a tensor is in no shard": (shards(shard_without_its_first), "missing 1 tensor(s)"),
-    "the file is a folder": (lambda f: single(f).unlink() or single(f).mkdir(), "not a regular file"),
-    "the file is a pipe": (lambda f: single(f).unlink() or os.mkfifo(single(f)), "not a regular file"),
+    "the file is a folder": (
+        lambda f: single(f).unlink() or single(f).mkdir(),
+        "not a regular file",
+    ),
+    "the file is a pipe": (
+        lambda f: single(f).unlink() or os.mkfifo(single(f)),
+        "not a regular file",
+    ),
     "no weights": (lambda f: single(f).unlink(), "no model.safetensors, pytorch_model.bin"),
     # .bin files
     "bin": (binary(torch.save), LOADS),
-    "bin of parameters": (binary(lambda t, p: torch.save({n: torch.nn.Parameter(x) for n, x in t.items()},
-                                                         p)), LOADS),
-    "bin of views": (binary(lambda t, p: torch.save({n: torch.cat([x, x])[: len(x)] for n, x in t.items()},
-                                                    p)), LOADS),
-    "bin with code": (binary(lambda t, p: torch.save({**t, "x": Canary()}, p)),
-                      "damaged or not a weight file"),
-    "bin of code": (binary(lambda t, p: p.write_bytes(pickle.dumps(Canary()))),
-                    "damaged or not a weight file"),
-    "bin of a module": (binary(lambda t, p: torch.save(torch.nn.Linear(2, 2), p)),
-                        "damaged or not a weight file"),
-    "bin of old torch": (binary(lambda t, p: torch.save(t, p, _use_new_zipfile_serialization=False)),
-                         "damaged or not a weight file"),
+    "bin of parameters": (
+        binary(lambda t, p: torch.save({n: torch.nn.Parameter(x) for n, x in t.items()}, p)),
+        LOADS,
+    ),
+    "bin of views": (
+        binary(lambda t, p: torch.save({n: torch.cat([x, x])[: len(x)] for n, x in t.items()}, p)),
+        LOADS,
+    ),
+    "bin with code": (
+        binary(lambda t, p: torch.save({**t, "x": Canary()}, p)),
+        "damaged or not a weight file",
+    ),
+    "bin of code": (
+        binary(lambda t, p: p.write_bytes(pickle.dumps(Canary()))),
+        "damaged or not a weight file",
+    ),
+    "bin of a module": (
+        binary(lambda t, p: torch.save(torch.nn.Linear(2, 2), p)),
+        "damaged or not a weight file",
+    ),
+    "bin of old torch": (
+        binary(lambda t, p: torch.save(t, p, _use_new_zipfile_serialization=False)),
+        "damaged or not a weight file",
+    ),
     "bin cut": (binary(half_zip), "damaged"),
-    **{f"bin of {type(x).__name__} {str(x)[:9]}": (binary(lambda t, p, x=x: torch.save(x, p)),
-                                                   "not a table of named tensors") for x in (
-        [torch.ones(2)], torch.ones(2), 5, None, "x", {5: torch.ones(2)}, {"x": 5},
-        {"state_dict": {"x": torch.ones(2)}}, {"x": [torch.ones(2)]})},
-    **{f"bin of {x[:9]!r}": (binary(lambda t, p, x=x: p.write_bytes(x)), "(not a table of tensors as torch saves it)")
-       for x in (b"", b"x", b"PK\3\4", b"\x80\2.", b"\0" * 999, b"<html>", b"\x80\4N.")},
-    "bin with a sparse tensor": (binary(lambda t, p: torch.save({**t, NORM: t[NORM].to_sparse()}, p)),
-                                 "not a table"),
-    "bin with a nested tensor": (binary(lambda t, p: torch.save({**t, NORM: torch.nested.nested_tensor([t[NORM], t[NORM][:1]])}, p)),
-                                 "not a table"),
-    "bin with integers": (binary(lambda t, p: torch.save({**t, NORM: t[NORM].int()}, p)),
-                          "holds torch.int32, expected floating point"),
-    "bin with complex numbers": (binary(lambda t, p: torch.save({**t, NORM: t[NORM].cfloat()}, p)),
-                                 "holds torch.complex64"),
-    "bin with a meta tensor": (binary(lambda t, p: torch.save({**t, NORM: t[NORM].to("meta")}, p)),
-                               "not a table"),
-    "bin with a broadcast": (binary(lambda t, p: torch.save({**t, NORM: t[NORM][:1]}, p)), "shape [1]"),
-    "bin without": (binary(lambda t, p: torch.save({n: x for n, x in t.items() if n != NORM}, p)),
-                    "missing 1 tensor(s)"),
+    **{
+        f"bin of {type(x).__name__} {str(x)[:9]}": (
+            binary(lambda t, p, x=x: torch.save(x, p)),
+            "not a table of named tensors",
+        )
+        for x in (
+            [torch.ones(2)],
+            torch.ones(2),
+            5,
+            None,
+            "x",
+            {5: torch.ones(2)},
+            {"x": 5},
+            {"state_dict": {"x": torch.ones(2)}},
+            {"x": [torch.ones(2)]},
+        )
+    },
+    **{
+        f"bin of {x[:9]!r}": (
+            binary(lambda t, p, x=x: p.write_bytes(x)),
+            "(not a table of tensors as torch saves it)",
+        )
+        for x in (b"", b"x", b"PK\3\4", b"\x80\2.", b"\0" * 999, b"<html>", b"\x80\4N.")
+    },
+    "bin with a sparse tensor": (
+        binary(lambda t, p: torch.save({**t, NORM: t[NORM].to_sparse()}, p)),
+        "not a table",
+    ),
+    "bin with a nested tensor": (
+        binary(
+            lambda t, p: torch.save(
+                {**t, NORM: torch.nested.nested_tensor([t[NORM], t[NORM][:1]])}, p
+            )
+        ),
+        "not a table",
+    ),
+    "bin with integers": (
+        binary(lambda t, p: torch.save({**t, NORM: t[NORM].int()}, p)),
+        "holds torch.int32, expected floating point",
+    ),
+    "bin with complex numbers": (
+        binary(lambda t, p: torch.save({**t, NORM: t[NORM].cfloat()}, p)),
+        "holds torch.complex64",
+    ),
+    "bin with a meta tensor": (
+        binary(lambda t, p: torch.save({**t, NORM: t[NORM].to("meta")}, p)),
+        "not a table",
+    ),
+    "bin with a broadcast": (
+        binary(lambda t, p: torch.save({**t, NORM: t[NORM][:1]}, p)),
+        "shape [1]",
+    ),
+    "bin without": (
+        binary(lambda t, p: torch.save({n: x for n, x in t.items() if n != NORM}, p)),
+        "missing 1 tensor(s)",
+    ),
     "bin shards": (index(lambda d: None, "bin"), LOADS),
-    "bin shards, hostile index": (index(lambda d: d["weight_map"].__setitem__(NORM, "../pytorch_model.bin"),
-                                        "bin"), "is not the name of a file"),
+    "bin shards, hostile index": (
+        index(lambda d: d["weight_map"].__setitem__(NORM, "../pytorch_model.bin"), "bin"),
+        "is not the name of a file",
+    ),
     # the small files
-    **{f"config.json {str(x)[:9]}": (small("config.json", x), "config.json")
-       for x in (None, b"", b"[]", b"{}", b"{", b"null", b"[" * 10**5)},
-    "another architecture": (small("config.json", {"model_type": "llava_next"}),
-                             "model_type is 'llava_next'"),
+    **{
+        f"config.json {str(x)[:9]}": (small("config.json", x), "config.json")
+        for x in (None, b"", b"[]", b"{}", b"{", b"null", b"[" * 10**5)
+    },
+    "another architecture": (
+        small("config.json", {"model_type": "llava_next"}),
+        "model_type is 'llava_next'",
+    ),
     "remote code": (small("config.json", {"auto_map": {"AutoModel": "evil.py"}}), "auto_map"),
-    "quantized": (small("config.json", {"quantization_config": {"bits": 4}}), "quantization_config"),
+    "quantized": (
+        small("config.json", {"quantization_config": {"bits": 4}}),
+        "quantization_config",
+    ),
     "wider": (text_config(hidden_size=64), f"of {EMBED}, expected [384, 64]"),
     "deeper": (text_config(num_hidden_layers=1024), "missing"),
-    "giant": (text_config(hidden_size=1 << 20, intermediate_size=1 << 20), "expected [384, 1048576]"),
-    "head tied": (small("config.json", {"tie_word_embeddings": True}),
-                  "lm_head.weight differs from the embedding"),
-    "another <image>": (small("config.json", {"image_token_index": 5}),
-                        "image_token_index is 5 in config.json but <image> is 320 in the tokenizer"),
-    "too few rows for the tokenizer": (text_config(vocab_size=322), "the tokenizer knows 324 tokens"),
-    "another picture size": (small("preprocessor_config.json", {"size": 42, "crop_size": 42}), "42 pixels"),
-    "no preprocessor": (small("preprocessor_config.json", None), "preprocessor_config.json: no such file"),
+    "giant": (
+        text_config(hidden_size=1 << 20, intermediate_size=1 << 20),
+        "expected [384, 1048576]",
+    ),
+    "head tied": (
+        small("config.json", {"tie_word_embeddings": True}),
+        "lm_head.weight differs from the embedding",
+    ),
+    "another <image>": (
+        small("config.json", {"image_token_index": 5}),
+        "image_token_index is 5 in config.json but <image> is 320 in the tokenizer",
+    ),
+    "too few rows for the tokenizer": (
+        text_config(vocab_size=322),
+        "the tokenizer knows 324 tokens",
+    ),
+    "another picture size": (
+        small("preprocessor_config.json", {"size": 42, "crop_size": 42}),
+        "42 pixels",
+    ),
+    "no preprocessor": (
+        small("preprocessor_config.json", None),
+        "preprocessor_config.json: no such file",
+    ),
     "no tokenizer": (small("tokenizer.model", None), "no tokenizer.json and no tokenizer.model"),
-    **{f"{name} {x[:9]!r}": (small(name, x), name)
-       for name in ("preprocessor_config.json", "tokenizer_config.json", "processor_config.json")
-       for x in (b"", b"[]", b"5", b"{", b"\xff", b"[" * 10**5)},
-    **{f"{name} {x}": (small(name, x), next(iter(x))) for name, x in (
-        ("preprocessor_config.json", {"image_mean": [0, 0]}),
-        ("preprocessor_config.json", {"image_std": [1, 0, 1]}), ("preprocessor_config.json", {"size": "28"}),
-        ("preprocessor_config.json", {"resample": 2}),
-        ("preprocessor_config.json", {"image_processor_type": "SiglipImageProcessor"}),
-        ("preprocessor_config.json", {"image_aspect_ratio": "anyres"}))},
-    "template unknown": (small("processor_config.json", {"llava_min_template": "vicuna_v9"}), "vicuna_v9"),
-    "template no string": (small("processor_config.json", {"llava_min_template": ["x"]}), "template"),
-    "image settings no object": (small("processor_config.json", {"image_processor": [1]}),
-                                 "processor_config.json"),
-    "a hostile template is not run": (small("chat_template.jinja",
-                                            b"{% for x in range(10**9) %}{{ x }}{% endfor %}\xff"), LOADS),
+    **{
+        f"{name} {x[:9]!r}": (small(name, x), name)
+        for name in ("preprocessor_config.json", "tokenizer_config.json", "processor_config.json")
+        for x in (b"", b"[]", b"5", b"{", b"\xff", b"[" * 10**5)
+    },
+    **{
+        f"{name} {x}": (small(name, x), next(iter(x)))
+        for name, x in (
+            ("preprocessor_config.json", {"image_mean": [0, 0]}),
+            ("preprocessor_config.json", {"image_std": [1, 0, 1]}),
+            ("preprocessor_config.json", {"size": "28"}),
+            ("preprocessor_config.json", {"resample": 2}),
+            ("preprocessor_config.json", {"image_processor_type": "SiglipImageProcessor"}),
+            ("preprocessor_config.json", {"image_aspect_ratio": "anyres"}),
+        )
+    },
+    "template unknown": (
+        small("processor_config.json", {"llava_min_template": "vicuna_v9"}),
+        "vicuna_v9",
+    ),
+    "template no string": (
+        small("processor_config.json", {"llava_min_template": ["x"]}),
+        "template",
+    ),
+    "image settings no object": (
+        small("processor_config.json", {"image_processor": [1]}),
+        "processor_config.json",
+    ),
+    "a hostile template is not run": (
+        small("chat_template.jinja", b"{% for x in range(10**9) %}{{ x }}{% endfor %}\xff"),
+        LOADS,
+    ),
     "an empty template": (small("chat_template.json", {"chat_template": None}), LOADS),
     "garbage in chat_template.json": (small("chat_template.json", b"["), "chat_template.json"),
     "tokenizer.model is a pointer": (small("tokenizer.model", LFS.encode()), "git"),
@@ -813,7 +1235,9 @@ def test_values_too_large_for_the_dtype(folder, base):
     assert isinstance(loading(folder, dtype="fp16"), Llava)
     put(NORM, lambda x: x.fill_(65536.0))(folder)
     message = loading(folder, dtype="fp16")
-    assert "holds NaN, infinity or numbers too large for float16; load it in another dtype" in message
+    assert (
+        "holds NaN, infinity or numbers too large for float16; load it in another dtype" in message
+    )
     for dtype in ("bf16", "fp32"):
         assert isinstance(loading(folder, dtype=dtype), Llava)
 
@@ -821,11 +1245,13 @@ def test_values_too_large_for_the_dtype(folder, base):
 def test_a_tied_head_may_stand_in_the_file_if_it_is_the_embedding(spm, tmp_path):
     folder = write_folder(tmp_path / "m", spm, their_model("qwen2"), hf_saved)
     assert HEAD not in load_file(single(folder))
-    for change, says in ((lambda t: t[EMBED].clone(), LOADS),
-                         (lambda t: t[EMBED] + 1, "differs from the embedding"),
-                         (lambda t: t[EMBED][:-1], "shape [383, 32]"),
-                         (lambda t: torch.tensor(1.0), "shape []"),
-                         (lambda t: t[EMBED].int(), "expected floating point")):
+    for change, says in (
+        (lambda t: t[EMBED].clone(), LOADS),
+        (lambda t: t[EMBED] + 1, "differs from the embedding"),
+        (lambda t: t[EMBED][:-1], "shape [383, 32]"),
+        (lambda t: torch.tensor(1.0), "shape []"),
+        (lambda t: t[EMBED].int(), "expected floating point"),
+    ):
         for name in (HEAD, "lm_head.weight"):
             copy = shutil.copytree(folder, tmp_path / "copy")
             tensors(lambda t: t.__setitem__(name, change(t)))(copy)
@@ -851,11 +1277,16 @@ def test_flipped_bytes(seed, folder, base):
 
 def test_pickles_are_read_in_one_place_and_nothing_runs():
     source = {p.name: p.read_text() for p in Path(llava_min.__file__).parent.rglob("*.py")}
-    calls = {name: text.count("torch.load(") for name, text in source.items() if "torch.load(" in text}
+    calls = {
+        name: text.count("torch.load(") for name, text in source.items() if "torch.load(" in text
+    }
     assert calls == {"layouts.py": 1} and "weights_only=True, mmap=True" in source["layouts.py"]
     for word in ("import pickle", "trust_remote_code", "shell=True", "os.system", "eval(", "exec("):
-        assert not [name for name, text in source.items()
-                    if re.search(rf"(?<![\w.]){re.escape(word)}", text)], word
+        assert not [
+            name
+            for name, text in source.items()
+            if re.search(rf"(?<![\w.]){re.escape(word)}", text)
+        ], word
 
 
 # ---- what is missing, in the file's own words; and an index that is not as its shards
@@ -938,8 +1369,7 @@ def test_an_index_and_its_shards_agree(folder, base, end, capsys):
     )
     told = ask(lambda d: d["weight_map"].pop(NORM))
     assert (
-        told
-        == f"warning: {path}: does not list 1 tensor(s) ({NORM}), which the shards "
+        told == f"warning: {path}: does not list 1 tensor(s) ({NORM}), which the shards "
         "have; they are read all the same\n"
     )
 

@@ -7,9 +7,9 @@ which is given the tokens that it adds; nothing else of it is used. Called by pr
 import os
 from pathlib import Path
 
-from llava_min.cli import UserError, short, warn_once
 from llava_min.data.processor import MARK
 from llava_min.data.tokenizer import Tokenizer
+from llava_min.errors import UserError, shorten, warn_once
 
 RULES = ("add_bos_token", "legacy", "add_prefix_space")  # of tokenizer_config.json
 
@@ -25,15 +25,21 @@ def adopt(tokenizer: Tokenizer, adapter: Path, rows: int) -> None:
     new = [t for t in theirs.added.values() if tokenizer.token(t.id) is None]
     texts = probes(tokenizer, [t.content for t in new])
     if what := difference(tokenizer, theirs, {t.id for t in new}, texts):
-        raise UserError(f"{its} {what}, expected the base's or one that only adds tokens; give the "
-                        "base that it was made for, or take the tokenizer out of the folder")
+        raise UserError(
+            f"{its} {what}, expected the base's or one that only adds tokens; give the "
+            "base that it was made for, or take the tokenizer out of the folder"
+        )
     # of <image> processor.py says more
     if high := [t for t in new if t.id >= rows and t.content != MARK]:
-        raise UserError(f"{its} adds {short(high[0].content)!r} as token {high[0].id}, and the "
-                        f"model has rows for {rows} tokens; give the larger base it was made for")
+        raise UserError(
+            f"{its} adds {shorten(high[0].content)!r} as token {high[0].id}, and the "
+            f"model has rows for {rows} tokens; give the larger base it was made for"
+        )
     if rules(theirs) != rules(tokenizer):
-        warn_once(f"{its} has other rules for BOS or the space before a text than the base's; the "
-                  "base's are taken, and the adapter may have been trained with the others")
+        warn_once(
+            f"{its} has other rules for BOS or the space before a text than the base's; the "
+            "base's are taken, and the adapter may have been trained with the others"
+        )
     for token in new:
         tokenizer.declare(token, adapter)
     tokenizer.seal()
@@ -43,10 +49,10 @@ def difference(ours: Tokenizer, theirs: Tokenizer, new: set[int], texts: list[st
     """What else `theirs` has otherwise than the tokens `new`, in words; both cut the `texts`."""
     for id, token in ours.tokens.items():
         if (other := theirs.token(id)) != token:
-            other = "nothing" if other is None else repr(short(other))
-            return f"has {other} as token {id} where the base's has {short(token)!r}"
+            other = "nothing" if other is None else repr(shorten(other))
+            return f"has {other} as token {id} where the base's has {shorten(token)!r}"
     if more := sorted(theirs.tokens.keys() - ours.tokens.keys() - new):
-        first = short(theirs.token(more[0]))
+        first = shorten(theirs.token(more[0]))
         return f"has {len(more)} more words in its vocabulary, the first is {first!r}"
     for name in ("bos_id", "eos_id", "unk_id"):
         if getattr(ours, name) != getattr(theirs, name):
@@ -57,7 +63,7 @@ def difference(ours: Tokenizer, theirs: Tokenizer, new: set[int], texts: list[st
             return f"says {key} {str(a).lower()} where the base's says {str(b).lower()}"
     for text in texts:
         if ours.encode(text, at="inside") != theirs.encode(text, at="inside"):
-            return f"cuts {short(text)!r} otherwise than the base's"
+            return f"cuts {shorten(text)!r} otherwise than the base's"
     return None
 
 

@@ -1,19 +1,20 @@
 """Chat templates as code: role/content messages → pieces, each with its supervised mark.
 
-Second station of the data flow: `data/processor.py` turns the pieces into ids and labels in the same pass, so
-nothing is ever searched for in a finished text. A piece is text, or a token that is put in by id; text of
-users and data is never scanned for special strings. What is supervised is each answer with its end token.
+Second station of the data flow: `data/processor.py` turns the pieces into ids and labels in the
+same pass, so nothing is ever searched for in a finished text. A piece is text, or a token that is
+put in by id; text of users and data is never scanned for special strings. What is supervised is
+each answer with its end token.
 
-Sources: `vicuna_v1` and `plain`, LLaVA's conversation.py, preprocess_v1 and preprocess_plain; `llava_hf`, the
-jinja text of the llava-hf checkpoints; `chatml`, `mistral`, `llama3`, the jinja texts of Qwen1.5-Chat,
-Mistral-7B-Instruct-v0.2 and Meta-Llama-3-Instruct, with the pictures put first as LLaVA does. Which
-of them a checkpoint wants is found in data/recognise.py.
+Sources: `vicuna_v1` and `plain`, LLaVA's conversation.py, preprocess_v1 and preprocess_plain;
+`llava_hf`, the jinja text of the llava-hf checkpoints; `chatml`, `mistral`, `llama3`, the jinja
+texts of Qwen1.5-Chat, Mistral-7B-Instruct-v0.2 and Meta-Llama-3-Instruct, with the pictures put
+first as LLaVA does. Which of them a checkpoint wants is found in data/recognise.py.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from llava_min.cli import UserError, printable
+from llava_min.errors import UserError, escape_controls
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -33,17 +34,23 @@ class Piece:
 
 @dataclass(frozen=True)
 class Turn:
-    """One exchange: pictures and texts of the user, then the texts of the reply (None where generation starts)."""
+    """One exchange: pictures and texts of the user, then the texts of the reply (None where
+    generation starts).
+    """
 
     pictures: int
     texts: list[str]
     reply: list[str] | None
-    # None where the answer is marked as not to be learnt: it has no labels, but is never joined with what stands
-    # beside it, so that its ids are those of an answer that is learnt, and of the prompt in the evaluation.
+    # None where the answer is marked as not to be learnt: it has no labels, but is never joined
+    # with what stands
+    # beside it, so that its ids are those of an answer that is learnt, and of the prompt in the
+    # evaluation.
     supervised: bool | None = True
 
     def question(self) -> str:
-        """LLaVA's preprocess_multimodal leaves this text beside a picture: stripped, and put after it."""
+        """LLaVA's preprocess_multimodal leaves this text beside a picture: stripped, and put after
+        it.
+        """
         text = "".join(self.texts)
         return text.strip() if self.pictures else text
 
@@ -53,10 +60,12 @@ class Turn:
 
 @dataclass(frozen=True)
 class Template:
-    """`pieces` renders (system, turns). `stop` is the content of the token that ends an answer. `rule` says
-    how text is tokenized beside a picture: "own" = as the checkpoint's tokenizer does after a special token,
-    "chunk" = the original's way, each chunk between pictures by itself, so that a `▁` stands on both sides of
-    the picture (and what the original trained keeps to it: see processor.py)."""
+    """`pieces` renders (system, turns). `stop` is the content of the token that ends an answer.
+    `rule` says how text is tokenized beside a picture: "own" = as the checkpoint's tokenizer does
+    after a special token, "chunk" = the original's way, each chunk between pictures by itself, so
+    that a `▁` stands on both sides of the picture (and what the original trained keeps to it: see
+    processor.py).
+    """
 
     pieces: Callable[[str | None, list[Turn]], Iterator[Piece]]
     stop: str
@@ -64,10 +73,13 @@ class Template:
 
 
 def _pictures(turn: Turn) -> Iterator[Piece]:
-    """Each picture on its own line. LLaVA collapses several in one message to one; here all are kept."""
+    """Each picture on its own line. LLaVA collapses several in one message to one; here all are
+    kept.
+    """
     for i in range(turn.pictures):
         yield Piece(token="image")
-        if turn.question() or i + 1 < turn.pictures:  # preprocess_multimodal strips the last newline
+        # preprocess_multimodal strips the last newline
+        if turn.question() or i + 1 < turn.pictures:
             yield Piece("\n")
 
 
@@ -79,12 +91,14 @@ def vicuna_v1(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
         yield Piece(t.question() + " ASSISTANT:")
         if t.reply is not None:
             yield Piece(" " + t.answer(), supervised=t.supervised)
-            yield Piece(token="eos", supervised=t.supervised)  # nothing between </s> and the next USER
+            # nothing between </s> and the next USER
+            yield Piece(token="eos", supervised=t.supervised)
 
 
 def llava_hf(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
-    """The jinja text of llava-hf, but for `</s>` where that one ends an answer in a space, and so never
-    teaches the model to stop."""
+    """The jinja text of llava-hf, but for `</s>` where that one ends an answer in a space, and so
+    never teaches the model to stop.
+    """
     if system is not None:
         yield Piece(system + " ")
     for t in turns:
@@ -99,10 +113,14 @@ def llava_hf(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
 
 
 def plain(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
-    """Projector pretraining: the picture and its caption. The question is discarded, as the original does."""
+    """Projector pretraining: the picture and its caption. The question is discarded, as the
+    original does.
+    """
     if system or len(turns) != 1 or not turns[0].pictures:
-        raise UserError("template plain: takes one picture and its caption, no system message, no further "
-                        "turns; use another template for conversations")
+        raise UserError(
+            "template plain: takes one picture and its caption, no system message, no further "
+            "turns; use another template for conversations"
+        )
     for _ in range(turns[0].pictures):
         yield Piece(token="image")
     if turns[0].reply is not None:
@@ -165,12 +183,14 @@ def llama3(system: str | None, turns: list[Turn]) -> Iterator[Piece]:
             yield Piece(token="<|eot_id|>", supervised=t.supervised)
 
 
-RECORD = "llava_min_template"  # the key of processor_config.json under which we write a template's name
+# the key of processor_config.json under which we write a template's name
+RECORD = "llava_min_template"
 CHUNKS = "llava_min_chunks"  # and the one that says that the original LLaVA trained this checkpoint
 TEMPLATES = {
     "vicuna_v1": Template(vicuna_v1, "</s>", "chunk"),
     "llava_hf": Template(llava_hf, "</s>", "own"),
-    "plain": Template(plain, "\n", "chunk"),  # the newline is the end, as text: there is no end token
+    # the newline is the end, as text: there is no end token
+    "plain": Template(plain, "\n", "chunk"),
     "chatml": Template(chatml, "<|im_end|>", "own"),
     "mistral": Template(mistral, "</s>", "own"),
     "llama3": Template(llama3, "<|eot_id|>", "own"),
@@ -180,7 +200,9 @@ TEMPLATES = {
 def template(name: str) -> Template:
     if not isinstance(name, str) or name not in TEMPLATES:
         known = ", ".join(TEMPLATES)
-        raise UserError(f"template: {printable(name)[:100]} is not known; choose one of {known}")
+        raise UserError(
+            f"template: {escape_controls(name)[:100]} is not known; choose one of {known}"
+        )
     return TEMPLATES[name]
 
 
@@ -188,8 +210,14 @@ def template(name: str) -> Template:
 
 
 def check(messages: list[dict]) -> None:
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise UserError("messages: expected a non-empty list of {role, content} objects; mend the record")
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(isinstance(m, dict) for m in messages)
+    ):
+        raise UserError(
+            "messages: expected a non-empty list of {role, content} objects; mend the record"
+        )
 
 
 def parts(message: dict, where: str = "message") -> tuple[int, list[str]]:
@@ -199,7 +227,9 @@ def parts(message: dict, where: str = "message") -> tuple[int, list[str]]:
         return 0, [content] if content else []
     if not isinstance(content, list):
         kind = type(content).__name__
-        raise UserError(f"{where}: content is {kind}, expected a string or a list of parts; mend it")
+        raise UserError(
+            f"{where}: content is {kind}, expected a string or a list of parts; mend it"
+        )
     pictures, texts = 0, []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -208,18 +238,21 @@ def parts(message: dict, where: str = "message") -> tuple[int, list[str]]:
         elif kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         else:
-            raise UserError(f"{where}: unknown part {printable(part)[:100]}; "
-                            'expected {"type": "text", "text": "…"} or {"type": "image"}')
+            raise UserError(
+                f"{where}: unknown part {escape_controls(part)[:100]}; "
+                'expected {"type": "text", "text": "…"} or {"type": "image"}'
+            )
     return pictures, texts
 
 
 def exchanges(messages: list[dict], *, answer: bool) -> tuple[str | None, list[Turn]]:
-    """(system text or None, turns) of messages that alternate user/assistant after an optional system
-    message.
+    """(system text or None, turns) of messages that alternate user/assistant after an optional
+    system message.
 
-    An answer whose message says `"loss": False`, as in ms-swift, is not supervised.
-    `answer`: the last message is the assistant's (training); without it the user's (generation). `UserError`
-    names the message that breaks the order, has nothing in it, or puts a picture where none can stand.
+    An answer whose message says `"loss": False`, as in ms-swift, is not supervised. `answer`: the
+    last message is the assistant's (training); without it the user's (generation). `UserError`
+    names the message that breaks the order, has nothing in it, or puts a picture where none can
+    stand.
     """
     check(messages)
     system, rest = None, list(enumerate(messages))
@@ -231,9 +264,11 @@ def exchanges(messages: list[dict], *, answer: bool) -> tuple[str | None, list[T
     turns, question = [], None
     for i, m in rest:
         role = "user" if question is None else "assistant"
-        where = f"message {i} ({printable(m.get('role'))[:20]})"
+        where = f"message {i} ({escape_controls(m.get('role'))[:20]})"
         if m.get("role") != role:
-            raise UserError(f"{where}: expected role {role} here; user and assistant alternate, user first")
+            raise UserError(
+                f"{where}: expected role {role} here; user and assistant alternate, user first"
+            )
         pictures, texts = parts(m, where)
         blank = not "".join(texts).strip()
         if role == "user":
@@ -248,7 +283,9 @@ def exchanges(messages: list[dict], *, answer: bool) -> tuple[str | None, list[T
             turns.append(Turn(*question, texts, None if m.get("loss") is False else True))
             question = None
     if answer and (question is not None or not turns):
-        raise UserError("messages: end without an answer, which training needs; add an assistant message")
+        raise UserError(
+            "messages: end without an answer, which training needs; add an assistant message"
+        )
     if not answer:
         if question is None:
             raise UserError("messages: nothing to answer; end with a user message")
@@ -259,14 +296,20 @@ def exchanges(messages: list[dict], *, answer: bool) -> tuple[str | None, list[T
 def render(name: str, messages: list[dict], *, answer: bool) -> list[Piece]:
     """The pieces of a conversation in template `name`, neighbouring texts of one mark joined.
 
-    What `answer=False` gives (the generation prompt) is a prefix of what `answer=True` gives once the answer
-    is added, piece for piece: the unsupervised text before an answer always ends where the answer begins.
+    What `answer=False` gives (the generation prompt) is a prefix of what `answer=True` gives once
+    the answer is added, piece for piece: the unsupervised text before an answer always ends where
+    the answer begins.
     """
     out: list[Piece] = []
     for p in template(name).pieces(*exchanges(messages, answer=answer)):
         if p.text == "":
             continue
-        if p.text is not None and out and out[-1].text is not None and out[-1].supervised == p.supervised:
+        if (
+            p.text is not None
+            and out
+            and out[-1].text is not None
+            and out[-1].supervised == p.supervised
+        ):
             p = Piece(out.pop().text + p.text, supervised=p.supervised)
         out.append(p)
     return out

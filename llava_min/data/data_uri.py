@@ -30,16 +30,24 @@ def is_data_uri(text: object) -> bool:
 
 
 def from_data_uri(uri: str, name: str) -> Encoded:
-    """`data:image/png;base64,iVBO…` -> the image, not yet decoded. Raises UserError: it is not base64, or is too large."""
+    """`data:image/png;base64,iVBO…` -> the image, not yet decoded. Raises UserError: it is not
+    base64, or is too large.
+    """
     head, _, data = uri.partition(",")
     if not head.lower().endswith(";base64"):
-        raise UserError(f"{name}: {shorten(uri)} is a data URI without base64; expected data:image/png;base64,…")
+        raise UserError(
+            f"{name}: {shorten(uri)} is a data URI without base64; expected data:image/png;base64,…"
+        )
     if len(data) > MAX_BYTES * 4 / 3 + 4:
-        raise UserError(f"{name}: is larger than the limit of {MAX_BYTES >> 20} MiB; save it smaller")
+        raise UserError(
+            f"{name}: is larger than the limit of {MAX_BYTES >> 20} MiB; save it smaller"
+        )
     try:
         found = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as e:  # ValueError: characters beyond ASCII
-        raise UserError(f"{name}: {shorten(uri)} is not whole base64 ({shorten(e, 80)}); encode it again") from None
+        raise UserError(
+            f"{name}: {shorten(uri)} is not whole base64 ({shorten(e, 80)}); encode it again"
+        ) from None
     if not found:
         raise UserError(f"{name}: is empty (0 bytes); encode it again")
     return Encoded(found, name)

@@ -1,8 +1,8 @@
 """What dataset files say → records: the door through which JSON, JSONL and parquet all pass.
 
-Between records.py, which reads files, and record.py. A format is known by one key and makes messages
-and images of a raw record. FORMATS lists them: another dataset format is one function and one line
-there. docs/data.md shows them all:
+Between records.py, which reads files, and record.py. A format is known by one key and makes
+messages and images of a raw record. FORMATS lists them: another dataset format is one function and
+one line there. docs/data.md shows them all:
     messages  {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is it?"},
                                                          {"type": "image", "index": 0}]}, …],
                "images": ["cat.jpg"]}
@@ -22,14 +22,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_min.cli import UserError, short
 from llava_min.data.chat import exchanges
-from llava_min.data.parquet import Embedded
 from llava_min.data.data_uri import Encoded, from_data_uri, is_data_uri
+from llava_min.data.parquet import Embedded
 from llava_min.data.processor import MARK
 from llava_min.data.record import Bad, Record, check_text, in_folder, kind, text_of
-from llava_min.data.unread import (HINTS, check_learnt, check_media, is_learnt, marks_as_text, media_keys,
-                                   unused)
+from llava_min.data.unread import (
+    HINTS,
+    check_learnt,
+    check_media,
+    is_learnt,
+    marks_as_text,
+    media_keys,
+    unused,
+)
+from llava_min.errors import UserError, shorten
 
 Stored = Path | Embedded | Encoded  # an image that is not opened yet
 Talk = tuple[list[dict], list[Stored]]  # messages as templates take them; images in reading order
@@ -57,7 +64,7 @@ class Format:
         try:
             messages, images = self.read(raw, root)
         except Bad as e:
-            unread = f" (it has {short(', '.join(media))}, which is not read)" if media else ""
+            unread = f" (it has {shorten(', '.join(media))}, which is not read)" if media else ""
             raise Bad(f"{e}{unread}") from None
         extra = {key: value for key, value in raw.items() if key not in read}
         record = Record(id, with_system(messages, raw), images, root, extra)
@@ -86,9 +93,11 @@ def format_of(raw: dict) -> Format:
         names = [f.keys[0] for f in FORMATS]
         if null := [name for name in names if name in raw]:
             raise Bad(f"{null[0]} is null, expected a list of turns")
-        keys = short(", ".join(raw) or "none", 200)
-        raise Bad(f"{' or '.join(names)} is missing (its keys: {keys}); the formats that are read "
-                  f"are {' and '.join(f.name for f in FORMATS)}")
+        keys = shorten(", ".join(raw) or "none", 200)
+        raise Bad(
+            f"{' or '.join(names)} is missing (its keys: {keys}); the formats that are read "
+            f"are {' and '.join(f.name for f in FORMATS)}"
+        )
     return found[0]
 
 
@@ -133,7 +142,7 @@ def from_llava(raw: dict, root: Path) -> Talk:
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict) or turn.get("from") not in tuple(ROLES):
             known = isinstance(turn, dict)
-            came = f"from is {short(turn.get('from'))}" if known else f"is {kind(turn)}"
+            came = f"from is {shorten(turn.get('from'))}" if known else f"is {kind(turn)}"
             raise Bad(f"turn {i}: {came}, expected from human or gpt")
         role, text = ROLES[turn["from"]], turn.get("value")
         if not isinstance(text, str):
@@ -142,16 +151,19 @@ def from_llava(raw: dict, root: Path) -> Talk:
         if i == 0 and role == "assistant" and len(turns) > 1:
             continue  # ShareGPT conversations in LLaVA's own mixture begin so; LLaVA leaves it out
         if role != ("assistant" if len(messages) % 2 else "user"):
-            raise Bad(f"turn {i}: another {turn['from']} turn, but human and gpt must alternate, "
-                      "human first")
+            raise Bad(
+                f"turn {i}: another {turn['from']} turn, but human and gpt must alternate, "
+                "human first"
+            )
         if not text.strip():
             raise Bad(f"turn {i}: the {'answer' if role == 'assistant' else 'question'} is empty")
         content, n = marked(text) if role == "user" else (text, 0)
         marks += n
         messages.append(message(role, content, turn, f"turn {i}"))
     if len(messages) % 2:
-        raise Bad("ends with a human turn, but there must be an answer to learn from or to compare "
-                  "with")
+        raise Bad(
+            "ends with a human turn, but there must be an answer to learn from or to compare with"
+        )
     if marks != len(found):
         raise Bad(f"{len(found)} pictures, but the human turns mark {marks} with {MARK}")
     return messages, found
@@ -200,7 +212,9 @@ def from_messages(raw: dict, root: Path) -> Talk:
     return messages, in_order(found, named)
 
 
-def split_parts(parts: list, where: str, root: Path) -> tuple[list[dict], list[Stored | int | None]]:
+def split_parts(
+    parts: list, where: str, root: Path
+) -> tuple[list[dict], list[Stored | int | None]]:
     """The parts of a message as the templates take them, and of each image part its index, or the
     image it holds."""
     texts, which = [], []
@@ -211,23 +225,30 @@ def split_parts(parts: list, where: str, root: Path) -> tuple[list[dict], list[S
         elif name == "text" and isinstance(part.get("text"), str):
             texts.append({"type": "text", "text": part["text"]})
         else:
-            raise Bad(f'{where}: unknown part {short(part)}, expected {{"type": "text", "text": "…"}} '
-                      'or {"type": "image", "index": 0}')
+            raise Bad(
+                f'{where}: unknown part {shorten(part)}, expected {{"type": "text", "text": "…"}} '
+                'or {"type": "image", "index": 0}'
+            )
     return [{"type": "image"} for _ in which] + texts, which
 
 
 def image_of(part: dict, where: str, root: Path) -> Stored | int | None:
     said = {k: v for k, v in part.items() if k not in ("type", *HINTS) and v is not None}
     if other := [key for key in said if key not in ("index", *SOURCES)]:
-        raise Bad(f"{where}: an image part has {short(other[0])}, expected an index into images, or "
-                  "an image")
+        raise Bad(
+            f"{where}: an image part has {shorten(other[0])}, expected an index into images, or "
+            "an image"
+        )
     if len(said) > 1 or part["type"] == "image_url" and not said:
-        raise Bad(f"{where}: an image part has {', '.join(said) or 'no image_url'}, expected one of "
-                  "index and image")
+        raise Bad(
+            f"{where}: an image part has {', '.join(said) or 'no image_url'}, expected one of "
+            "index and image"
+        )
     if said.keys() <= {"index"}:
         return said.get("index")
     (source,) = said.values()
-    if isinstance(source, dict) and "url" in source:  # OpenAI's image_url; some leave the object out
+    # OpenAI's image_url; some leave the object out
+    if isinstance(source, dict) and "url" in source:
         source = source["url"]
     return stored(source, f"{where}: image", root)
 
@@ -238,14 +259,17 @@ def in_order(images: list[Stored], named: list[tuple[int, Stored | int | None]])
     indices = [(i, x) for i, x in named if not isinstance(x, Stored)]
     if all(index is None for _, index in indices):
         if len(indices) != len(images):
-            raise Bad(f"{len(images)} pictures, but the messages have {len(indices)} places for "
-                      "them")
+            raise Bad(
+                f"{len(images)} pictures, but the messages have {len(indices)} places for them"
+            )
         rest = iter(images)
         return [x if isinstance(x, Stored) else next(rest) for _, x in named]
     for i, index in indices:
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(images):
-            raise Bad(f"message {i}: image index {short(index)}, expected one of the {len(images)} "
-                      "pictures, from 0")
+            raise Bad(
+                f"message {i}: image index {shorten(index)}, expected one of the {len(images)} "
+                "pictures, from 0"
+            )
     if missing := set(range(len(images))) - {index for _, index in indices}:
         raise Bad(f"picture {min(missing)} is named by no message")
     return [x if isinstance(x, Stored) else images[x] for _, x in named]

@@ -1,9 +1,9 @@
 """Parquet files with the images inside → raw records whose images are read when they are asked for.
 
-Below record.py and formats.py. A column `image` or `images` holds images: {bytes, path} as `datasets`
-writes it, or bytes alone, one or a list of them. It is known by its types, as every writer names the
-elements of a list differently. All other columns are the raw record's. pyarrow is imported when there
-is a file to read.
+Below record.py and formats.py. A column `image` or `images` holds images: {bytes, path} as
+`datasets` writes it, or bytes alone, one or a list of them. It is known by its types, as every
+writer names the elements of a list differently. All other columns are the raw record's. pyarrow is
+imported when there is a file to read.
 """
 
 import math
@@ -16,15 +16,16 @@ from pathlib import Path
 
 from PIL import Image
 
-from llava_min.cli import UserError, short
 from llava_min.checks.image_file import MAX_BYTES, decode_image
+from llava_min.errors import UserError, shorten
 
 NAMES = ("images", "image")
 BINARY = ("binary", "large_binary", "binary_view")
 TEXT = ("string", "large_string", "string_view")
 LISTS = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
 MAX_GROUP = 2**30  # bytes of text in a row group, unpacked
-DAMAGED = (OSError, ValueError, TypeError, LookupError, RuntimeError, MemoryError)  # pyarrow's own exceptions are kinds of these
+# pyarrow's own exceptions are kinds of these
+DAMAGED = (OSError, ValueError, TypeError, LookupError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +42,16 @@ class Embedded:
         try:
             data = row_pictures(open_parquet(self.path), self.group, self.row)[self.index]
         except DAMAGED as e:
-            raise UserError(f"{name}: cannot be read ({short(e, 200)}); fetch the file again") from None
+            raise UserError(
+                f"{name}: cannot be read ({shorten(e, 200)}); fetch the file again"
+            ) from None
         return decode_image(data or b"", name, exif=exif)
 
 
 def open_parquet(path: Path):
     stat = os.stat(path)
-    return _open_parquet(path, os.getpid(), stat.st_mtime_ns, stat.st_size)  # a worker opens the file for itself
+    # a worker opens the file for itself
+    return _open_parquet(path, os.getpid(), stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=32)
@@ -55,8 +59,11 @@ def _open_parquet(path: Path, *_: int):
     try:
         import pyarrow.parquet as pq
     except ImportError:
-        raise UserError(f"{path}: reading parquet needs pyarrow; pip install 'llava_min[parquet]'") from None
-    return pq.ParquetFile(path, buffer_size=1 << 20)  # buffered: a group is read page by page, not whole
+        raise UserError(
+            f"{path}: reading parquet needs pyarrow; pip install 'llava_min[parquet]'"
+        ) from None
+    # buffered: a group is read page by page, not whole
+    return pq.ParquetFile(path, buffer_size=1 << 20)
 
 
 # ---- where the images are
@@ -80,8 +87,9 @@ class Column:
 
 @lru_cache(maxsize=32)
 def image_column(f) -> Column | None:
-    """None where no column holds the bytes of images. Raises LookupError: one does, in a way that is
-    not known."""
+    """None where no column holds the bytes of images. Raises LookupError: one does, in a way that
+    is not known.
+    """
     found = [name for name in NAMES if name in f.schema_arrow.names]
     columns = [c for name in found if (c := column_of(f, name, f.schema_arrow.field(name).type))]
     if len(columns) > 1:
@@ -130,16 +138,20 @@ def group_bytes(f, group: int) -> Iterator[list[bytes | None]]:
 
 
 def parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, row) with the images as `Embedded`, as the path of an image whose bytes are null, or as
-    None."""
+    """(where, row) with the images as `Embedded`, as the path of an image whose bytes are null, or
+    as None.
+    """
     try:
         f = open_parquet(path)
         try:
             column = image_column(f)
         except LookupError:
             leaves = ", ".join(f.schema.column(i).path for i in range(len(f.schema)))
-            raise UserError(f"{path}: has the columns {short(leaves, 300)}; expected image or images, "
-                            "not both, as {bytes (binary), path (text)}, bytes, or a list of them") from None
+            raise UserError(
+                f"{path}: has the columns {shorten(leaves, 300)}; expected image or images, "
+                "not both, as {bytes (binary), path (text)}, bytes, or a list of "
+                "them"
+            ) from None
         names = f.schema_arrow.names
         n, others = 0, [name for name in names if column is None or name != column.name]
         for g in range(f.num_row_groups):
@@ -154,9 +166,14 @@ def parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
     except UserError:
         raise
     except OverflowError as e:
-        raise UserError(f"{path}: a date or number is out of range ({short(e, 200)}); leave its column out, or correct it") from None
+        raise UserError(
+            f"{path}: a date or number is out of range ({shorten(e, 200)}); leave its column out, "
+            "or correct it"
+        ) from None
     except DAMAGED as e:
-        raise UserError(f"{path}: is not whole or not parquet ({short(e, 200)}); fetch it again") from None
+        raise UserError(
+            f"{path}: is not whole or not parquet ({shorten(e, 200)}); fetch it again"
+        ) from None
 
 
 def check_group(path: Path, group, g: int, images: Column | None) -> None:
@@ -169,8 +186,11 @@ def check_group(path: Path, group, g: int, images: Column | None) -> None:
         else:
             text += column.total_uncompressed_size
     if text > MAX_GROUP or pictures > MAX_BYTES * max(group.num_rows, 1):
-        raise UserError(f"{path}: row group {g} unpacks to {(text + pictures) >> 20} MiB, too much for {group.num_rows} "
-                        "rows; write the file with smaller row groups")
+        raise UserError(
+            f"{path}: row group {g} unpacks to {(text + pictures) >> 20} MiB, too much for "
+            f"{group.num_rows} "
+            "rows; write the file with smaller row groups"
+        )
 
 
 def group_pictures(f, path: Path, g: int, column: Column) -> list[list]:
@@ -183,11 +203,17 @@ def group_pictures(f, path: Path, g: int, column: Column) -> list[list]:
         paths = [column.images(value) for value in values]
         nulls = bytes_that_are_null(f, g, column)
         if nulls <= sum(not found for found in paths):  # a row without images counts as a null
-            return [[Embedded(path, g, row, i) for i in range(len(found))]
-                    for row, found in enumerate(paths)]
-    return [[Embedded(path, g, row, i) if data is not None else names and names[i]
-             for i, data in enumerate(found)]
-            for row, (found, names) in enumerate(zip(group_bytes(f, g), paths, strict=True))]
+            return [
+                [Embedded(path, g, row, i) for i in range(len(found))]
+                for row, found in enumerate(paths)
+            ]
+    return [
+        [
+            Embedded(path, g, row, i) if data is not None else names and names[i]
+            for i, data in enumerate(found)
+        ]
+        for row, (found, names) in enumerate(zip(group_bytes(f, g), paths, strict=True))
+    ]
 
 
 def bytes_that_are_null(f, g: int, column: Column) -> float:

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from llava_min.cli import note, warn
 from llava_min.data.chat import QWEN_SYSTEM, RECORD, TEMPLATES, VICUNA_SYSTEM, template
+from llava_min.errors import info, warn
 
 LONG = 20_000  # characters: a longer jinja text is none of ours, and is not read
 STRING = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
@@ -27,8 +27,13 @@ SELECT = r"\s*\|\s*selectattr\(\s*'type'\s*,\s*'equalto'\s*,\s*'(\w+)'\s*\)".rep
 PARTS = re.compile(rf"for \w+ in \w+{KEY.format('content')}(?:{SELECT})?")
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
 OPERATORS = ("if", "else", "in", "is", "not", "and", "or")
-ELSE = {"user": "assistant", "assistant": "user",
-        "not user": "user", "not assistant": "assistant", "not system": "system"}
+ELSE = {
+    "user": "assistant",
+    "assistant": "user",
+    "not user": "user",
+    "not assistant": "assistant",
+    "not system": "system",
+}
 
 
 def literal(text: str) -> str:
@@ -147,9 +152,11 @@ _VICUNA = VICUNA_SYSTEM + " "
 _PROMPT = "{if prompt:}ASSISTANT:{end}"
 _LLAVA_HF = "{for}{if not system:}{ROLE}: {end}{for image}<image>\n{next}%s{next}" + _PROMPT
 _SEPARATE = "{for}%s{if user:}USER: {text} {assistant:}ASSISTANT: {text}{eos}{end}{next}" + _PROMPT
-_HEADER = ("{for}<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>"
-           "{if loop.index0==0:}{bos}{text}{end}{text}{next}%s"
-           "<|start_header_id|>assistant<|end_header_id|>\n\n")
+_HEADER = (
+    "{for}<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>"
+    "{if loop.index0==0:}{bos}{text}{end}{text}{next}%s"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
 _PARTS = "{for text}{text} {next}"
 _NO_SYSTEM = "{if loop.firstandmessages[0]['role']!='system':}"
 _SYSTEM = "{if loop.firstandsystem_messageisdefined:}"
@@ -157,41 +164,65 @@ _INST = " [INST] {text} [/INST]"
 # Outlines of forms that write what ours writes, with its spaces.
 FORMS = {
     "vicuna_v1": [
-        (_VICUNA,  # as LLaMA-Factory saves it
-         "{for}{if user:}USER: {text} ASSISTANT:{assistant:} {text}{eos}{end}{next}"),
-        (_VICUNA, _SEPARATE % ""), ("", _SEPARATE % ("{if loop.index0==0:}" + _VICUNA + "{end}")),
+        (
+            _VICUNA,  # as LLaMA-Factory saves it
+            "{for}{if user:}USER: {text} ASSISTANT:{assistant:} {text}{eos}{end}{next}",
+        ),
+        (_VICUNA, _SEPARATE % ""),
+        ("", _SEPARATE % ("{if loop.index0==0:}" + _VICUNA + "{end}")),
     ],
     "llava_hf": [  # two states of llava-hf's own
         ("", _LLAVA_HF % _PARTS),
         ("", _LLAVA_HF % ("{if not assistant:}" + _PARTS + "{assistant:}" + _PARTS + "{end}")),
     ],
     "chatml": [
-        ("", "{for}" + _NO_SYSTEM + f"<|im_start|>system\n{QWEN_SYSTEM}<|im_end|>\n" +
-             "{end}<|im_start|>{role}\n{text}<|im_end|>\n{next}"
-             "{if prompt:}<|im_start|>assistant\n{end}"),
+        (
+            "",
+            "{for}"
+            + _NO_SYSTEM
+            + f"<|im_start|>system\n{QWEN_SYSTEM}<|im_end|>\n"
+            + "{end}<|im_start|>{role}\n{text}<|im_end|>\n{next}"
+            "{if prompt:}<|im_start|>assistant\n{end}",
+        ),
     ],
     "mistral": [
         ("", "{for}{if user:}" + _INST + "{assistant:} {text}{eos}{end}{next}"),
-        ("", "{for}{if user:}" + _SYSTEM + " [INST] {text}\n\n{text} [/INST]{else:}" + _INST +
-             "{end}{assistant:} {text}{eos}{end}{next}"),
+        (
+            "",
+            "{for}{if user:}"
+            + _SYSTEM
+            + " [INST] {text}\n\n{text} [/INST]{else:}"
+            + _INST
+            + "{end}{assistant:} {text}{eos}{end}{next}",
+        ),
     ],
     "llama3": [("", _HEADER % "{if prompt:}" + "{end}"), ("", _HEADER % "")],
 }
-_MARKS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", "[INST]": "mistral",
-          "ASSISTANT:": None}  # vicuna_v1 or llava_hf, by the layout
+_MARKS = {
+    "<|im_start|>": "chatml",
+    "<|start_header_id|>": "llama3",
+    "[INST]": "mistral",
+    "ASSISTANT:": None,
+}  # vicuna_v1 or llava_hf, by the layout
 
 
 def recognise(jinja: str) -> tuple[str | None, bool]:
     """The template that a jinja text is a form of, or None; and whether its spaces are ours."""
     bare = lambda parts: tuple("".join(part.split()) for part in parts)
     found = outline(jinja)
-    forms = [(name, form) for name, forms in FORMS.items() for form in forms
-             if bare(form) == bare(found)]
+    forms = [
+        (name, form) for name, forms in FORMS.items() for form in forms if bare(form) == bare(found)
+    ]
     return (forms[0][0], found in [form for _, form in forms]) if forms else (None, False)
 
 
-def choose(config: dict, processor_config: dict | None = None, chat_template: str | None = None,
-           tokenizer=None, path: Path | str = "chat_template") -> str:
+def choose(
+    config: dict,
+    processor_config: dict | None = None,
+    chat_template: str | None = None,
+    tokenizer=None,
+    path: Path | str = "chat_template",
+) -> str:
     """The template name for a checkpoint.
 
     `config` is its config.json, `processor_config` its processor_config.json (where we record the
@@ -209,11 +240,15 @@ def choose(config: dict, processor_config: dict | None = None, chat_template: st
     if name is None:
         flat = text is config
         name = nearest(chat_template, flat) or by_model(text, tokenizer, flat=flat)
-        warn(f"{path}: a chat template that is none of {', '.join(TEMPLATES)}; {name} is taken as "
-             "the nearest, and the model may have learned another; say which with --template")
+        warn(
+            f"{path}: a chat template that is none of {', '.join(TEMPLATES)}; {name} is taken as "
+            "the nearest, and the model may have learned another; say which with --template"
+        )
     elif not same:
-        note(f"{path}: taken as {name}, from which it differs in spaces alone; --template takes "
-             "another")
+        info(
+            f"{path}: taken as {name}, from which it differs in spaces alone; --template takes "
+            "another"
+        )
     return name
 
 

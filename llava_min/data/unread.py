@@ -7,8 +7,8 @@ answers that are marked as not to be learnt, and fields that mean something else
 import re
 from functools import lru_cache
 
-from llava_min.cli import short
 from llava_min.data.record import Bad, Record, kind, text_of
+from llava_min.errors import shorten
 
 MEDIA = "image|img|picture|pic|photo|frame|media|video|film|clip|audio|sound|speech"
 PLACES = "path|file|name|url|uri|list|data|bytes|base64|b64|local|input"
@@ -71,15 +71,17 @@ def placeholder(question: str) -> str | None:
     if found := re.search(MARK + r"\Z", question[-8:]):
         before = question[: -len(found[0])]
         words = before.rstrip()
-        return None if words[-1:].isalnum() and "\n" not in before[len(words):] else found[1]
+        return None if words[-1:].isalnum() and "\n" not in before[len(words) :] else found[1]
     return None
 
 
 def check_media(record: Record, media: list[str]) -> None:
     """A question about what the model would not see teaches it to guess. Raises Bad."""
     if media and not record.images:
-        raise Bad(f"has {short(', '.join(dict.fromkeys(media)), 200)}, which is not read, and no "
-                  "image; expected images under image or images, or in the messages")
+        raise Bad(
+            f"has {shorten(', '.join(dict.fromkeys(media)), 200)}, which is not read, and no "
+            "image; expected images under image or images, or in the messages"
+        )
     for i, message in enumerate(record.messages):
         mark = placeholder(text_of(message)) if message["role"] == "user" else None
         if mark and (mark != "image" or not record.images):
@@ -97,7 +99,7 @@ def is_learnt(turn: dict, where: str) -> bool:
         value = turn[name]
         number = isinstance(value, (bool, int, float))
         if value is not None and not (number and value >= 0):
-            came = short(value) if number else kind(value)
+            came = shorten(value) if number else kind(value)
             raise Bad(f"{where}: {name} is {came}, expected true or false, 1 or 0")
     return all(turn[name] != 0 for name in said)
 

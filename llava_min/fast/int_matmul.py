@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llava_min.packed import slow
+from llava_min.fast.cpu_linear import bf16_is_slow
 from llava_min.quant.bits import pack, unpack
 from llava_min.quant.codebook import CodebookLinear
 from llava_min.quant.group import GroupLinear
@@ -53,13 +53,13 @@ class ByRows(QuantLinear):
     def product(self, x: Tensor) -> Tensor:
         out = x.new_empty(*x.shape[:-1], self.out_features)
         with torch.autocast(x.device.type, enabled=False):
-            wide = x.float() if slow(x) else x
+            wide = x.float() if bf16_is_slow(x) else x
             for i, j in self.pieces(x):
                 out[..., i:j] = F.linear(wide, self.rows(i, j, wide.dtype))
         return out
 
     def input_gradient(self, grad: Tensor) -> Tensor:
-        wide, total = grad.float() if slow(grad) else grad, 0
+        wide, total = grad.float() if bf16_is_slow(grad) else grad, 0
         for i, j in self.pieces(grad):
             total = total + (wide[..., i:j] @ self.rows(i, j, wide.dtype)).float()
         return total.to(grad.dtype)
@@ -152,8 +152,9 @@ class Int4Linear(ByRows):
         scale = layer.weight_scale.bfloat16()
         zero = (8 - layer.zero(0, self.out_features)) * scale.float().unsqueeze(-1)
         both = torch.cat((scale.unsqueeze(-1), zero.bfloat16()), -1)  # w = (code - 8) scale + zero
-        self.store(weight_kernel=kernel_pack(codes),
-                   scale_and_zero=both.transpose(0, 1).contiguous())  # (K / g, N, 2)
+        self.store(
+            weight_kernel=kernel_pack(codes), scale_and_zero=both.transpose(0, 1).contiguous()
+        )  # (K / g, N, 2)
         # fp16 scales, of published AWQ checkpoints, are not all bf16 numbers: they stay as well
         same = layer.weight_scale.dtype == torch.bfloat16
         self.register_parameter("weight_scale", None if same else layer.weight_scale)
@@ -195,8 +196,15 @@ class Int4Linear(ByRows):
 
     def portable(self) -> GroupLinear:
         """The layer that this one was made of."""
-        layer = GroupLinear(self.in_features, self.out_features, bits=4, group_size=self.group_size,
-                            symmetric=self.symmetric, choose=self.choose, device="meta")
+        layer = GroupLinear(
+            self.in_features,
+            self.out_features,
+            bits=4,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            choose=self.choose,
+            device="meta",
+        )
         layer.bias = self.bias
         n = self.out_features
         scale, zero = self.scale_zero(0, n)

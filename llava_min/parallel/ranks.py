@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llava_min.cli import UserError, note, printable
+from llava_min.errors import UserError, escape_controls, info
 
 # torchrun's variables, and SLURM's for the same.
 RANKS = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
@@ -88,7 +88,7 @@ def env_int(name: str, low: int, high: int) -> int:
     text = os.environ[name]
     if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
         raise UserError(
-            f"{name}: {printable(text)[:40]!r} is not a whole number from {low} to {high}; "
+            f"{name}: {escape_controls(text)[:40]!r} is not a whole number from {low} to {high}; "
             "start with torchrun or srun, which set it"
         )
     return int(text)
@@ -111,7 +111,8 @@ def pick_device(device: str | torch.device) -> torch.device:
         ) from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(
-            f"device: {device} is not a device that this code runs on; give auto, cpu, cuda or cuda:N"
+            f"device: {device} is not a device that this code runs on; give auto, cpu, cuda or "
+            "cuda:N"
         )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
@@ -152,7 +153,8 @@ def start(device: str | torch.device = "auto", timeout: float = 600.0) -> World:
     except (RuntimeError, ValueError) as e:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
-            f"rank {rank} of {size} did not meet the others at {printable(where)[:200]} ({first_line(e)}); "
+            f"rank {rank} of {size} did not meet the others at {escape_controls(where)[:200]} "
+            f"({first_line(e)}); "
             "are all started, is the address right and its port free?"
         ) from None
     if device.type == "cpu":
@@ -174,7 +176,7 @@ def use_all_cores(rank: int) -> None:
         if threads > 1:
             torch.set_num_threads(threads)
             if rank == 0:
-                note(f"{threads} threads a rank instead of torchrun's OMP_NUM_THREADS=1")
+                info(f"{threads} threads a rank instead of torchrun's OMP_NUM_THREADS=1")
 
 
 def leave(world: World) -> None:
@@ -212,18 +214,18 @@ def abort(world: World, error: BaseException) -> NoReturn:
         traceback.print_exception(error)
     if reason is not None:
         line = f"error: rank {world.rank}: {reason}"
-        note(line)
+        info(line)
         if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            extra = {"py_callstack": printable(line), "timestamp": str(int(time.time()))}
+            extra = {"py_callstack": escape_controls(line), "timestamp": str(int(time.time()))}
             with open(path, "w", encoding="utf-8") as f:
-                json.dump({"message": {"message": printable(line), "extraInfo": extra}}, f)
+                json.dump({"message": {"message": escape_controls(line), "extraInfo": extra}}, f)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def first_line(error: BaseException) -> str:
-    return printable(str(error).strip().partition("\n")[0])[:300]
+    return escape_controls(str(error).strip().partition("\n")[0])[:300]
 
 
 # ---- what the ranks tell each other; in one process, what it knows itself
@@ -257,7 +259,7 @@ def assert_same_on_ranks(world: World, name: str, value: Any) -> None:
             if isinstance(first, dict) and isinstance(other, dict):
                 key = next(key for key in first | other if first.get(key) != other.get(key))
                 name, first, other = f"{name}, {key}", first.get(key), other.get(key)
-            show = lambda x: printable(x)[:100]
+            show = lambda x: escape_controls(x)[:100]
             raise UserError(
                 f"{name}: {show(first)} on rank 0 and {show(other)} on rank {rank}; "
                 "start every rank with the same command, code and files"

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from llava_min.cli import UserError
+from llava_min.errors import UserError
 from llava_min.quant.group import GroupLinear
 
 RATIOS = 20  # exponents 0, 1/20 … 19/20
@@ -33,16 +33,23 @@ def checked(x: Tensor, width: int) -> Tensor:
     x = x.detach().flatten(0, -2).float()
     assert x.shape[1] == width
     if len(x) < LEAST_ROWS:
-        raise UserError(f"calibration: {len(x)} rows of input came, at least {LEAST_ROWS} are "
-                        "needed; give more records")
+        raise UserError(
+            f"calibration: {len(x)} rows of input came, at least {LEAST_ROWS} are "
+            "needed; give more records"
+        )
     if not torch.isfinite(x).all():
-        raise UserError("calibration: the inputs of a layer hold NaN or infinity; "
-                        "calibrate in another dtype")
+        raise UserError(
+            "calibration: the inputs of a layer hold NaN or infinity; calibrate in another dtype"
+        )
     return x
 
 
-def search_scales(weights: list[Tensor], x: Tensor, rounded: Callable[[Tensor], Tensor],
-                  outputs: Callable[[list[Tensor]], Tensor] | None = None) -> Tensor:
+def search_scales(
+    weights: list[Tensor],
+    x: Tensor,
+    rounded: Callable[[Tensor], Tensor],
+    outputs: Callable[[list[Tensor]], Tensor] | None = None,
+) -> Tensor:
     """s (K,) of the linear layers `weights` (N_i, K) that read `x` (…, K): the exponent whose
     rounded weights give the least mean square error of `outputs(weights)`, by default of the
     layers' own outputs.

@@ -10,7 +10,7 @@ A word holds outputs, not inputs, in the order in which a CUDA kernel wants them
 import torch
 from torch import Tensor
 
-from llava_min.cli import UserError
+from llava_min.errors import UserError
 from llava_min.quant.bits import pack, unpack
 from llava_min.quant.group import GroupLinear
 
@@ -34,8 +34,12 @@ def fill(layer: GroupLinear, tensors: dict[str, Tensor]) -> None:
     for name, shape in want.items():
         came = tuple(tensors[name].shape) if name in tensors else "missing"
         if came != shape:
-            raise UserError(f"{name} of an AWQ layer is {came}, {shape} was expected for group "
-                            f"size {g}; the checkpoint does not belong to its config")
-    layer.store(weight_packed=pack(codes_of(tensors["qweight"]).T.contiguous(), 4),
-                weight_scale=tensors["scales"].half().T.contiguous(),
-                weight_zero=(codes_of(tensors["qzeros"]) << 4).T.contiguous())
+            raise UserError(
+                f"{name} of an AWQ layer is {came}, {shape} was expected for group "
+                f"size {g}; the checkpoint does not belong to its config"
+            )
+    layer.store(
+        weight_packed=pack(codes_of(tensors["qweight"]).T.contiguous(), 4),
+        weight_scale=tensors["scales"].half().T.contiguous(),
+        weight_zero=(codes_of(tensors["qzeros"]) << 4).T.contiguous(),
+    )

@@ -13,7 +13,7 @@ import json
 import torch
 from torch import Tensor
 
-from llava_min.cli import UserError
+from llava_min.errors import UserError
 from llava_min.quant.codebook import BLOCK, NESTED, CodebookLinear, codebook
 from llava_min.quant.int8 import Int8Linear
 
@@ -29,15 +29,27 @@ def tensors_of(layer: CodebookLinear | Int8Linear) -> dict[str, Tensor]:
         rows = torch.tensor(0, dtype=torch.uint8)
         return {"weight": packed, "SCB": layer.SCB.detach(), "weight_format": rows}
     device = packed.device
-    out = {"weight": packed, "weight.absmax": layer.absmax.detach(),
-           "weight.quant_map": codebook(layer.kind, device).clone()}
-    state = {"quant_type": layer.kind, "blocksize": BLOCK, "dtype": NAMES[layer.dtype],
-             "shape": [layer.out_features, layer.in_features]}
+    out = {
+        "weight": packed,
+        "weight.absmax": layer.absmax.detach(),
+        "weight.quant_map": codebook(layer.kind, device).clone(),
+    }
+    state = {
+        "quant_type": layer.kind,
+        "blocksize": BLOCK,
+        "dtype": NAMES[layer.dtype],
+        "shape": [layer.out_features, layer.in_features],
+    }
     if layer.double_quant:
-        out |= {"weight.nested_absmax": layer.nested_absmax.detach(),
-                "weight.nested_quant_map": codebook("dynamic", device).clone()}
-        state |= {"nested_blocksize": NESTED, "nested_dtype": "float32",
-                  "nested_offset": layer.nested_offset.item()}
+        out |= {
+            "weight.nested_absmax": layer.nested_absmax.detach(),
+            "weight.nested_quant_map": codebook("dynamic", device).clone(),
+        }
+        state |= {
+            "nested_blocksize": NESTED,
+            "nested_dtype": "float32",
+            "nested_offset": layer.nested_offset.item(),
+        }
     text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     return {**out, STATE + layer.kind: text}
 
@@ -51,8 +63,9 @@ def state_of(tensors: dict[str, Tensor]) -> dict:
                 return dict(json.loads(bytes(x.tolist())))
             except (ValueError, TypeError):
                 break
-    raise UserError("a 4-bit layer has no readable quant_state; save the checkpoint again with "
-                    "bitsandbytes")
+    raise UserError(
+        "a 4-bit layer has no readable quant_state; save the checkpoint again with bitsandbytes"
+    )
 
 
 def fill(layer: CodebookLinear | Int8Linear, tensors: dict[str, Tensor]) -> None:
@@ -64,15 +77,19 @@ def fill(layer: CodebookLinear | Int8Linear, tensors: dict[str, Tensor]) -> None
     if isinstance(layer, CodebookLinear):
         return fill_four_bits(layer, tensors)
     if tensors.get("weight_format", torch.tensor(0)).item() != 0:
-        raise UserError("an int8 layer's weight_format is not 0; save the checkpoint again with "
-                        "bitsandbytes")
+        raise UserError(
+            "an int8 layer's weight_format is not 0; save the checkpoint again with bitsandbytes"
+        )
     layer.store_read({"weight_packed": tensors.get("weight"), "SCB": tensors.get("SCB")})
 
 
 def fill_four_bits(layer: CodebookLinear, tensors: dict[str, Tensor]) -> None:
     state = state_of(tensors)
-    want = {"quant_type": layer.kind, "blocksize": BLOCK,
-            "shape": [layer.out_features, layer.in_features]}
+    want = {
+        "quant_type": layer.kind,
+        "blocksize": BLOCK,
+        "shape": [layer.out_features, layer.in_features],
+    }
     maps = {"weight.quant_map": codebook(layer.kind, torch.device("cpu"))}
     read = {"weight_packed": tensors.get("weight"), "absmax": tensors.get("weight.absmax")}
     if layer.double_quant:
@@ -85,12 +102,16 @@ def fill_four_bits(layer: CodebookLinear, tensors: dict[str, Tensor]) -> None:
     for name, ours in want.items():
         if state.get(name) != ours:
             came = str(state.get(name))[:40]
-            raise UserError(f"quant_state: {name} is {came!r}, {ours!r} is what is read; "
-                            "quantize the 16-bit checkpoint anew")
+            raise UserError(
+                f"quant_state: {name} is {came!r}, {ours!r} is what is read; "
+                "quantize the 16-bit checkpoint anew"
+            )
     for name, ours in maps.items():
         x = tensors.get(name, ours)
         if x.shape != ours.shape or not torch.allclose(x.cpu().float(), ours, rtol=0, atol=1e-6):
-            raise UserError(f"{name} has other numbers than {layer.kind} has; "
-                            "quantize the 16-bit checkpoint anew")
+            raise UserError(
+                f"{name} has other numbers than {layer.kind} has; "
+                "quantize the 16-bit checkpoint anew"
+            )
     layer.store_read(read)
     layer.dtype = DTYPES.get(state.get("dtype"), torch.float32)

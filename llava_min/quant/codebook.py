@@ -26,16 +26,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_min.cli import UserError
+from llava_min.errors import UserError
 from llava_min.quant.linear import QuantLinear
 
 BLOCK, NESTED = 64, 256
 PIECE = 1 << 20  # weights handled at one time, a multiple of BLOCK
 VALUES = {
-    "nf4": (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-            -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-            0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-            0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    "nf4": (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
     # sign, exponent, mantissa 000 to 111, of which 12 is the largest
     "fp4": tuple(sign * v / 12 for sign in (1, -1) for v in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
 }
@@ -101,21 +115,33 @@ class CodebookLinear(QuantLinear):
     """kind: "nf4" or "fp4". Raises UserError for another, or a weight that is not of whole
     blocks."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, *, kind: str,
-                 double_quant: bool = True, device=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        kind: str,
+        double_quant: bool = True,
+        device=None,
+    ):
         super().__init__(in_features, out_features, bias, device)
         count = in_features * out_features
         if kind not in ("nf4", "fp4"):
             raise UserError(f"kind: {kind!r} came; there are nf4 and fp4")
         if count % BLOCK:
-            raise UserError(f"{kind}: a layer of shape ({out_features}, {in_features}) is not of "
-                            f"whole blocks of {BLOCK} weights; choose another method")
+            raise UserError(
+                f"{kind}: a layer of shape ({out_features}, {in_features}) is not of "
+                f"whole blocks of {BLOCK} weights; choose another method"
+            )
         self.kind, self.double_quant = kind, double_quant
         self.dtype = torch.float32  # of the weight that came, which bitsandbytes records
         empty = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device=device)
         size_dtype = torch.uint8 if double_quant else torch.float32
-        self.store(weight_packed=empty(count // 2, 1, dtype=torch.uint8),
-                   absmax=empty(count // BLOCK, dtype=size_dtype))
+        self.store(
+            weight_packed=empty(count // 2, 1, dtype=torch.uint8),
+            absmax=empty(count // BLOCK, dtype=size_dtype),
+        )
         if double_quant:
             self.store(nested_absmax=empty(-(-count // (BLOCK * NESTED))), nested_offset=empty(1))
 
@@ -125,8 +151,12 @@ class CodebookLinear(QuantLinear):
         if not self.double_quant:
             return {"weight_packed": packed, "absmax": absmax}
         codes, nested, offset = quantize_sizes(absmax)
-        return {"weight_packed": packed, "absmax": codes, "nested_absmax": nested,
-                "nested_offset": offset}
+        return {
+            "weight_packed": packed,
+            "absmax": codes,
+            "nested_absmax": nested,
+            "nested_offset": offset,
+        }
 
     def sizes(self, first: int, end: int) -> Tensor:
         """Of the blocks first to end (n, 1), fp32."""

@@ -11,16 +11,18 @@ dtype changes.
 import torch
 from torch import Tensor
 
-from llava_min.cli import UserError
+from llava_min.errors import UserError
 from llava_min.quant.group import GroupLinear
 
 
 def tensors_of(layer: GroupLinear) -> dict[str, Tensor]:
     """Suffix -> tensor, without the bias, of a symmetric 4-bit layer."""
     assert layer.bits == 4 and layer.symmetric
-    return {"weight_packed": layer.weight_packed.detach().view(torch.int32),
-            "weight_scale": layer.weight_scale.detach(),
-            "weight_shape": torch.tensor([layer.out_features, layer.in_features])}
+    return {
+        "weight_packed": layer.weight_packed.detach().view(torch.int32),
+        "weight_scale": layer.weight_scale.detach(),
+        "weight_shape": torch.tensor([layer.out_features, layer.in_features]),
+    }
 
 
 def fill(layer: GroupLinear, tensors: dict[str, Tensor]) -> None:
@@ -30,9 +32,11 @@ def fill(layer: GroupLinear, tensors: dict[str, Tensor]) -> None:
     """
     packed, scale, shape = (tensors.get(f"weight_{name}") for name in ("packed", "scale", "shape"))
     if shape is not None and shape.tolist() != [layer.out_features, layer.in_features]:
-        raise UserError(f"weight_shape is {shape.tolist()}, [{layer.out_features}, "
-                        f"{layer.in_features}] was expected; the checkpoint does not belong to its "
-                        "config")
+        raise UserError(
+            f"weight_shape is {shape.tolist()}, [{layer.out_features}, "
+            f"{layer.in_features}] was expected; the checkpoint does not belong to its "
+            "config"
+        )
     if packed is not None and packed.dtype == torch.int32:
         packed = packed.contiguous().view(torch.uint8)
     scale = None if scale is None else scale.to(torch.bfloat16)

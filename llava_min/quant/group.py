@@ -23,7 +23,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from llava_min.cli import UserError
+from llava_min.errors import UserError
 from llava_min.quant.bits import WIDTHS, pack, unpack
 from llava_min.quant.linear import QuantLinear
 from llava_min.quant.rounding import Choose, asymmetric, decode, encode, symmetric
@@ -39,22 +39,35 @@ class GroupLinear(QuantLinear):
     width.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, *, bits: int,
-                 group_size: int, symmetric: bool = False, choose: Choose | None = None,
-                 device=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        bits: int,
+        group_size: int,
+        symmetric: bool = False,
+        choose: Choose | None = None,
+        device=None,
+    ):
         super().__init__(in_features, out_features, bias, device)
         if bits not in WIDTHS or symmetric and bits == 1:
             least = "8, 4, 3 or 2 bits" if symmetric else "8, 4, 3, 2 or 1 bits"
             raise UserError(f"bits: {bits} came, a weight is stored in {least}; name one of them")
         if group_size < 8 or group_size % 8 or in_features % group_size:
-            raise UserError(f"group_size: {group_size} does not divide the width {in_features} of "
-                            "a layer into groups of a multiple of 8; choose one that does")
+            raise UserError(
+                f"group_size: {group_size} does not divide the width {in_features} of "
+                "a layer into groups of a multiple of 8; choose one that does"
+            )
         self.bits, self.group_size = bits, group_size
         self.symmetric, self.choose = symmetric, choose
         groups = (out_features, in_features // group_size)
         empty = lambda *shape, dtype=torch.uint8: torch.empty(*shape, dtype=dtype, device=device)
-        self.store(weight_packed=empty(out_features, in_features * bits // 8),
-                   weight_scale=empty(*groups, dtype=torch.bfloat16))
+        self.store(
+            weight_packed=empty(out_features, in_features * bits // 8),
+            weight_scale=empty(*groups, dtype=torch.bfloat16),
+        )
         self.register_parameter("weight_zero", None)
         if not symmetric:
             self.store(weight_zero=empty(*groups))
@@ -81,8 +94,10 @@ class GroupLinear(QuantLinear):
         return torch.cat([decode(*piece, weight.dtype).flatten(1) for piece in self.pieces(weight)])
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        parts = [(pack(codes.flatten(1), self.bits), scale.bfloat16(), self.fixed(zero))
-                 for codes, scale, zero in self.pieces(weight)]
+        parts = [
+            (pack(codes.flatten(1), self.bits), scale.bfloat16(), self.fixed(zero))
+            for codes, scale, zero in self.pieces(weight)
+        ]
         packed, scale, zero = (torch.cat(x) for x in zip(*parts))
         scale, zero = scale.squeeze(-1), zero.squeeze(-1)
         tensors = {"weight_packed": packed, "weight_scale": scale}

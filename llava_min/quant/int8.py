@@ -32,8 +32,15 @@ class Int8Linear(QuantLinear):
     """round_input: w8a8. Its gradient is that of the dequantized layer, the rounding of the input
     passed over."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, *,
-                 round_input: bool = False, device=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        round_input: bool = False,
+        device=None,
+    ):
         super().__init__(in_features, out_features, bias, device)
         self.round_input = round_input
         codes = torch.empty(out_features, in_features, dtype=torch.int8, device=device)

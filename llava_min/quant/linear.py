@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llava_min.cli import UserError
+from llava_min.errors import UserError
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -58,12 +58,16 @@ class QuantLinear(nn.Module):
         """
         shape = (self.out_features, self.in_features)
         if weight.shape != shape:
-            raise UserError(f"a weight of shape {tuple(weight.shape)} came for a linear layer of "
-                            f"shape {shape}; quantize the checkpoint that this config belongs to")
+            raise UserError(
+                f"a weight of shape {tuple(weight.shape)} came for a linear layer of "
+                f"shape {shape}; quantize the checkpoint that this config belongs to"
+            )
         # by the limits, where NaN shows too: isfinite of every weight takes their size twice
         if not all(torch.isfinite(limit) for limit in weight.aminmax()):
-            raise UserError(f"a weight of shape {shape} holds NaN or infinity and cannot be "
-                            "quantized; load it in another dtype, or download it again")
+            raise UserError(
+                f"a weight of shape {shape} holds NaN or infinity and cannot be "
+                "quantized; load it in another dtype, or download it again"
+            )
         self.store(**self.quantize(weight.detach()))
 
     def store_read(self, tensors: dict[str, Tensor | None]) -> None:
@@ -73,9 +77,11 @@ class QuantLinear(nn.Module):
             there = getattr(self, name)
             if x is None or x.shape != there.shape or x.dtype != there.dtype:
                 came = "is missing" if x is None else f"is {described(x)}"
-                raise UserError(f"{name} of a quantized layer {came}, {described(there)} was "
-                                "expected; the checkpoint is broken or does not belong to its "
-                                "config, download it again")
+                raise UserError(
+                    f"{name} of a quantized layer {came}, {described(there)} was "
+                    "expected; the checkpoint is broken or does not belong to its "
+                    "config, download it again"
+                )
         self.store(**tensors)
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from functools import partial
 
 from torch import nn
 
-from llava_min.cli import UserError
+from llava_min.errors import UserError
 from llava_min.quant.codebook import CodebookLinear
 from llava_min.quant.group import GroupLinear
 from llava_min.quant.hqq import half_quadratic
@@ -25,8 +25,10 @@ from llava_min.quant.int8 import Int8Linear
 from llava_min.quant.linear import QuantLinear
 
 INT4 = partial(GroupLinear, bits=4, symmetric=True)
-HQQ = {f"hqq{bits}": (partial(GroupLinear, bits=bits, choose=half_quadratic), 64)
-       for bits in (8, 4, 3, 2, 1)}
+HQQ = {
+    f"hqq{bits}": (partial(GroupLinear, bits=bits, choose=half_quadratic), 64)
+    for bits in (8, 4, 3, 2, 1)
+}
 # name -> what builds a layer, its group size
 METHODS: dict[str, tuple[Callable[..., QuantLinear], int | None]] = {
     "int8": (Int8Linear, None),
@@ -39,8 +41,15 @@ METHODS: dict[str, tuple[Callable[..., QuantLinear], int | None]] = {
 }
 
 
-def empty_layer(method: str, in_features: int, out_features: int, bias: bool = False, *,
-                group_size: int | None = None, device=None) -> QuantLinear:
+def empty_layer(
+    method: str,
+    in_features: int,
+    out_features: int,
+    bias: bool = False,
+    *,
+    group_size: int | None = None,
+    device=None,
+) -> QuantLinear:
     """A layer of that method without values; `load` gives them. group_size: of int4, awq4 and hqq,
     else refused.
 
@@ -48,12 +57,14 @@ def empty_layer(method: str, in_features: int, out_features: int, bias: bool = F
     have.
     """
     if method not in METHODS:
-        raise UserError(f"quantize: {str(method)[:40]!r} is no method; there are "
-                        f"{', '.join(METHODS)}")
+        raise UserError(
+            f"quantize: {str(method)[:40]!r} is no method; there are {', '.join(METHODS)}"
+        )
     build, usual = METHODS[method]
     if usual is None and group_size is not None:
-        raise UserError(f"group_size: {method} has none; leave it out, or quantize with int4 or "
-                        "hqq4")
+        raise UserError(
+            f"group_size: {method} has none; leave it out, or quantize with int4 or hqq4"
+        )
     groups = {} if usual is None else {"group_size": group_size or usual}
     return build(in_features, out_features, bias, device=device, **groups)
 
@@ -64,18 +75,22 @@ def quantized(layer: nn.Linear, method: str, group_size: int | None = None) -> Q
     Raises UserError as `empty_layer` and `load` do, and for a layer that is quantized already.
     """
     if isinstance(layer, QuantLinear):
-        raise UserError(f"quantize: the layer is quantized already ({type(layer).__name__}); give "
-                        "the 16-bit checkpoint")
-    new = empty_layer(method, layer.in_features, layer.out_features, group_size=group_size,
-                      device="meta")
+        raise UserError(
+            f"quantize: the layer is quantized already ({type(layer).__name__}); give "
+            "the 16-bit checkpoint"
+        )
+    new = empty_layer(
+        method, layer.in_features, layer.out_features, group_size=group_size, device="meta"
+    )
     new.bias = layer.bias
     if not layer.weight.is_meta:
         new.load(layer.weight)
     return new
 
 
-def quantize_layers(model: nn.Module, paths: list[str], method: str,
-                    group_size: int | None = None) -> None:
+def quantize_layers(
+    model: nn.Module, paths: list[str], method: str, group_size: int | None = None
+) -> None:
     """Put a quantized layer in the place of each linear layer of `paths`, one after the other."""
     for path in paths:
         parent, _, name = path.rpartition(".")

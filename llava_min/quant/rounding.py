@@ -25,8 +25,9 @@ def encode(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return (w / scale).add_(zero).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
-def decode(codes: Tensor, scale: Tensor, zero: Tensor | float,
-           dtype: torch.dtype = torch.float32) -> Tensor:
+def decode(
+    codes: Tensor, scale: Tensor, zero: Tensor | float, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """codes (N, G, g) -> weights, the exact product rounded once to `dtype`.
 
     A stored zero-point has 8 bits, so code - zero has 8 and is exact in bf16 too: with a bf16

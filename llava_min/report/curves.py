@@ -1,6 +1,8 @@
-"""Curves of a training run as inline SVG: axes, gridlines, the raw values faint and a smoothed line over them.
+"""Curves of a training run as inline SVG: axes, gridlines, the raw values faint and a smoothed line
+over them.
 
-Everything is placed here in Python; the page's script only looks up the point nearest to the pointer.
+Everything is placed here in Python; the page's script only looks up the point nearest to the
+pointer.
 """
 
 import math
@@ -25,8 +27,11 @@ class Curve:
 
 def figures(curves: list[Curve]) -> str:
     note = lambda c: f'<p class="muted">{escape(c.note)}</p>' if c.note else ""
-    drawn = "".join(f'<figure class="chart"><figcaption><b><bdi>{escape(c.name)}</bdi></b><output></output></figcaption>'
-                    f"{c.svg}{note(c)}</figure>" for c in curves)
+    drawn = "".join(
+        f'<figure class="chart"><figcaption><b><bdi>{escape(c.name)}</bdi></b><output></output></figcaption>'
+        f"{c.svg}{note(c)}</figure>"
+        for c in curves
+    )
     return f'<div class="charts">{drawn}</div>' if drawn else ""
 
 
@@ -35,7 +40,11 @@ def curve(name: str, values: dict[float, float]) -> Curve:
     steps = sorted(values)
     good = [(s, values[s]) for s in steps if math.isfinite(values[s])]
     bad = [s for s in steps if not math.isfinite(values[s])]
-    note = f"{len(bad):,} value{'s' * (len(bad) > 1)} not finite, the first at step {bad[0]:,.0f}." if bad else ""
+    note = (
+        f"{len(bad):,} value{'s' * (len(bad) > 1)} not finite, the first at step {bad[0]:,.0f}."
+        if bad
+        else ""
+    )
     log = log_scaled([v for _, v in good])
     f = math.log10 if log else float
     smooth = smoothed([v for _, v in good]) if noisy([f(v) for _, v in good]) else []
@@ -51,12 +60,17 @@ def curve(name: str, values: dict[float, float]) -> Curve:
     out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)} by step">']
     for value in marks:
         y = py(value)
-        out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
-                   f'<text x="{LEFT - 7}" y="{y + 3.5}" text-anchor="end">{short(value)}</text>')
+        out.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
+            f'<text x="{LEFT - 7}" y="{y + 3.5}" text-anchor="end">{short(value)}</text>'
+        )
     for s in ticks(x0, x1, 5):
         if x0 <= s <= x1:
             out.append(f'<text x="{px(s)}" y="{HEIGHT - 8}" text-anchor="middle">{short(s)}</text>')
-    out.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
+    out.append(
+        f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" '
+        f'y2="{HEIGHT - BOTTOM}"/>'
+    )
     keep = thinned([v for _, v in good])
     at = {s: i for i, s in enumerate(steps)}
     gaps = set()  # a point before which the line is broken
@@ -64,20 +78,35 @@ def curve(name: str, values: dict[float, float]) -> Curve:
         if any(not math.isfinite(values[s]) for s in steps[at[good[i][0]] : at[good[j][0]]]):
             gaps.add(j)
     if keep:
-        path = " ".join(("M" if i == keep[0] or i in gaps else "L") + f"{px(good[i][0])} {py(good[i][1])}" for i in keep)
+        path = " ".join(
+            ("M" if i == keep[0] or i in gaps else "L") + f"{px(good[i][0])} {py(good[i][1])}"
+            for i in keep
+        )
         out.append(f'<path class="{"raw" if smooth else "line"}" d="{path}"/>')
     if smooth:
-        out.append('<path class="line" d="M' + " L".join(f"{px(good[i][0])} {py(smooth[i])}" for i in keep) + '"/>')
+        out.append(
+            '<path class="line" d="M'
+            + " L".join(f"{px(good[i][0])} {py(smooth[i])}" for i in keep)
+            + '"/>'
+        )
     if len(good) <= SMOOTH:
         out += [f'<circle class="dot" cx="{px(s)}" cy="{py(v)}" r="2.5"/>' for s, v in good]
     floor = HEIGHT - BOTTOM
-    out += [f'<line class="bad" x1="{px(s)}" x2="{px(s)}" y1="{floor - 7}" y2="{floor}"/>' for s in bad[:POINTS]]
-    out.append(f'<line class="cursor" y1="{TOP}" y2="{floor}" x1="-9" x2="-9"/>'
-               '<circle class="cursor" r="3.5" cx="-9" cy="-9"/></svg>')
+    out += [
+        f'<line class="bad" x1="{px(s)}" x2="{px(s)}" y1="{floor - 7}" y2="{floor}"/>'
+        for s in bad[:POINTS]
+    ]
+    out.append(
+        f'<line class="cursor" y1="{TOP}" y2="{floor}" x1="-9" x2="-9"/>'
+        '<circle class="cursor" r="3.5" cx="-9" cy="-9"/></svg>'
+    )
     extra = lambda i: f" (smoothed {value_text(smooth[i])})" if smooth else ""
     say = lambda i: f"step {good[i][0]:,.0f}: {value_text(good[i][1])}{extra(i)}"
-    points = {"x": [px(good[i][0]) for i in keep], "y": [py((smooth or [v for _, v in good])[i]) for i in keep],
-              "t": [say(i) for i in keep]}
+    points = {
+        "x": [px(good[i][0]) for i in keep],
+        "y": [py((smooth or [v for _, v in good])[i]) for i in keep],
+        "t": [say(i) for i in keep],
+    }
     return Curve(name, "".join(out), note, points)
 
 
@@ -89,7 +118,9 @@ def ends(values: list[float]) -> tuple[float, float]:
 
 def log_scaled(values: list[float]) -> bool:
     """One spike would flatten all else: positive values whose highest is far from the usual."""
-    return len(values) > 2 and min(values) > 0 and max(values) > 50 * sorted(values)[len(values) // 2]
+    return (
+        len(values) > 2 and min(values) > 0 and max(values) > 50 * sorted(values)[len(values) // 2]
+    )
 
 
 def ticks(low: float, high: float, n: int) -> list[float]:
@@ -103,11 +134,15 @@ def ticks(low: float, high: float, n: int) -> list[float]:
 
 def noisy(values: list[float]) -> bool:
     """It goes up and down far more than it gets anywhere; a schedule does not."""
-    return len(values) > SMOOTH and float(np.abs(np.diff(values)).sum()) > 4 * (max(values) - min(values))
+    return len(values) > SMOOTH and float(np.abs(np.diff(values)).sum()) > 4 * (
+        max(values) - min(values)
+    )
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """The mean of the middle half of what lies around each value: it neither lags behind nor follows a spike."""
+    """The mean of the middle half of what lies around each value: it neither lags behind nor
+    follows a spike.
+    """
     half, out = max(2, min(len(values) // 40, 500)), []
     for i in range(len(values)):
         near = np.sort(values[max(0, i - half) : i + half + 1])
@@ -116,7 +151,9 @@ def smoothed(values: list[float]) -> list[float]:
 
 
 def thinned(values: list[float]) -> list[int]:
-    """Places of at most POINTS values: all, or the lowest and highest of each stretch, and the last."""
+    """Places of at most POINTS values: all, or the lowest and highest of each stretch, and the
+    last.
+    """
     n = len(values)
     if n <= POINTS:
         return list(range(n))
@@ -131,7 +168,13 @@ def short(v: float) -> str:
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(v) >= size:
             return f"{v / (1e3 if letter == 'k' else size):.4g}{letter}"
-    return "0" if abs(v) < 1e-12 else f"{v:.1e}".replace(".0e", "e").replace("e-0", "e-") if abs(v) < 1e-3 else f"{v:.4g}"
+    return (
+        "0"
+        if abs(v) < 1e-12
+        else f"{v:.1e}".replace(".0e", "e").replace("e-0", "e-")
+        if abs(v) < 1e-3
+        else f"{v:.4g}"
+    )
 
 
 def value_text(v: float) -> str:

@@ -1,8 +1,10 @@
-"""What both pages are made of: text that is safe to show, the HTML file around it, headings, notes and settings.
+"""What both pages are made of: text that is safe to show, the HTML file around it, headings, notes
+and settings.
 
-Whatever comes from data is hostile until shown. Static text goes through `escape`, what a script draws travels as JSON in
-which `<`, `>` and `&` are written as \\u escapes and comes out through textContent alone. The policy in the page's head
-(CSP level 3, W3C) names our script and style by their hashes; nothing else runs or loads.
+Whatever comes from data is hostile until shown. Static text goes through `escape`, what a script
+draws travels as JSON in which `<`, `>` and `&` are written as \\u escapes and comes out through
+textContent alone. The policy in the page's head (CSP level 3, W3C) names our script and style by
+their hashes; nothing else runs or loads.
 """
 
 import base64
@@ -14,20 +16,26 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from llava_min.cli import UserError, printable
-from llava_min.files import replace
+from llava_min.errors import UserError, escape_controls
+from llava_min.util.files import replace
 
 LONGEST = 4000  # characters of a text; the rest is left out, and the page says so
 
 
 def shown(x: object) -> str:
-    """`x` as text whose control and bidirectional-override characters are visible; lines, tabs and joined emoji stay."""
-    return re.sub(r"[^\n\t\u200c\u200d]+", lambda m: printable(m[0]), str(x))
+    """`x` as text whose control and bidirectional-override characters are visible; lines, tabs and
+    joined emoji stay.
+    """
+    return re.sub(r"[^\n\t\u200c\u200d]+", lambda m: escape_controls(m[0]), str(x))
 
 
 def cut(x: object, limit: int) -> str:
     text = str(x)
-    return shown(text) if len(text) <= limit else f"{shown(text[:limit])} … ({len(text) - limit:,} characters more)"
+    return (
+        shown(text)
+        if len(text) <= limit
+        else f"{shown(text[:limit])} … ({len(text) - limit:,} characters more)"
+    )
 
 
 def escape(x: object) -> str:
@@ -49,7 +57,11 @@ def flat(settings: dict, prefix: str = "") -> dict:
     """{"lora": {"r": 16}} → {"lora.r": 16}"""
     out = {}
     for key, value in settings.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        out |= (
+            flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict) and value
+            else {f"{prefix}{key}": value}
+        )
     return out
 
 
@@ -85,12 +97,16 @@ script-src 'sha256-{allow[1]}'; base-uri 'none'; form-action 'none'">
 
 
 def write(path: Path, text: str) -> None:
-    """`path` is the old page or the new one, never half of it. Raises UserError when it cannot be written."""
+    """`path` is the old page or the new one, never half of it. Raises UserError when it cannot be
+    written.
+    """
     try:
         replace(path, text)
     except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror or printable(e)}); "
-                        "free space or give another path") from None
+        raise UserError(
+            f"{path}: cannot be written ({e.strerror or escape_controls(e)}); "
+            "free space or give another path"
+        ) from None
 
 
 def heading(kind: str, title: object, under: Iterable[object]) -> str:
@@ -105,12 +121,24 @@ def settings_list(settings: dict, title: str) -> str:
         if value is None or value == []:
             continue
         value = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-        room = ' class="wide"' if len(text) > 60 or "\n" in text else ' class="long"' if len(text) > 18 else ""
-        items += f'<div{room}><dt>{escape(name)}</dt><dd><bdi>{escape(cut(text, LONGEST))}</bdi></dd></div>'
-    return (f'<section><details open><summary><h2>{title}</h2></summary>'
-            f'<dl class="settings">{items}</dl></details></section>')
+        text = (
+            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        )
+        room = (
+            ' class="wide"'
+            if len(text) > 60 or "\n" in text
+            else ' class="long"'
+            if len(text) > 18
+            else ""
+        )
+        items += f"<div{room}><dt>{escape(name)}</dt><dd><bdi>{escape(cut(text, LONGEST))}</bdi></dd></div>"
+    return (
+        f"<section><details open><summary><h2>{title}</h2></summary>"
+        f'<dl class="settings">{items}</dl></details></section>'
+    )
 
 
 def notes_list(notes: Sequence[str]) -> str:
-    return f'<ul class="notes">{"".join(f"<li>{escape(n)}</li>" for n in notes)}</ul>' if notes else ""
+    return (
+        f'<ul class="notes">{"".join(f"<li>{escape(n)}</li>" for n in notes)}</ul>' if notes else ""
+    )

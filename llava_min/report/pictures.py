@@ -1,4 +1,6 @@
-"""Pictures as thumbnails that travel in the page: JPEGs made here, as data URLs, small enough that all have room."""
+"""Pictures as thumbnails that travel in the page: JPEGs made here, as data URLs, small enough that
+all have room.
+"""
 
 import base64
 import contextlib
@@ -9,18 +11,21 @@ from pathlib import Path
 
 from PIL import Image
 
-from llava_min.cli import UserError
-from llava_min.data.image import to_rgb
 from llava_min.checks.image_file import open_image
+from llava_min.data.image import to_rgb
+from llava_min.errors import UserError
 
-PICTURES = 24 * 2**20  # bytes of all thumbnails as base64; beyond it they shrink and then stop, and the page says so
+# bytes of all thumbnails as base64; beyond it they shrink and then stop, and the page says so
+PICTURES = 24 * 2**20
 SIDES = (192, 144, 96, 64)  # pixels of a thumbnail's longer side
 SMALLEST = 1500  # bytes; a thumbnail of a share below it would be a smudge
 
 
 class Thumbnails:
-    """Pictures → JPEG data URLs that together stay within `budget` bytes. `place` of a picture is where in `urls` it is, or
-    None where it could not be opened (`broken`) or had no room left (`left_out`)."""
+    """Pictures → JPEG data URLs that together stay within `budget` bytes. `place` of a picture is
+    where in `urls` it is, or None where it could not be opened (`broken`) or had no room left
+    (`left_out`).
+    """
 
     def __init__(self, pictures: Iterable, budget: int = PICTURES):
         self.urls: list[str] = []
@@ -28,9 +33,13 @@ class Thumbnails:
         self.broken = self.left_out = self.shrunk = 0
         places: dict[bytes, int] = {}
         keys = {key(p): p for p in pictures}
-        with ThreadPoolExecutor() as pool, contextlib.redirect_stderr(io.StringIO()):  # the run has warned already
-            for i, (k, data) in enumerate(zip(keys, pool.map(thumbnail, keys.values()), strict=True)):
-                share = max(SMALLEST, budget // (len(keys) - i)) * 3 // 4  # what one leaves, the others may use
+        # the run has warned already
+        with ThreadPoolExecutor() as pool, contextlib.redirect_stderr(io.StringIO()):
+            for i, (k, data) in enumerate(
+                zip(keys, pool.map(thumbnail, keys.values()), strict=True)
+            ):
+                # what one leaves, the others may use
+                share = max(SMALLEST, budget // (len(keys) - i)) * 3 // 4
                 full, self.index[k] = data, None
                 for side in SIDES[1:]:
                     if data and len(data) > share:
@@ -50,10 +59,18 @@ class Thumbnails:
         return self.index.get(key(picture))
 
     def notes(self) -> list[str]:
-        return [text.format(n) for n, text in (
-            (self.shrunk, f"{{:,}} pictures are smaller than {SIDES[0]} pixels, to keep this file small."),
-            (self.left_out, "{:,} pictures are left out, to keep this file small."),
-            (self.broken, "{:,} pictures could not be opened.")) if n]
+        return [
+            text.format(n)
+            for n, text in (
+                (
+                    self.shrunk,
+                    f"{{:,}} pictures are smaller than {SIDES[0]} pixels, to keep this file small.",
+                ),
+                (self.left_out, "{:,} pictures are left out, to keep this file small."),
+                (self.broken, "{:,} pictures could not be opened."),
+            )
+            if n
+        ]
 
 
 def key(picture: object) -> object:

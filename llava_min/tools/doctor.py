@@ -14,7 +14,8 @@ from llava_min.checks.doctor.facts import DIALECTS, TRL, Finding, Run
 from llava_min.checks.doctor.files import read_input
 from llava_min.checks.doctor.rules import SEVERITIES, compare, examine
 from llava_min.checks.doctor.translate import Translation, unresolved
-from llava_min.cli import UserError, parse, printable, short
+from llava_min.errors import UserError, escape_controls, shorten
+from llava_min.util.cli import parse
 
 WIDTH = 80
 
@@ -27,15 +28,19 @@ class Config:
 
 def say(text: str, first: str = "", indent: str = "") -> None:
     """`text` in lines of at most WIDTH, free of what could drive a terminal."""
-    for line in textwrap.wrap(printable(text), WIDTH, initial_indent=first,
-                              subsequent_indent=indent,
-                              break_on_hyphens=False) or [first]:
+    for line in textwrap.wrap(
+        escape_controls(text),
+        WIDTH,
+        initial_indent=first,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+    ) or [first]:
         print(line)
 
 
 def say_finding(f: Finding) -> None:
     say(f"{f.severity}: {f.rule} ({f.at.where})")
-    for head, text in (("found", short(f.what, 400)), ("why", f.why), ("change", f.fix)):
+    for head, text in (("found", shorten(f.what, 400)), ("why", f.why), ("change", f.fix)):
         say(text, f"  {head:8}", " " * 10)
     print()
 
@@ -44,8 +49,9 @@ def summary(run: Run) -> str:
     """What the run does, as far as the input says."""
     parts = []
     if run.trains and not run.adapter:
-        parts.append({"lora": "LoRA", "projector": "the projector alone",
-                      "full": "full tuning"}[run.trains])
+        parts.append(
+            {"lora": "LoRA", "projector": "the projector alone", "full": "full tuning"}[run.trains]
+        )
     rows, accumulated = run.written("batch_size"), run["grad_accum"]
     if rows and run.kind != "hf" or run.rows:
         gpus = f"{run.gpus} GPUs = {run.rows} rows a step" if run.rows else "GPUs (not said)"
@@ -56,9 +62,13 @@ def summary(run: Run) -> str:
 def unread(run: Run) -> list[str]:
     """Settings with a value that no rule reads."""
     known = {name for key in DIALECTS[run.kind].values() for name in key.names} | TRL
-    return [name for name, setting in run.settings.items()
-            if name not in known and not name.startswith("bnb_4bit_")
-            and setting.value not in (None, False, [], "")]
+    return [
+        name
+        for name, setting in run.settings.items()
+        if name not in known
+        and not name.startswith("bnb_4bit_")
+        and setting.value not in (None, False, [], "")
+    ]
 
 
 def say_translation(run: Run) -> None:
@@ -66,17 +76,20 @@ def say_translation(run: Run) -> None:
     t = Translation(run)
     print("The same run here:\n")
     for line in t.lines(WIDTH - 4):
-        print("  " + printable(line))
+        print("  " + escape_controls(line))
     print()
     for text in t.first:
         say(text + ".", "  before: ", " " * 10)
     if run.rows is None:
-        say(f"the script does not say how many GPUs; {t.guess()} make the published rows a step.",
-            "  note:   ", " " * 10)
+        say(
+            f"the script does not say how many GPUs; {t.guess()} make the published rows a step.",
+            "  note:   ",
+            " " * 10,
+        )
     if t.left_out:
         print(("\n" if t.first or run.rows is None else "") + "Not in it:\n")
     for written, reason in t.left_out:
-        say(f"{short(written, 200)}: {reason}", "  ", "      ")
+        say(f"{shorten(written, 200)}: {reason}", "  ", "      ")
     print()
 
 
@@ -97,7 +110,7 @@ def examine_inputs(inputs: list[str]) -> list[Finding]:
         if run.kind == "llava":
             say_translation(run)
         elif run.kind == "hf" and (names := unread(run)):
-            say("read by no rule: " + ", ".join(map(short, names)))
+            say("read by no rule: " + ", ".join(map(shorten, names)))
             print()
     if together := compare(runs):
         print("The inputs together:\n")
@@ -107,8 +120,9 @@ def examine_inputs(inputs: list[str]) -> list[Finding]:
 
 
 def main(argv: list[str]) -> int:
-    config = parse(Config, argv, "Say what in a training run may not be as it is meant.",
-                   positional="inputs")
+    config = parse(
+        Config, argv, "Say what in a training run may not be as it is meant.", positional="inputs"
+    )
     if not config.inputs:
         raise UserError("INPUT: give a recipe, a script, a file of settings or an adapter folder")
     found = examine_inputs(config.inputs)

@@ -12,32 +12,39 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from llava_min.cli import Place, UserError, convert, note, parse, short
+from llava_min.errors import UserError, info, shorten
+from llava_min.util.cli import PathArg, convert, parse
 
 SETTINGS = {  # of the run, what decides how its model is built and stored
-    "train": str, "train_projector": bool | None, "train_vision": bool | None,
+    "train": str,
+    "train_projector": bool | None,
+    "train_vision": bool | None,
     "precision": Literal["bf16", "fp16", "fp32"],
-    "image_aspect_ratio": Literal["pad", "crop"] | None, "template": str | None}
+    "image_aspect_ratio": Literal["pad", "crop"] | None,
+    "template": str | None,
+}
 
 
 @dataclass
 class Knobs:
     folders: list[str] = field(default_factory=list)  # a run (for its newest) or a checkpoint; OUT
-    model: Place | None = None  # where the base model lies now; where the run had it if not given
+    model: PathArg | None = None  # where the base model lies now; where the run had it if not given
 
 
 def find_checkpoint(source: Path) -> Path:
     """The checkpoint that is meant, every bit of it verified."""
-    from llava_min.checkpoint import find
-    from llava_min.snapshot import verify
+    from llava_min.training.checkpoint import verify
+    from llava_min.training.run_folder import find
 
     if (source / "checkpoints").is_dir():
         if (found := find(source / "checkpoints")) is None:
             raise UserError(f"{source}: a run without a checkpoint; it has nothing to finish yet")
         return found.resolve()
     if not any((source / name).exists() for name in ("manifest.json", "state.json")):
-        raise UserError(f"{short(source, 400)}: not a run of train.py and not a checkpoint of one; "
-                        "give the run's folder, its best or last, or one of its checkpoints/step-…")
+        raise UserError(
+            f"{shorten(source, 400)}: not a run of train.py and not a checkpoint of one; "
+            "give the run's folder, its best or last, or one of its checkpoints/step-…"
+        )
     folder = source.resolve()  # best and last are links
     verify(folder)
     return folder
@@ -47,23 +54,25 @@ def read_settings(folder: Path, run: Any) -> SimpleNamespace:
     """SETTINGS as the verified checkpoint `folder` has them."""
     identity = run.get("identity") if isinstance(run, dict) else None
     if not isinstance(identity, dict) or "train" not in identity:
-        raise UserError(f"{folder / 'state.json'}: not the state of a run of train.py; "
-                        "give another checkpoint")
+        raise UserError(
+            f"{folder / 'state.json'}: not the state of a run of train.py; give another checkpoint"
+        )
     read = lambda key, kind: convert(f"{folder / 'state.json'}: {key}", kind, identity.get(key))
     return SimpleNamespace(**{key: read(key, kind) for key, kind in SETTINGS.items()})
 
 
-def write_from_base(folder: Path, state: dict[str, Any], k: SimpleNamespace, base: str | None,
-                    out: Path) -> None:
+def write_from_base(
+    folder: Path, state: dict[str, Any], k: SimpleNamespace, base: str | None, out: Path
+) -> None:
     """The model of a run without LoRA: the trained tensors of `folder`, the rest of the base."""
     import torch
 
-    from llava_min.checkpoint import base_identity, differences
-    from llava_min.parallel.ranks import World
-    from llava_min.files import new_folder
     from llava_min.load import prepare, write_model
-    from llava_min.snapshot import restore
+    from llava_min.parallel.ranks import World
+    from llava_min.training.checkpoint import restore
+    from llava_min.training.run_folder import base_identity, differences
     from llava_min.training.trainable import set_trainable
+    from llava_min.util.files import new_folder
     from llava_min.weights import DTYPES
 
     base = base or state["run"].get("model")
@@ -77,8 +86,10 @@ def write_from_base(folder: Path, state: dict[str, Any], k: SimpleNamespace, bas
     now = json.loads(json.dumps(base_identity(ready)))
     if changed := differences({name: state["run"]["identity"].get(name) for name in now}, now):
         told = ", ".join(list(changed.values())[:4])
-        raise UserError(f"{base}: is not the base model that {folder} was trained from: {told}; "
-                        "give that with --model")
+        raise UserError(
+            f"{base}: is not the base model that {folder} was trained from: {told}; "
+            "give that with --model"
+        )
 
     model, device, dtype = ready.model, torch.device("cpu"), DTYPES[k.precision]
     set_trainable(model, k.train, train_projector=k.train_projector, train_vision=k.train_vision)
@@ -98,29 +109,33 @@ def main(argv: list[str]) -> None:
     what = "Write the adapter or model of a checkpoint, as the run would have at its end."
     knobs = parse(Knobs, argv, what, positional="folders")
     if len(knobs.folders) != 2:
-        raise UserError("FOLDER: give two, a run or one of its checkpoints, "
-                        "and the folder to write")
+        raise UserError(
+            "FOLDER: give two, a run or one of its checkpoints, and the folder to write"
+        )
 
     import shutil
 
-    from llava_min.files import check_free, new_folder
+    from llava_min.util.files import check_free, new_folder
 
     source, out = map(Path, knobs.folders)
     check_free(out)
     folder = find_checkpoint(source)
     kept = folder.parent if folder.parent.name == "checkpoints" else folder
     if kept in out.resolve().parents:
-        raise UserError(f"{out}: lies among the checkpoints of a run, where it would damage them; "
-                        "give another path")
+        raise UserError(
+            f"{out}: lies among the checkpoints of a run, where it would damage them; "
+            "give another path"
+        )
     state = json.loads((folder / "state.json").read_bytes())
     settings = read_settings(folder, state["run"])
     result = "adapter" if settings.train == "lora" else "model"
     if result == "model":
         write_from_base(folder, state, settings, knobs.model, out)
     elif knobs.model:
-        raise UserError("--model: has no effect, an adapter is written without its base; "
-                        "leave it out")
+        raise UserError(
+            "--model: has no effect, an adapter is written without its base; leave it out"
+        )
     else:
         with new_folder(out) as aside:
             shutil.copytree(folder / "adapter", aside, dirs_exist_ok=True)
-    note(f"saved {out}: the {result} of step {state['step']}, from {folder}")
+    info(f"saved {out}: the {result} of step {state['step']}, from {folder}")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from llava_min.files import new_folder, write_json
+from llava_min.util.files import new_folder, write_json
 
 TASKS = ("questions", "captions", "captions-text")
 KINDS = ("colour", "shape", "count", "position", "reading", "open")

@@ -90,7 +90,8 @@ def show_plan(model: nn.Module, lengths: list[int], config: Any, ranks: int) -> 
         at_most = "at most " if config.packing else ""
         images = sum(n > 0 for n in lengths)
         lines.append(
-            f"{len(lengths)} records, {at_most}{steps} steps; {images:,} of the records have an image"
+            f"{len(lengths)} records, {at_most}{steps} steps; {images:,} of the records have an "
+            "image"
         )
     parts = memory(model, config, ranks)
     parts["memory of a rank"] = sum(parts.values())

@@ -1,4 +1,5 @@
-"""What only a GPU shows: the CPU's numbers on it, the compiled step, low precision, its memory, NCCL.
+"""What only a GPU shows: the CPU's numbers on it, the compiled step, low precision, its memory,
+NCCL.
 
     pytest tests/gpu        # on a machine with CUDA; elsewhere every test here is skipped
 
@@ -19,12 +20,15 @@ from training import argv, final, lines, make_home, run, train
 
 import llava_min
 from llava_min.config import SIZES
-from llava_min.toy import draw as toy
 from llava_min.load import load_model, on_meta
-from llava_min.training.batch_size import try_step
 from llava_min.tools.worker import write_random
+from llava_min.toy import draw as toy
+from llava_min.training.batch_size import try_step
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA: pytest tests/gpu on a machine with one")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="needs a GPU with CUDA: pytest tests/gpu on a machine with one",
+)
 GPU = "cuda"
 
 
@@ -36,11 +40,23 @@ def home(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def asked():
     """The bundled model in fp32 on the CPU and on the GPU, and four questions of unlike length."""
-    (cpu, processor), (gpu, _) = (llava_min.load("tiny", dtype="fp32", device=d) for d in ("cpu", GPU))
+    (cpu, processor), (gpu, _) = (
+        llava_min.load("tiny", dtype="fp32", device=d) for d in ("cpu", GPU)
+    )
     pictures = [picture for _, picture in toy.generate("questions", 4, split="val")]
-    texts = ("What is in the picture?", "How many shapes are there?", "What colour is the shape at the top left?", "Why?")
-    batch = processor.chat([[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": t}]}] for t in texts],
-                           images=[[p] for p in pictures])
+    texts = (
+        "What is in the picture?",
+        "How many shapes are there?",
+        "What colour is the shape at the top left?",
+        "Why?",
+    )
+    batch = processor.chat(
+        [
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": t}]}]
+            for t in texts
+        ],
+        images=[[p] for p in pictures],
+    )
     return cpu, gpu, batch
 
 
@@ -56,7 +72,10 @@ def test_logits_are_the_cpus(asked):
     assert (got - want)[real].abs().max() <= 1e-4 * want[real].abs().max()
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 4}, {"num_beams": 2, "length_penalty": 0.5}, {"repetition_penalty": 1.3}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 4}, {"num_beams": 2, "length_penalty": 0.5}, {"repetition_penalty": 1.3}],
+)
 def test_answers_are_the_cpus(asked, options):
     cpu, gpu, batch = asked
     want = llava_min.generate(cpu, batch, max_new_tokens=24, **options)
@@ -72,7 +91,12 @@ def test_the_compiled_step_answers_alike(asked):
 
 def test_sampling_is_seeded(asked):
     _, gpu, batch = asked
-    draws = [llava_min.generate(gpu, batch, max_new_tokens=24, temperature=1.5, num_return_sequences=3, seed=s) for s in (1, 1, 2)]
+    draws = [
+        llava_min.generate(
+            gpu, batch, max_new_tokens=24, temperature=1.5, num_return_sequences=3, seed=s
+        )
+        for s in (1, 1, 2)
+    ]
     assert draws[0] == draws[1] != draws[2]
 
 
@@ -98,15 +122,32 @@ def test_loading_holds_the_model_once(tmp_path):
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_training_is_the_cpus(home, tmp_path, mode):
-    log = [run(home, tmp_path / out, "--device", device, "--train", mode, "--max-steps", "6") for out, device in (("a", "cpu"), ("b", GPU))]
+    log = [
+        run(home, tmp_path / out, "--device", device, "--train", mode, "--max-steps", "6")
+        for out, device in (("a", "cpu"), ("b", GPU))
+    ]
     losses = [[x["loss"] for x in lines if "loss" in x] for lines in log]
     assert len(losses[1]) == 6 and losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("switches", [(), ("--gradient-checkpointing",), ("--compile",), ("--cpu-offload",)])
+@pytest.mark.parametrize(
+    "switches", [(), ("--gradient-checkpointing",), ("--compile",), ("--cpu-offload",)]
+)
 def test_it_learns_in_half_precision(home, tmp_path, precision, switches):
-    log = run(home, tmp_path / "run", "--device", GPU, "--precision", precision, "--max-steps", "9", "--epochs", "9", switches=switches)
+    log = run(
+        home,
+        tmp_path / "run",
+        "--device",
+        GPU,
+        "--precision",
+        precision,
+        "--max-steps",
+        "9",
+        "--epochs",
+        "9",
+        switches=switches,
+    )
     losses = [x["loss"] for x in log if "loss" in x]
     assert len(losses) == 9 and all(map(math.isfinite, losses)) and losses[-1] < losses[0]
 
@@ -118,7 +159,9 @@ def test_resumed_is_uninterrupted(home, tmp_path):
     start = next((whole / "checkpoints").glob("step-*3"))
     run(home, part, *flags, "--resume", str(start), switches=("--deterministic",))
     losses = [{x["step"]: x["loss"] for x in lines(out) if "loss" in x} for out in (whole, part)]
-    assert losses[1] and losses[1].items() <= losses[0].items() and final(whole)[0] == final(part)[0]
+    assert (
+        losses[1] and losses[1].items() <= losses[0].items() and final(whole)[0] == final(part)[0]
+    )
 
 
 def test_running_out_of_memory_is_noticed_and_leaves_nothing():
@@ -133,14 +176,50 @@ def test_running_out_of_memory_is_noticed_and_leaves_nothing():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("mode", ["lora", "full", "freeze_vision"])
 def test_two_ranks_are_one(home, tmp_path, mode):
-    one = run(home, tmp_path / "one", "--device", GPU, "--train", mode, "--batch-size", "8", "--max-steps", "3")
+    one = run(
+        home,
+        tmp_path / "one",
+        "--device",
+        GPU,
+        "--train",
+        mode,
+        "--batch-size",
+        "8",
+        "--max-steps",
+        "3",
+    )
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    flags = argv(home, tmp_path / "two", "--device", "auto", "--train", mode, "--batch-size", "4", "--max-steps", "3")
+    flags = argv(
+        home,
+        tmp_path / "two",
+        "--device",
+        "auto",
+        "--train",
+        mode,
+        "--batch-size",
+        "4",
+        "--max-steps",
+        "3",
+    )
     script = Path(train.__file__)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", str(script), *flags],
-                   check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
-    two = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            f"--master_port={port}",
+            str(script),
+            *flags,
+        ],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    two = [
+        json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
+    ]
     losses = [[x["loss"] for x in log if "loss" in x] for log in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)

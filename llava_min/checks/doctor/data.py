@@ -19,8 +19,12 @@ def no_stop_token(run: Run) -> Findings:
     ends = own and isinstance(own.value, str) and ("</s>" in own.value or "eos_token" in own.value)
     if run.kind == "hf" and run.trl and run.is_llava and not ends and not run["template_path"]:
         at = own or run["model"]
-        yield Finding("error", at, f"{at.text}, trained by SFTTrainer: answers do not end in </s>",
-                      "a chat_template with {{ eos_token }} after answers; train.py appends </s>")
+        yield Finding(
+            "error",
+            at,
+            f"{at.text}, trained by SFTTrainer: answers do not end in </s>",
+            "a chat_template with {{ eos_token }} after answers; train.py appends </s>",
+        )
 
 
 def plain_template(run: Run) -> Findings:
@@ -29,8 +33,9 @@ def plain_template(run: Run) -> Findings:
     template = run.written("template")
     if template and template.value == "plain" and run.trains in ("lora", "full"):
         flag = "--version v1" if run.kind == "llava" else "--template vicuna_v1"
-        yield Finding("error", template,
-                      f"{template.text}, in a run that tunes the language model", flag)
+        yield Finding(
+            "error", template, f"{template.text}, in a run that tunes the language model", flag
+        )
 
 
 def loss_on_questions(run: Run) -> Findings:
@@ -38,8 +43,12 @@ def loss_on_questions(run: Run) -> Findings:
     learns answers alone (trl#1880, trl#3751, VLM-R1#123)."""
     answers, completions = run["answers_only"], run["completions_only"]
     if run.kind == "hf" and run.trl and not answers.value and not completions.value:
-        yield Finding("warning", answers, f"{answers.text}, and {completions.text}",
-                      "prompt-completion data with completion_only_loss = true, or labels of -100")
+        yield Finding(
+            "warning",
+            answers,
+            f"{answers.text}, and {completions.text}",
+            "prompt-completion data with completion_only_loss = true, or labels of -100",
+        )
 
 
 def refused_by_trl(run: Run) -> Findings:
@@ -48,8 +57,12 @@ def refused_by_trl(run: Run) -> Findings:
     for fact in ("answers_only", "packing", "padding_free"):
         at = run.written(fact)
         if run.kind == "hf" and run.trl and at and at.value is True and takes_images(run):
-            yield Finding("error", at, f"{at.text}, with a model that takes images",
-                          "false; train.py masks questions, and has --packing")
+            yield Finding(
+                "error",
+                at,
+                f"{at.text}, with a model that takes images",
+                "false; train.py masks questions, and has --packing",
+            )
 
 
 def columns_dropped(run: Run) -> Findings:
@@ -58,8 +71,9 @@ def columns_dropped(run: Run) -> Findings:
     at = run["remove_unused"]
     custom = run.kind == "llava" or run.kind == "hf" and run.value("skip_prepare") is True
     if custom and at.value is True:
-        yield Finding("error", at, f"{at.text}, with a collator of its own",
-                      "remove_unused_columns = false")
+        yield Finding(
+            "error", at, f"{at.text}, with a collator of its own", "remove_unused_columns = false"
+        )
 
 
 def image_longer_than_row(run: Run) -> Findings:
@@ -67,15 +81,21 @@ def image_longer_than_row(run: Run) -> Findings:
     tokens do not match", and one cut behind them has lost its answer (transformers#36002,
     unsloth#3783)."""
     length = run.number("max_length")
-    ours = run.kind == "train.py" and any(s in run.text("model").lower()
-                                          for s in ("llava", "7b", "13b"))
-    if length is None or not (ours or run.kind == "llava" or run.kind == "hf"
-                              and takes_images(run)):
+    ours = run.kind == "train.py" and any(
+        s in run.text("model").lower() for s in ("llava", "7b", "13b")
+    )
+    if length is None or not (
+        ours or run.kind == "llava" or run.kind == "hf" and takes_images(run)
+    ):
         return
     at, room = run["max_length"], max(0, int(length) - PATCHES)
     if room < 448 or run.kind == "hf" and room <= 448:  # 448: what SFTConfig's default leaves
-        yield Finding("error" if room == 0 else "warning" if room < 128 else "note", at,
-                      f"{at.text}: {room} tokens beside the image", "2048, as LLaVA-1.5")
+        yield Finding(
+            "error" if room == 0 else "warning" if room < 128 else "note",
+            at,
+            f"{at.text}: {room} tokens beside the image",
+            "2048, as LLaVA-1.5",
+        )
 
 
 def modalities_mixed(run: Run) -> Findings:
@@ -85,20 +105,32 @@ def modalities_mixed(run: Run) -> Findings:
     at = run["by_length"]
     if run.kind == "llava" and run.trains in ("lora", "full") and at.value is False:
         zero3 = "zero3" in str(run.value("deepspeed")).lower()
-        yield Finding("warning" if zero3 else "note", at, at.text,
-                      "--group_by_modality_length True, if some rows have no image")
+        yield Finding(
+            "warning" if zero3 else "note",
+            at,
+            at.text,
+            "--group_by_modality_length True, if some rows have no image",
+        )
 
 
 def connector(run: Run) -> Findings:
     """LLaVA-1.5's projector has two layers and reads the last but one of the tower's, without
     tokens around the image (scripts/v1_5). Another setting does not fit its weights, or reads what
     they were not trained on."""
-    published = {"layer": -2, "projector_type": "mlp2x_gelu", "patch_token": False,
-                 "start_end": False}
+    published = {
+        "layer": -2,
+        "projector_type": "mlp2x_gelu",
+        "patch_token": False,
+        "start_end": False,
+    }
     for fact, value in published.items():
         at = run[fact]
-        if run.kind == "llava" and run.written("tower") and at.value != value \
-                and "$" not in str(at.value):
+        if (
+            run.kind == "llava"
+            and run.written("tower")
+            and at.value != value
+            and "$" not in str(at.value)
+        ):
             name = DIALECTS["llava"][fact].names[0]
             yield Finding("warning", at, at.text, f"--{name} {value}")
 
@@ -120,8 +152,12 @@ def padded_on_the_right(run: Run) -> Findings:
     from single ones, or are empty (transformers#32268, LLaVA#709)."""
     side = run.written("padding_side")
     if side and side.value == "right" and run.what in ("a model folder", "a processor's settings"):
-        yield Finding("warning", side, f"{side.text}, in a folder to generate with",
-                      'padding_side = "left", to generate')
+        yield Finding(
+            "warning",
+            side,
+            f"{side.text}, in a folder to generate with",
+            'padding_side = "left", to generate',
+        )
 
 
 def projector_random(run: Run) -> Findings:
@@ -129,12 +165,31 @@ def projector_random(run: Run) -> Findings:
     LLaVA's scripts load stage 1's (scripts/v1_5/finetune_lora.sh)."""
     name = run.text("model").lower()
     bare = "llava" not in name and any(model in name for model in LANGUAGE_MODELS)
-    if run.kind == "llava" and run.trains in ("lora", "full") and run.written("tower") and bare \
-            and not run.value("projector"):
-        yield Finding("error", run["model"], f"{run['model'].text}, and {run['projector'].text}",
-                      "--pretrain_mm_mlp_adapter .../mm_projector.bin, or start from a LLaVA")
+    if (
+        run.kind == "llava"
+        and run.trains in ("lora", "full")
+        and run.written("tower")
+        and bare
+        and not run.value("projector")
+    ):
+        yield Finding(
+            "error",
+            run["model"],
+            f"{run['model'].text}, and {run['projector'].text}",
+            "--pretrain_mm_mlp_adapter .../mm_projector.bin, or start from a LLaVA",
+        )
 
 
-RULES = (no_stop_token, plain_template, loss_on_questions, refused_by_trl, columns_dropped,
-         image_longer_than_row, modalities_mixed, connector, images_cropped, padded_on_the_right,
-         projector_random)
+RULES = (
+    no_stop_token,
+    plain_template,
+    loss_on_questions,
+    refused_by_trl,
+    columns_dropped,
+    image_longer_than_row,
+    modalities_mixed,
+    connector,
+    images_cropped,
+    padded_on_the_right,
+    projector_random,
+)

@@ -34,82 +34,126 @@ TRAINER = {  # TrainingArguments, of which LLaVA's arguments and SFTConfig are s
     "batch_size": key("per_device_train_batch_size", 8),
     "grad_accum": key("gradient_accumulation_steps", 1),
     "max_steps": key("max_steps", -1),
-    "warmup_steps": key("warmup_steps", 0), "warmup_ratio": key("warmup_ratio", 0),
-    "fp16": key("fp16", False), "bf16": key("bf16"),
-    "checkpointing": key("gradient_checkpointing"), "reentrant": key("use_reentrant"),
-    "remove_unused": key("remove_unused_columns", True), "deepspeed": key("deepspeed"),
-    "eval": key("eval_strategy evaluation_strategy", "no"), "eval_steps": key("eval_steps"),
-    "save": key("save_strategy", "steps"), "save_steps": key("save_steps", 500),
-    "keep": key("save_total_limit", None), "save_only_model": key("save_only_model", False),
-    "resume": key("resume_from_checkpoint", None), "best": key("load_best_model_at_end", False)}
+    "warmup_steps": key("warmup_steps", 0),
+    "warmup_ratio": key("warmup_ratio", 0),
+    "fp16": key("fp16", False),
+    "bf16": key("bf16"),
+    "checkpointing": key("gradient_checkpointing"),
+    "reentrant": key("use_reentrant"),
+    "remove_unused": key("remove_unused_columns", True),
+    "deepspeed": key("deepspeed"),
+    "eval": key("eval_strategy evaluation_strategy", "no"),
+    "eval_steps": key("eval_steps"),
+    "save": key("save_strategy", "steps"),
+    "save_steps": key("save_steps", 500),
+    "keep": key("save_total_limit", None),
+    "save_only_model": key("save_only_model", False),
+    "resume": key("resume_from_checkpoint", None),
+    "best": key("load_best_model_at_end", False),
+}
 DIALECTS: dict[str, dict[str, Key]] = {
-    "llava": TRAINER | {
-        "model": key("model_name_or_path"), "lr": key("learning_rate", 5e-5),
-        "bf16": key("bf16", False), "eval": key("evaluation_strategy eval_strategy", "no"),
+    "llava": TRAINER
+    | {
+        "model": key("model_name_or_path"),
+        "lr": key("learning_rate", 5e-5),
+        "bf16": key("bf16", False),
+        "eval": key("evaluation_strategy eval_strategy", "no"),
         "checkpointing": key("gradient_checkpointing", False),
         "remove_unused": key("remove_unused_columns", False),
         "projector_only": key("tune_mm_mlp_adapter", False),
         "freeze_projector": key("freeze_mm_mlp_adapter", False),
-        "lora": key("lora_enable", False), "r": key("lora_r", 64), "alpha": key("lora_alpha", 16),
+        "lora": key("lora_enable", False),
+        "r": key("lora_r", 64),
+        "alpha": key("lora_alpha", 16),
         "projector_lr": key("mm_projector_lr", None),
         "bits": key("bits", 16),
-        "tower": key("vision_tower", None), "projector": key("pretrain_mm_mlp_adapter", None),
+        "tower": key("vision_tower", None),
+        "projector": key("pretrain_mm_mlp_adapter", None),
         "projector_type": key("mm_projector_type", "linear"),
         "layer": key("mm_vision_select_layer", -1),
         "patch_token": key("mm_use_im_patch_token", True),
         "start_end": key("mm_use_im_start_end", False),
-        "template": key("version", "v0"), "aspect": key("image_aspect_ratio", "square"),
+        "template": key("version", "v0"),
+        "aspect": key("image_aspect_ratio", "square"),
         "max_length": key("model_max_length", 512),
-        "by_length": key("group_by_modality_length", False)},
-    "hf": TRAINER | {
+        "by_length": key("group_by_modality_length", False),
+    },
+    "hf": TRAINER
+    | {
         "model": key("base_model_name_or_path model_name_or_path model_id model_name model"),
-        "lr": key("learning_rate"), "lora": key("use_peft"), "r": key("r lora_r", 8),
+        "lr": key("learning_rate"),
+        "lora": key("use_peft"),
+        "r": key("r lora_r", 8),
         "alpha": key("lora_alpha", 8),
         "targets": key("target_modules lora_target_modules"),
         "excluded": key("exclude_modules", None),
         "saved_modules": key("modules_to_save lora_modules_to_save", None),
-        "cast": key("autocast_adapter_dtype", True), "dtype": key("torch_dtype dtype"),
-        "4bit": key("load_in_4bit", False), "8bit": key("load_in_8bit", False),
+        "cast": key("autocast_adapter_dtype", True),
+        "dtype": key("torch_dtype dtype"),
+        "4bit": key("load_in_4bit", False),
+        "8bit": key("load_in_8bit", False),
         "4bit_dtype": key("bnb_4bit_compute_dtype", "float32"),
         "4bit_type": key("bnb_4bit_quant_type", "fp4"),
         "skipped_modules": key("llm_int8_skip_modules", None),
         "max_length": key("max_length max_seq_length"),
-        "packing": key("packing eval_packing", False), "padding_free": key("padding_free", False),
+        "packing": key("packing eval_packing", False),
+        "padding_free": key("padding_free", False),
         "answers_only": key("assistant_only_loss", False),
         "completions_only": key("completion_only_loss", None),
-        "skip_prepare": key("skip_prepare_dataset", False), "template_text": key("chat_template"),
+        "skip_prepare": key("skip_prepare_dataset", False),
+        "template_text": key("chat_template"),
         "template_path": key("chat_template_path"),
         "padding_side": key("padding_side tokenizer_padding_side"),
-        "pad": key("do_pad"), "aspect": key("image_aspect_ratio")},
+        "pad": key("do_pad"),
+        "aspect": key("image_aspect_ratio"),
+    },
     "train.py": {
-        "model": key("model", "tiny"), "trains": key("train", "lora"),
+        "model": key("model", "tiny"),
+        "trains": key("train", "lora"),
         "recipe": key("recipe", None),
-        "train_projector": key("train_projector", None), "lr": key("lr", 2e-4),
+        "train_projector": key("train_projector", None),
+        "lr": key("lr", 2e-4),
         "projector_lr": key("projector_lr", None),
-        "r": key("lora_r", 16), "alpha": key("lora_alpha", 32.0), "targets": key("lora_targets"),
-        "batch_size": key("batch_size", 8), "grad_accum": key("grad_accum", 1),
-        "max_steps": key("max_steps", 0), "warmup_steps": key("warmup_steps", 0),
+        "r": key("lora_r", 16),
+        "alpha": key("lora_alpha", 32.0),
+        "targets": key("lora_targets"),
+        "batch_size": key("batch_size", 8),
+        "grad_accum": key("grad_accum", 1),
+        "max_steps": key("max_steps", 0),
+        "warmup_steps": key("warmup_steps", 0),
         "warmup_ratio": key("warmup_ratio", 0.03),
         "template": key("template", None),
         "aspect": key("image_aspect_ratio", None),
-        "max_length": key("max_length", None), "eval_data": key("eval_data", None),
+        "max_length": key("max_length", None),
+        "eval_data": key("eval_data", None),
         "data": key("data", None),
-        "save_only_model": key("save_only_model", False), "resume": key("resume", "never"),
+        "save_only_model": key("save_only_model", False),
+        "resume": key("resume", "never"),
         "checkpointing": key("gradient_checkpointing", False),
-        "auto_batch": key("auto_batch_size", False)}}
+        "auto_batch": key("auto_batch_size", False),
+    },
+}
 PARTS = {  # of "hf": who documents the default
     "PEFT's": "r alpha targets excluded saved_modules cast",
     "BitsAndBytesConfig's": "4bit 8bit 4bit_dtype 4bit_type skipped_modules",
-    "SFTConfig's": "packing padding_free answers_only completions_only skip_prepare"}
+    "SFTConfig's": "packing padding_free answers_only completions_only skip_prepare",
+}
 SFT = {"lr": 2e-5, "max_length": 1024, "checkpointing": True}  # SFTConfig's own defaults
 # What only TRL's SFTConfig or its command line has, and so tells that SFTTrainer runs.
-TRL = set("""assistant_only_loss completion_only_loss dataset_text_field dataset_kwargs
+TRL = set(
+    """assistant_only_loss completion_only_loss dataset_text_field dataset_kwargs
     skip_prepare_dataset packing eval_packing packing_strategy padding_free dataset_num_proc
-    chat_template_path""".split())
+    chat_template_path""".split()
+)
 
 # train.py's settings, by which a recipe and a command of ours are known.
 OURS = {name for entry in DIALECTS["train.py"].values() for name in entry.names} | {
-    "image_folder", "lora_dropout", "packing", "epochs", "precision"}
+    "image_folder",
+    "lora_dropout",
+    "packing",
+    "epochs",
+    "precision",
+}
 
 
 @dataclass(frozen=True)
@@ -145,14 +189,15 @@ class Run:
             if name in self.settings:
                 return self.settings[name]
         owner = {"llava": "LLaVA's", "train.py": "train.py's"}.get(self.kind) or next(
-            (owner for owner, facts in PARTS.items() if fact in facts.split()),
-            "TrainingArguments'")
+            (owner for owner, facts in PARTS.items() if fact in facts.split()), "TrainingArguments'"
+        )
         if default is SILENT and self.trl and fact in SFT:
             owner, default = "SFTConfig's", SFT[fact]
         if default is SILENT:
             return None
-        return Setting(default, self.source, f"{names[0]} is not set ({owner} default: {default})",
-                       False)
+        return Setting(
+            default, self.source, f"{names[0]} is not set ({owner} default: {default})", False
+        )
 
     def value(self, fact: str) -> Any:
         setting = self[fact]
@@ -185,8 +230,12 @@ class Run:
             named = self.adapter or lora or self.written("r") or self["targets"]
             return "lora" if named and lora is not False else None
         kind = self.text("trains")
-        return {"lora": "lora", "projector": "projector", "full": "full",
-                "freeze_vision": "full"}.get(kind)
+        return {
+            "lora": "lora",
+            "projector": "projector",
+            "full": "full",
+            "freeze_vision": "full",
+        }.get(kind)
 
     @property
     def is_llava(self) -> bool:
@@ -200,8 +249,9 @@ class Run:
         if said and said.value in ("pad", "crop", "square"):
             return "pad" if said.value == "pad" else "crop", said
         pad = self["pad"]
-        return ("pad" if pad.value else "crop", pad) if pad and isinstance(pad.value,
-                                                                           bool) else None
+        return (
+            ("pad" if pad.value else "crop", pad) if pad and isinstance(pad.value, bool) else None
+        )
 
     @property
     def rows(self) -> int | None:
@@ -229,8 +279,9 @@ Findings = Iterator[Finding]
 
 def as_list(value: object) -> list[str]:
     """The names of a setting that may be one name, a list, or nothing."""
-    return [item for item in (value if isinstance(value, list) else [value])
-            if isinstance(item, str)]
+    return [
+        item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)
+    ]
 
 
 def plain(text: str) -> Any:

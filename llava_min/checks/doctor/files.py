@@ -8,8 +8,8 @@ from typing import Any
 
 from llava_min.checks.doctor.facts import OURS, TRL, Run, Setting
 from llava_min.checks.doctor.shell import HF, read_commands
-from llava_min.cli import UserError, printable, short
-from llava_min.files import check_file, read_json
+from llava_min.errors import UserError, escape_controls, shorten
+from llava_min.util.files import check_file, read_json
 
 MOST = 1 << 20  # bytes of a file of settings; what is larger is something else
 MOST_SCRIPT = 1 << 16  # and of a launch script
@@ -17,21 +17,23 @@ DEEPEST = 20  # tables within tables
 MOST_HEADER = 1 << 24  # of a safetensors file
 RECIPES = Path(__file__).parents[2] / "recipes"
 PROCESSOR = ("preprocessor_config.json", "processor_config.json")
-GIVE = ("give a recipe, a train.py command, a launch script, a JSON or TOML file of settings, or "
-        "an adapter folder")
+GIVE = (
+    "give a recipe, a train.py command, a launch script, a JSON or TOML file of settings, or "
+    "an adapter folder"
+)
 
 
 def read_text(path: Path, most: int = MOST) -> str:
     check_file(path)
     if path.stat().st_size > most:
         size = path.stat().st_size
-        raise UserError(f"{short(path, 400)}: {size:,} bytes, expected at most {most:,}; {GIVE}")
+        raise UserError(f"{shorten(path, 400)}: {size:,} bytes, expected at most {most:,}; {GIVE}")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise UserError(f"{short(path, 400)}: byte {e.start} is not UTF-8; {GIVE}") from None
+        raise UserError(f"{shorten(path, 400)}: byte {e.start} is not UTF-8; {GIVE}") from None
     if "\0" in text:
-        raise UserError(f"{short(path, 400)}: a binary file; {GIVE}")
+        raise UserError(f"{shorten(path, 400)}: a binary file; {GIVE}")
     return text
 
 
@@ -51,8 +53,11 @@ def flatten(data: dict[str, Any], source: str, run: Run, lines: list[str], path:
         quoted = json.dumps(value, ensure_ascii=False, default=str)
         written = re.compile(rf"[\s{{,'\"]*{re.escape(name)}['\"]?\s*[:=]")
         at = [n for n, line in enumerate(lines, 1) if written.match(line)]
-        new = Setting(value, f"{source}:{at[0]}" if len(at) == 1 else source,
-                      f"{dotted} = {short(quoted, 200)}")
+        new = Setting(
+            value,
+            f"{source}:{at[0]}" if len(at) == 1 else source,
+            f"{dotted} = {shorten(quoted, 200)}",
+        )
         if name not in run.settings:
             run.settings[name] = new
         elif run.settings[name].value != value:
@@ -67,13 +72,19 @@ def from_table(data: dict[str, Any], text: str, source: str) -> Run:
     flatten(data, source, run, text.splitlines())
     theirs = len((HF - OURS) & run.settings.keys())
     if not (OURS | HF) & run.settings.keys():
-        raise UserError(f"{source}: no key of a recipe, TrainingArguments, SFTConfig, LoraConfig "
-                        f"or BitsAndBytesConfig; {GIVE}")
+        raise UserError(
+            f"{source}: no key of a recipe, TrainingArguments, SFTConfig, LoraConfig "
+            f"or BitsAndBytesConfig; {GIVE}"
+        )
     if ours > theirs:
         ranks = data.get("ranks")  # a run folder's config.json has it
-        return Run(source, "train.py", "a recipe" if ranks is None else "the settings of a run",
-                   run.settings,
-                   ranks if isinstance(ranks, int) else None)
+        return Run(
+            source,
+            "train.py",
+            "a recipe" if ranks is None else "the settings of a run",
+            run.settings,
+            ranks if isinstance(ranks, int) else None,
+        )
     run.trl = run.trl or bool(TRL & run.settings.keys())
     if "image_processor_type" in data or "processor_class" in data:
         run.what = "a processor's settings"
@@ -89,7 +100,7 @@ def read_table(path: Path, source: str) -> Run:
     except (tomllib.TOMLDecodeError, RecursionError, ValueError) as e:
         if isinstance(e, UserError):
             raise
-        raise UserError(f"{source}: {printable(e)}; correct the file") from None
+        raise UserError(f"{source}: {escape_controls(e)}; correct the file") from None
 
 
 def with_recipe(run: Run) -> Run:
@@ -99,11 +110,12 @@ def with_recipe(run: Run) -> Run:
         return run
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{Path(name).name}.toml"
     if not path.is_file():
-        raise UserError(f"--recipe {short(name)}: no such recipe or .toml file; give one of "
-                        + ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml"))))
+        raise UserError(
+            f"--recipe {shorten(name)}: no such recipe or .toml file; give one of "
+            + ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+        )
     recipe = read_table(path, path.name).settings
-    run.settings = recipe | {"recipe": Setting(name, run.source,
-                                               f"--recipe {name}")} | run.settings
+    run.settings = recipe | {"recipe": Setting(name, run.source, f"--recipe {name}")} | run.settings
     return run
 
 
@@ -120,8 +132,9 @@ def tensor_names(path: Path) -> list[str]:
         header = json.loads(raw)
         return sorted(name for name in header.keys() if name != "__metadata__")
     except (ValueError, AttributeError, RecursionError):
-        raise UserError(f"{short(path, 400)}: damaged or not a safetensors file; save the adapter "
-                        "again") from None
+        raise UserError(
+            f"{shorten(path, 400)}: damaged or not a safetensors file; save the adapter again"
+        ) from None
 
 
 def read_adapter(folder: Path, source: str) -> Run:
@@ -133,8 +146,9 @@ def read_adapter(folder: Path, source: str) -> Run:
     flatten(data, source + "/adapter_config.json", run, text.splitlines())
     if "adapter_model.safetensors" in files:
         run.tensors = tensor_names(folder / "adapter_model.safetensors")
-    original = "config.json" in files and any(k.startswith("mm_")
-                                              for k in read_json(folder / "config.json"))
+    original = "config.json" in files and any(
+        k.startswith("mm_") for k in read_json(folder / "config.json")
+    )
     if original or "non_lora_trainables.bin" in files:
         run.adapter, run.what = "llava", "an adapter folder of the original LLaVA"
     for name in (*PROCESSOR, "config.json"):  # how pictures are prepared where it is served
@@ -161,8 +175,10 @@ def read_folder(folder: Path, source: str) -> Run:
         if (folder / name).exists():
             read_pictures(folder / name, f"{source}/{name}", run)
     if not run.settings:
-        raise UserError(f"{source}: no adapter_config.json, and no image_aspect_ratio or do_pad "
-                        f"in a config; {GIVE}")
+        raise UserError(
+            f"{source}: no adapter_config.json, and no image_aspect_ratio or do_pad "
+            f"in a config; {GIVE}"
+        )
     return run
 
 
@@ -172,13 +188,13 @@ def read_folder(folder: Path, source: str) -> Run:
 def read_input(given: str) -> list[Run]:
     """The runs that an input describes: one, or as many as a script starts. Raises UserError for
     what none is."""
-    source, path = short(given, 200), Path(given)
+    source, path = shorten(given, 200), Path(given)
     try:
         is_folder, exists = path.is_dir(), path.exists()
     except (OSError, ValueError):  # too long for a name, as a command line may be
         is_folder = exists = False
     if is_folder:
-        return [read_folder(path, short(path.resolve().name, 200))]
+        return [read_folder(path, shorten(path.resolve().name, 200))]
     if not exists:
         if given in {p.stem for p in RECIPES.glob("*.toml")}:
             return [read_table(RECIPES / f"{given}.toml", f"{given}.toml")]
@@ -187,12 +203,12 @@ def read_input(given: str) -> list[Run]:
         if not runs:
             raise UserError(f"{source}: no such file, folder or recipe; {GIVE}")
         return [with_recipe(run) if run.kind == "train.py" else run for run in runs]
-    source = short(path.name, 200)
+    source = shorten(path.name, 200)
     if path.name == "adapter_config.json":
-        return [read_adapter(path.parent, short(path.parent.resolve().name, 200))]
+        return [read_adapter(path.parent, shorten(path.parent.resolve().name, 200))]
     if path.suffix in (".json", ".toml"):
         return [read_table(path, source)]
     runs = read_commands(read_text(path, MOST_SCRIPT), source)
     if not runs:
-        raise UserError(f"{short(given, 200)}: no training command found in it; {GIVE}")
+        raise UserError(f"{shorten(given, 200)}: no training command found in it; {GIVE}")
     return [with_recipe(run) if run.kind == "train.py" else run for run in runs]

@@ -6,12 +6,20 @@ Here as on the other pages of rules, the docstring of a rule is the reason that 
 import re
 
 from llava_min.checks.doctor.facts import Finding, Findings, Run, as_list
-from llava_min.cli import is_quick, is_regex
+from llava_min.util.cli import is_quick, is_regex
 
 # CLIP-L/14-336's linear layers, as in transformers 5 -> inputs + outputs, over its 24 blocks.
-TOWER = {f"model.vision_tower.encoder.layers.0.{name}": 24 * size for name, size in {
-    "self_attn.q_proj": 2048, "self_attn.k_proj": 2048, "self_attn.v_proj": 2048,
-    "self_attn.out_proj": 2048, "mlp.fc1": 5120, "mlp.fc2": 5120}.items()}
+TOWER = {
+    f"model.vision_tower.encoder.layers.0.{name}": 24 * size
+    for name, size in {
+        "self_attn.q_proj": 2048,
+        "self_attn.k_proj": 2048,
+        "self_attn.v_proj": 2048,
+        "self_attn.out_proj": 2048,
+        "mlp.fc1": 5120,
+        "mlp.fc2": 5120,
+    }.items()
+}
 LANGUAGE_ONLY = ".*language_model.*_proj"  # a regex: the seven layers of its blocks, no others
 VICUNA_FIRST = "vicuna|liuhaotian"  # the original adds LoRA before it has a tower
 
@@ -36,8 +44,11 @@ def lora_in_tower(run: Run) -> Findings:
         pairs = [name for name in run.tensors if ".lora_A" in name and "vision" in name]
         what = f"{len(pairs)} LoRA pairs are in the vision tower, first {pairs[0]}" if pairs else ""
     else:
-        sizes = {path: n for path, n in TOWER.items() if fits(targets.value, path)
-                 and not fits(run.value("excluded"), path)}
+        sizes = {
+            path: n
+            for path, n in TOWER.items()
+            if fits(targets.value, path) and not fits(run.value("excluded"), path)
+        }
         leaves = ", ".join(path.rpartition(".")[2] for path in sizes)
         what = f"{targets.text} also names the vision tower's {leaves}" if sizes else ""
         if sizes and (r := run.number("r")):
@@ -45,8 +56,9 @@ def lora_in_tower(run: Run) -> Findings:
             what += f": {n:,} parameters at rank {int(r)} in CLIP-L/14-336"
     if what:
         meant = isinstance(targets.value, str) and "vision" in targets.value
-        yield Finding("note" if meant else "error", targets, what,
-                      f'target_modules = "{LANGUAGE_ONLY}"')
+        yield Finding(
+            "note" if meant else "error", targets, what, f'target_modules = "{LANGUAGE_ONLY}"'
+        )
 
 
 def gate_forgotten(run: Run) -> Findings:
@@ -56,21 +68,32 @@ def gate_forgotten(run: Run) -> Findings:
     targets = run.written("targets")
     names = as_list(targets.value) if targets and isinstance(targets.value, list) else []
     if {"up_proj", "down_proj"} <= set(names) and "gate_proj" not in names:
-        yield Finding("warning", targets,
-                      f"{targets.text} has up_proj and down_proj, and not gate_proj",
-                      "add gate_proj")
+        yield Finding(
+            "warning",
+            targets,
+            f"{targets.text} has up_proj and down_proj, and not gate_proj",
+            "add gate_proj",
+        )
 
 
 def alpha_unset(run: Run) -> Findings:
     """alpha / r scales what LoRA adds; LLaVA's is 256 / 128 = 2. A larger r with the same alpha
     turns the adapter down."""
     r, alpha = run.written("r"), run["alpha"]
-    if run.kind != "train.py" and r and run.number("r") and not alpha.written \
-            and run.trains == "lora":
+    if (
+        run.kind != "train.py"
+        and r
+        and run.number("r")
+        and not alpha.written
+        and run.trains == "lora"
+    ):
         flag = "lora_alpha = " if run.kind == "hf" else "--lora_alpha "
-        yield Finding("warning", alpha,
-                      f"{r.text}, and {alpha.text}: scaled by {alpha.value / r.value:g}",
-                      f"{flag}{int(2 * r.value)}")
+        yield Finding(
+            "warning",
+            alpha,
+            f"{r.text}, and {alpha.text}: scaled by {alpha.value / r.value:g}",
+            f"{flag}{int(2 * r.value)}",
+        )
 
 
 def alpha_large(run: Run) -> Findings:
@@ -78,8 +101,12 @@ def alpha_large(run: Run) -> Findings:
     rate."""
     alpha, value, r = run.written("alpha"), run.number("alpha"), run.number("r")
     if alpha and value and r and value / r >= 16 and run.trains == "lora":
-        yield Finding("note", alpha, f"{alpha.text} at rank {int(r)}: scaled by {value / r:g}",
-                      f"alpha {int(2 * r)}, or rank {int(value / 2)}")
+        yield Finding(
+            "note",
+            alpha,
+            f"{alpha.text} at rank {int(r)}: scaled by {value / r:g}",
+            f"alpha {int(2 * r)}, or rank {int(value / 2)}",
+        )
 
 
 def lora_switched_off(run: Run) -> Findings:
@@ -95,8 +122,12 @@ def lora_frozen(run: Run) -> Findings:
     (llava/train/train.py)."""
     if run.kind == "llava" and run.value("lora") is True and run.value("projector_only") is True:
         at = run["projector_only"]
-        yield Finding("error", at, f"{at.text} with {run['lora'].text}: LoRA never learns",
-                      f"remove {at.text}")
+        yield Finding(
+            "error",
+            at,
+            f"{at.text} with {run['lora'].text}: LoRA never learns",
+            f"remove {at.text}",
+        )
 
 
 def adapter_large(run: Run) -> Findings:
@@ -114,9 +145,12 @@ def bits_ignored(run: Run) -> Findings:
     fields = [s for name, s in run.settings.items() if name.startswith("bnb_4bit_")]
     if run.kind == "hf" and fields and run.value("4bit") in (False, None):
         more = f" and {len(fields) - 1} more bnb_4bit fields" if fields[1:] else ""
-        yield Finding("error", run.written("4bit") or fields[0],
-                      f"{run['4bit'].text}, with {fields[0].text}{more}: nothing is quantized",
-                      "load_in_4bit = true, or remove the bnb_4bit fields")
+        yield Finding(
+            "error",
+            run.written("4bit") or fields[0],
+            f"{run['4bit'].text}, with {fields[0].text}{more}: nothing is quantized",
+            "load_in_4bit = true, or remove the bnb_4bit fields",
+        )
 
 
 def quant_type_ignored(run: Run) -> Findings:
@@ -130,8 +164,12 @@ def quantized_in_full(run: Run) -> Findings:
     """Weights of bitsandbytes have no gradient; on a quantized model only adapters learn (QLoRA,
     arXiv 2305.14314)."""
     if run.kind == "llava" and run.value("bits") in (4, 8) and run.trains == "full":
-        yield Finding("error", run["bits"], f"{run['bits'].text}, and {run['lora'].text}",
-                      "--lora_enable True")
+        yield Finding(
+            "error",
+            run["bits"],
+            f"{run['bits'].text}, and {run['lora'].text}",
+            "--lora_enable True",
+        )
 
 
 def computed_in_fp32(run: Run) -> Findings:
@@ -139,8 +177,12 @@ def computed_in_fp32(run: Run) -> Findings:
     slower than in bf16."""
     dtype = run["4bit_dtype"]
     if run.kind == "hf" and run.value("4bit") is True and "float32" in str(dtype.value):
-        yield Finding("warning", dtype, f"{dtype.text}, with load_in_4bit",
-                      'bnb_4bit_compute_dtype = "bfloat16"')
+        yield Finding(
+            "warning",
+            dtype,
+            f"{dtype.text}, with load_in_4bit",
+            'bnb_4bit_compute_dtype = "bfloat16"',
+        )
 
 
 def fp4_not_nf4(run: Run) -> Findings:
@@ -154,13 +196,31 @@ def projector_quantized(run: Run) -> Findings:
     """transformers leaves lm_head alone out: projector and tower are quantized too. LLaVA keeps
     its projector in 16 bits (llm_int8_skip_modules, llava/train/train.py)."""
     skipped = run["skipped_modules"]
-    if run.kind == "hf" and True in (run.value("4bit"), run.value("8bit")) and not any(
-            "projector" in name for name in as_list(skipped.value)):
-        yield Finding("warning", skipped, skipped.text,
-                      'llm_int8_skip_modules = ["multi_modal_projector", "vision_tower", '
-                      '"lm_head"]')
+    if (
+        run.kind == "hf"
+        and True in (run.value("4bit"), run.value("8bit"))
+        and not any("projector" in name for name in as_list(skipped.value))
+    ):
+        yield Finding(
+            "warning",
+            skipped,
+            skipped.text,
+            'llm_int8_skip_modules = ["multi_modal_projector", "vision_tower", "lm_head"]',
+        )
 
 
-RULES = (lora_in_tower, gate_forgotten, alpha_unset, alpha_large, lora_switched_off, lora_frozen,
-         adapter_large, bits_ignored, quant_type_ignored, quantized_in_full, computed_in_fp32,
-         fp4_not_nf4, projector_quantized)
+RULES = (
+    lora_in_tower,
+    gate_forgotten,
+    alpha_unset,
+    alpha_large,
+    lora_switched_off,
+    lora_frozen,
+    adapter_large,
+    bits_ignored,
+    quant_type_ignored,
+    quantized_in_full,
+    computed_in_fp32,
+    fp4_not_nf4,
+    projector_quantized,
+)

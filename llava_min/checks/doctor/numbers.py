@@ -16,20 +16,25 @@ def rate_too_high(run: Run) -> Findings:
     model forgets what it knew (LLaVA#1301: divide the rate by 10)."""
     lr = run.number("lr")
     if run.trains == "full" and lr and lr >= 1e-4 and not is_tiny(run):
-        yield Finding("error", run["lr"],
-                      f"{run['lr'].text}, and the language model is trained whole",
-                      "2e-5")
+        yield Finding(
+            "error", run["lr"], f"{run['lr'].text}, and the language model is trained whole", "2e-5"
+        )
 
 
 def rate_too_low(run: Run) -> Findings:
     """LLaVA-1.5 takes 2e-4 for LoRA (scripts/v1_5/finetune_lora.sh) and 1e-3 for the projector
     alone (pretrain.sh): what begins at zero hardly moves at a rate for full tuning."""
     lr, kind = run.number("lr"), run.trains
-    if lr and kind in ("lora", "projector") and lr <= {"lora": 5e-5, "projector": 2e-4}[kind] \
-            and not is_tiny(run):
+    if (
+        lr
+        and kind in ("lora", "projector")
+        and lr <= {"lora": 5e-5, "projector": 2e-4}[kind]
+        and not is_tiny(run)
+    ):
         what = "by LoRA" if kind == "lora" else "the projector alone"
-        yield Finding("warning", run["lr"], f"{run['lr'].text}, and the run trains {what}",
-                      f"{RATES[kind]:g}")
+        yield Finding(
+            "warning", run["lr"], f"{run['lr'].text}, and the run trains {what}", f"{RATES[kind]:g}"
+        )
 
 
 def projector_rate(run: Run) -> Findings:
@@ -37,11 +42,19 @@ def projector_rate(run: Run) -> Findings:
     (scripts/v1_5/finetune_lora.sh)."""
     frozen = run.value("train_projector") is False or run.value("freeze_projector") is True
     lr, own = run.number("lr"), run["projector_lr"]
-    if own and own.value is None and run.trains == "lora" and not frozen and lr and lr >= 1e-4 \
-            and not is_tiny(run):
+    if (
+        own
+        and own.value is None
+        and run.trains == "lora"
+        and not frozen
+        and lr
+        and lr >= 1e-4
+        and not is_tiny(run)
+    ):
         flag = "--projector-lr" if run.kind == "train.py" else "--mm_projector_lr"
-        yield Finding("warning", own, f"{own.text}: it learns at the {lr:g} of LoRA",
-                      f"{flag} 2e-5")
+        yield Finding(
+            "warning", own, f"{own.text}: it learns at the {lr:g} of LoRA", f"{flag} 2e-5"
+        )
 
 
 def batch(run: Run) -> Findings:
@@ -55,11 +68,15 @@ def batch(run: Run) -> Findings:
     each = run.gpus * int(rows.value)
     flag = "--grad-accum" if run.kind == "train.py" else "--gradient_accumulation_steps"
     far = max(run.rows / published, published / run.rows) >= 4
-    yield Finding("warning" if far else "note", rows,
-                  f"{rows.value} rows x {accumulated.value} accumulated x {run.gpus} GPUs = "
-                  f"{run.rows} rows a step; published: {published}",
-                  f"{flag} {published // each}" if published % each == 0 else
-                  f"rows x accumulated x GPUs = {published}")
+    yield Finding(
+        "warning" if far else "note",
+        rows,
+        f"{rows.value} rows x {accumulated.value} accumulated x {run.gpus} GPUs = "
+        f"{run.rows} rows a step; published: {published}",
+        f"{flag} {published // each}"
+        if published % each == 0
+        else f"rows x accumulated x GPUs = {published}",
+    )
 
 
 def warmup_longer_than_run(run: Run) -> Findings:
@@ -67,14 +84,21 @@ def warmup_longer_than_run(run: Run) -> Findings:
     warms up for 3 % of the steps."""
     warmup, most = run.number("warmup_steps") or 0, run.number("max_steps") or 0
     if 1 <= most <= warmup:
-        yield Finding("error", run["warmup_steps"],
-                      f"{run['warmup_steps'].text}, and {run['max_steps'].text}",
-                      f"at most {max(1, most * 3 // 100):.0f} steps")
+        yield Finding(
+            "error",
+            run["warmup_steps"],
+            f"{run['warmup_steps'].text}, and {run['max_steps'].text}",
+            f"at most {max(1, most * 3 // 100):.0f} steps",
+        )
     fact = "warmup_steps" if 0 < warmup < 1 else "warmup_ratio"  # transformers 5: a share, too
     share = run.number(fact) or 0
     if share > 0.5 and warmup < 1:
-        yield Finding("error" if share >= 1 else "warning", run[fact],
-                      f"{run[fact].text}: {share:.0%} of the steps", "0.03")
+        yield Finding(
+            "error" if share >= 1 else "warning",
+            run[fact],
+            f"{run[fact].text}: {share:.0%} of the steps",
+            "0.03",
+        )
 
 
 def two_warmups(run: Run) -> Findings:
@@ -87,8 +111,9 @@ def two_warmups(run: Run) -> Findings:
 def two_precisions(run: Run) -> Findings:
     """transformers stops: at most one of them can be true."""
     if run.value("fp16") is True and run.value("bf16") is True:
-        yield Finding("error", run["fp16"], f"{run['fp16'].text}, and {run['bf16'].text}",
-                      "bf16 alone")
+        yield Finding(
+            "error", run["fp16"], f"{run['fp16'].text}, and {run['bf16'].text}", "bf16 alone"
+        )
 
 
 def fp16_weights(run: Run) -> Findings:
@@ -105,17 +130,26 @@ def fp16_weights(run: Run) -> Findings:
     else:
         learns = "the whole model" if run.value("lora") is False else ""
     if learns:
-        yield Finding("error", dtype, f"{dtype.text}, and what learns is fp16 too: {learns}",
-                      'dtype = "bfloat16" and bf16 = true')
+        yield Finding(
+            "error",
+            dtype,
+            f"{dtype.text}, and what learns is fp16 too: {learns}",
+            'dtype = "bfloat16" and bf16 = true',
+        )
 
 
 def fp16_without_masters(run: Run) -> Findings:
     """LLaVA casts the whole model to fp16 before it adds LoRA, and only DeepSpeed keeps fp32
     copies of what learns (LLaVA#463: the projector is inf at step 1)."""
-    if run.kind == "llava" and run.value("fp16") is True and run.trains == "lora" \
-            and not run.written("deepspeed"):
-        yield Finding("error", run["fp16"], f"{run['fp16'].text}, without --deepspeed",
-                      "--bf16 True")
+    if (
+        run.kind == "llava"
+        and run.value("fp16") is True
+        and run.trains == "lora"
+        and not run.written("deepspeed")
+    ):
+        yield Finding(
+            "error", run["fp16"], f"{run['fp16'].text}, without --deepspeed", "--bf16 True"
+        )
 
 
 def fp16_range(run: Run) -> Findings:
@@ -130,16 +164,21 @@ def all_fp32(run: Run) -> Findings:
     """28 GB of weights for a 7B, and products at a fraction of the speed; the published runs are
     bf16."""
     if run.kind == "llava" and run.value("fp16") is False and run.value("bf16") is False:
-        yield Finding("warning", run["bf16"], f"{run['bf16'].text}, and {run['fp16'].text}",
-                      "--bf16 True")
+        yield Finding(
+            "warning", run["bf16"], f"{run['bf16'].text}, and {run['fp16'].text}", "--bf16 True"
+        )
 
 
 def means_of_means(run: Run) -> Findings:
     """LLaVA (transformers 4.37) averages the means of micro-batches: a short answer in a small one
     counts more (transformers#37766). train.py divides once, by the tokens of the step."""
     if run.kind == "llava" and (run.number("grad_accum") or 0) > 1:
-        yield Finding("note", run["grad_accum"], run["grad_accum"].text,
-                      "a larger --per_device_train_batch_size, where it fits")
+        yield Finding(
+            "note",
+            run["grad_accum"],
+            run["grad_accum"].text,
+            "a larger --per_device_train_batch_size, where it fits",
+        )
 
 
 def reentrant(run: Run) -> Findings:
@@ -150,6 +189,18 @@ def reentrant(run: Run) -> Findings:
         yield Finding("warning", at, at.text, "use_reentrant = false")
 
 
-RULES = (rate_too_high, rate_too_low, projector_rate, batch, warmup_longer_than_run, two_warmups,
-         two_precisions, fp16_weights, fp16_without_masters, fp16_range, all_fp32, means_of_means,
-         reentrant)
+RULES = (
+    rate_too_high,
+    rate_too_low,
+    projector_rate,
+    batch,
+    warmup_longer_than_run,
+    two_warmups,
+    two_precisions,
+    fp16_weights,
+    fp16_without_masters,
+    fp16_range,
+    all_fp32,
+    means_of_means,
+    reentrant,
+)

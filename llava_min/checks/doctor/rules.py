@@ -20,8 +20,12 @@ def images_differ(runs: Sequence[Run]) -> Findings:
     for aspect, setting in said[1:]:
         if aspect != said[0][0]:
             first = said[0][1]
-            yield Finding("error", setting, f"{setting.text} ({aspect}), and {first.text} at "
-                          f"{first.where} ({said[0][0]})", "the same in training and in serving")
+            yield Finding(
+                "error",
+                setting,
+                f"{setting.text} ({aspect}), and {first.text} at {first.where} ({said[0][0]})",
+                "the same in training and in serving",
+            )
 
 
 def named(findings: Findings, rule) -> list[Finding]:

@@ -11,14 +11,19 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from llava_min.checks.doctor.facts import DIALECTS, OURS, TRL, Run, Setting, plain
-from llava_min.cli import UserError
+from llava_min.errors import UserError
 
 # Flags that only LLaVA's train.py and its relatives have.
-LLAVA_ONLY = set("""mm_projector_type vision_tower mm_vision_select_layer tune_mm_mlp_adapter
+LLAVA_ONLY = set(
+    """mm_projector_type vision_tower mm_vision_select_layer tune_mm_mlp_adapter
     lora_enable mm_projector_lr pretrain_mm_mlp_adapter group_by_modality_length mm_use_im_start_end
-    mm_use_im_patch_token""".split())
-HF = {name for key in DIALECTS["hf"].values() for name in key.names if name != "model"} \
-    | TRL | {"output_dir", "num_train_epochs", "lora_dropout"}
+    mm_use_im_patch_token""".split()
+)
+HF = (
+    {name for key in DIALECTS["hf"].values() for name in key.names if name != "model"}
+    | TRL
+    | {"output_dir", "num_train_epochs", "lora_dropout"}
+)
 MOST = 1 << 16  # characters of a variable
 ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 QUOTED, LITERAL = "\ue000", "\ue001"  # what stands for a $ between double and between single quotes
@@ -53,14 +58,14 @@ def scan(line: str, quote: str) -> tuple[str, str, bool]:
 
 def split(text: str, where: str, line: int) -> list[Word]:
     """The words and separators of text whose quotes are closed."""
-    lex = shlex.shlex(re.sub(r"(?<=\s)\d(?=[<>])", "", text), posix=True,
-                      punctuation_chars=";&|<>")
+    lex = shlex.shlex(re.sub(r"(?<=\s)\d(?=[<>])", "", text), posix=True, punctuation_chars=";&|<>")
     lex.whitespace_split, lex.commenters = True, ""
     try:
         return [Word(word, line) for word in lex if word.strip() or not word]  # "\\ " is a blank
     except ValueError as e:
-        raise UserError(f"{where}: line {line}: not readable as shell ({e}); correct the "
-                        "line") from None
+        raise UserError(
+            f"{where}: line {line}: not readable as shell ({e}); correct the line"
+        ) from None
 
 
 def commands(text: str, where: str) -> Iterator[list[Word]]:
@@ -92,8 +97,9 @@ def commands(text: str, where: str) -> Iterator[list[Word]]:
             yield words
             words = []
     if quote:
-        raise UserError(f"{where}: line {begun}: a quotation mark ({quote}) is never closed; "
-                        "close it")
+        raise UserError(
+            f"{where}: line {begun}: a quotation mark ({quote}) is never closed; close it"
+        )
     yield words
 
 
@@ -102,8 +108,10 @@ def fill(word: str, variables: dict[str, str], where: str) -> str:
     known = lambda m: variables.get(m[1] or m[2], m[0] if m[4] is None else m[4])
     filled = VARIABLE.sub(known, word).replace(QUOTED, "$").replace(LITERAL, "$")
     if len(filled) > MOST:  # A=$B$B, B=$C$C, and so on
-        raise UserError(f"{where}: a variable of {len(filled):,} characters, expected at most "
-                        f"{MOST:,}; is it a launch script?")
+        raise UserError(
+            f"{where}: a variable of {len(filled):,} characters, expected at most "
+            f"{MOST:,}; is it a launch script?"
+        )
     return filled
 
 
@@ -185,8 +193,11 @@ def flags(words: list[Word], file: str, ours: bool = False) -> tuple[dict[str, S
         if ours and name.startswith("no_"):
             name, values = name.removeprefix("no_"), ["False"]
         read = [plain(v) for v in values]
-        new = Setting(True if not read else read[0] if len(read) == 1 else read,
-                      f"{file}:{word.line}" if word.line else file, text)
+        new = Setting(
+            True if not read else read[0] if len(read) == 1 else read,
+            f"{file}:{word.line}" if word.line else file,
+            text,
+        )
         if name in found:
             repeated.append((found[name], new))
         found[name] = new
@@ -202,8 +213,11 @@ def kind_of(path: str, names: set[str]) -> str | None:
     return "hf" if len(names & HF) >= 2 or path == "sft" else None
 
 
-WHAT = {"llava": "a LLaVA launch script", "hf": "a launch script with transformers' flags",
-        "train.py": "a train.py command"}
+WHAT = {
+    "llava": "a LLaVA launch script",
+    "hf": "a launch script with transformers' flags",
+    "train.py": "a train.py command",
+}
 
 
 def read_commands(text: str, source: str, lines: bool = True) -> list[Run]:
@@ -238,9 +252,11 @@ def read_commands(text: str, source: str, lines: bool = True) -> list[Run]:
         if kind is None:
             continue
         found, repeated = flags(words[at + 1 :], source, kind == "train.py")
-        after = Run(source, kind, WHAT[kind], found, *processes(texts[:at], local),
-                    repeated=repeated)
-        after.trl = kind == "hf" and ("sft" in texts[at].rpartition("/")[2]
-                                      or bool(TRL & found.keys()))
+        after = Run(
+            source, kind, WHAT[kind], found, *processes(texts[:at], local), repeated=repeated
+        )
+        after.trl = kind == "hf" and (
+            "sft" in texts[at].rpartition("/")[2] or bool(TRL & found.keys())
+        )
         runs.append(after)
     return runs

@@ -11,12 +11,21 @@ from llava_min.checks.doctor.facts import Run
 
 TEMPLATES = {"v1": "vicuna_v1", "vicuna_v1": "vicuna_v1", "v0": "vicuna_v1", "plain": "plain"}
 ASPECTS = {"pad": "pad", "square": "crop"}
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant",
-             "constant_with_warmup": "constant"}
+SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+}
 # What is part of the checkpoint here: the flag, and LLaVA-1.5's value, the only one that is built.
-IN_MODEL = {"vision_tower": "openai/clip-vit-large-patch14-336", "mm_projector_type": "mlp2x_gelu",
-            "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
-            "mm_use_im_start_end": False, "mm_use_im_patch_token": False}
+IN_MODEL = {
+    "vision_tower": "openai/clip-vit-large-patch14-336",
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -2,
+    "mm_vision_select_feature": "patch",
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+}
 REASONS = {
     "pretrain_mm_mlp_adapter": "goes into the folder of --model",
     "deepspeed": "FSDP2 shards over the processes that torchrun starts",
@@ -28,10 +37,14 @@ REASONS = {
     "per_device_eval_batch_size": "goes with --eval-data: --eval-batch-size",
     "bits": "train.py keeps the base in 16 bits",
     "quant_type": "train.py keeps the base in 16 bits",
-    "double_quant": "train.py keeps the base in 16 bits", "lora_bias": "biases stay frozen",
-    "cache_dir": "the hub's own: HF_HOME", "remove_unused_columns": "no column is ever dropped",
-    "local_rank": "torchrun's own", "dataloader_drop_last": "no row is dropped",
-    "ddp_find_unused_parameters": "every trained tensor gets a gradient, or the run stops"}
+    "double_quant": "train.py keeps the base in 16 bits",
+    "lora_bias": "biases stay frozen",
+    "cache_dir": "the hub's own: HF_HOME",
+    "remove_unused_columns": "no column is ever dropped",
+    "local_rank": "torchrun's own",
+    "dataloader_drop_last": "no row is dropped",
+    "ddp_find_unused_parameters": "every trained tensor gets a gradient, or the run stops",
+}
 NO_LORA = "has no effect without --lora_enable True"
 
 
@@ -96,8 +109,10 @@ class Translation:
             folder = name.rstrip("/").rpartition("/")[2] + "-llava"
             projector = self.run.value("projector")
             whose = f"the projector of {projector}" if projector else "a random projector"
-            self.first.append(f"{folder} is {name} with {tower.value} and {whose}: "
-                              '"The start of stage 1" in docs/recipes.md makes that folder')
+            self.first.append(
+                f"{folder} is {name} with {tower.value} and {whose}: "
+                '"The start of stage 1" in docs/recipes.md makes that folder'
+            )
             name = folder
         self.put("--model", name)
         for flag, value in IN_MODEL.items():
@@ -120,8 +135,11 @@ class Translation:
             self.put("--train-vision", True)
         if frozen := self.get("freeze_mm_mlp_adapter") is True:
             self.put("--train-projector", False)
-        for name, flag, default in (("lora_r", "--lora-r", 64), ("lora_alpha", "--lora-alpha", 16),
-                                    ("lora_dropout", "--lora-dropout", 0.05)):
+        for name, flag, default in (
+            ("lora_r", "--lora-r", 64),
+            ("lora_alpha", "--lora-alpha", 16),
+            ("lora_dropout", "--lora-dropout", 0.05),
+        ):
             if kind == "lora":
                 self.same(name, flag, default)
             elif kind is None:
@@ -162,8 +180,10 @@ class Translation:
         self.put("--too-long", "shorten")  # LLaVA cuts, in the middle of an answer or an image
         fp16, bf16 = self.get("fp16") is True, self.get("bf16") is True
         self.put("--precision", "fp16" if fp16 else "bf16" if bf16 else "fp32")
-        for name, flag in (("gradient_checkpointing", "--gradient-checkpointing"),
-                           ("group_by_modality_length", "--group-by-length")):
+        for name, flag in (
+            ("gradient_checkpointing", "--gradient-checkpointing"),
+            ("group_by_modality_length", "--group-by-length"),
+        ):
             self.put(flag, True if self.get(name) is True else None)
         self.same("neftune_noise_alpha", "--neftune-alpha")
 
@@ -184,16 +204,20 @@ class Translation:
         self.put("--save-only-model", True if self.get("save_only_model") is True else None)
         self.same("logging_steps", "--log-every", 500)
         report = self.get("report_to", "none")
-        known = [r for r in (report if isinstance(report, list) else [report])
-                 if r in ("wandb", "tensorboard")]
+        known = [
+            r
+            for r in (report if isinstance(report, list) else [report])
+            if r in ("wandb", "tensorboard")
+        ]
         self.put("--log", known or None)
         if not known and report not in ("none", None):
             self.leave("report_to", "there are tensorboard and wandb")
         self.same("output_dir", "--out")
         if "output_dir" in self.run.settings:  # LLaVA goes on from a checkpoint-* in it
             self.put("--resume", "auto")
-        self.leave("resume_from_checkpoint",
-                   "as LLaVA does: --resume auto goes on from what is in --out")
+        self.leave(
+            "resume_from_checkpoint", "as LLaVA does: --resume auto goes on from what is in --out"
+        )
 
     # ---- the command
 
@@ -201,8 +225,10 @@ class Translation:
         run = self.run
         gpus = run.gpus or self.guess()
         if run.nodes > 1:
-            return (f"torchrun --nnodes={run.nodes} --nproc_per_node={gpus // run.nodes} "
-                    "--rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py")
+            return (
+                f"torchrun --nnodes={run.nodes} --nproc_per_node={gpus // run.nodes} "
+                "--rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py"
+            )
         return f"torchrun --nproc_per_node={gpus} train.py" if gpus > 1 else "python train.py"
 
     def guess(self) -> int:

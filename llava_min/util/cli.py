@@ -1,8 +1,9 @@
-"""What every script shares: flags from a dataclass, errors a user can act on, text that is safe to print,
-regexes that are safe to run.
+"""What every script shares: flags from a dataclass, errors a user can act on, text that is safe to
+print, regexes that are safe to run.
 
-A script's knobs are the fields of a dataclass: the name is the flag, the annotation its kind, the trailing comment its
-help. Nothing heavy is imported here, so `--help` and a mistyped flag answer at once.
+A script's knobs are the fields of a dataclass: the name is the flag, the annotation its kind, the
+trailing comment its help. Nothing heavy is imported here, so `--help` and a mistyped flag answer at
+once.
 """
 
 import argparse
@@ -26,33 +27,35 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llava_min.errors import UserError, set_labels, warn
-from llava_min.errors import escape_controls as printable
-from llava_min.errors import info as note
-from llava_min.errors import shorten as short
+from llava_min.errors import UserError, escape_controls, info, set_labels, shorten
 
 UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 @contextmanager
 def flags(knobs: Any) -> Iterator[None]:
-    """Within, the library's lines that begin with a keyword, `device: …`, begin with the flag that was typed, `--device: …`.
+    """Within, the library's lines that begin with a keyword, `device: …`, begin with the flag that
+    was typed, `--device: …`.
 
-    The flags are the fields of `knobs` that have a value; `--eval-x` stands for the keyword x, too, where there is no --x.
+    The flags are the fields of `knobs` that have a value; `--eval-x` stands for the keyword x, too,
+    where there is no --x.
     """
-    given = {name: value for name, value in vars(knobs).items() if value is not None and not isinstance(value, list)}
-    named = {name: "--" + name.replace("_", "-") for name in given if name not in map(str, given.values())}  # a file may be called so
+    given = {
+        name: value
+        for name, value in vars(knobs).items()
+        if value is not None and not isinstance(value, list)
+    }
+    # a file may be called so
+    named = {
+        name: "--" + name.replace("_", "-")
+        for name in given
+        if name not in map(str, given.values())
+    }
     set_labels({name.removeprefix("eval_"): flag for name, flag in named.items()} | named)
     try:
         yield
     finally:
         set_labels({})
-
-
-@functools.cache
-def warn_once(text: str) -> None:
-    """A warning about a file, which a script may read several times."""
-    warn(text)
 
 
 def is_regex(text: str) -> bool:
@@ -64,13 +67,17 @@ def is_regex(text: str) -> bool:
 
 
 def is_quick(text: str, repetitions: int, length: int = 200) -> bool:
-    """Whether a regex is soon through with a name: a stranger's could run for ever. No group may be repeated."""
+    """Whether a regex is soon through with a name: a stranger's could run for ever. No group may be
+    repeated.
+    """
     many = len(re.findall(r"[*+{]|(?<![*+}(])\?", text))  # the ? of *? and of (?: repeats nothing
     return len(text) <= length and many <= repetitions and not re.search(r"\)[*+?{]", text)
 
 
-class Unheard(io.FileIO):
-    """A stream that nobody need read: what was lost with the terminal or the pipe is no reason to stop."""
+class BestEffortStream(io.FileIO):
+    """A stream that nobody need read: what was lost with the terminal or the pipe is no reason to
+    stop.
+    """
 
     def write(self, data) -> int:
         try:
@@ -80,36 +87,55 @@ class Unheard(io.FileIO):
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """Run a script's main: a user's mistake becomes one line and exit code 2, Ctrl-C 130, a closed pipe a quiet end."""
+    """Run a script's main: a user's mistake becomes one line and exit code 2, Ctrl-C 130, a closed
+    pipe a quiet end.
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the shell closed it
             setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")  # a terminal that cannot show a character is no reason to stop
+        # a terminal that cannot show a character is no reason to stop
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     if sys.stderr is sys.__stderr__:
-        sys.stderr = io.TextIOWrapper(Unheard(2, "w", closefd=False), sys.stderr.encoding, "backslashreplace", write_through=True)
+        sys.stderr = io.TextIOWrapper(
+            BestEffortStream(2, "w", closefd=False),
+            sys.stderr.encoding,
+            "backslashreplace",
+            write_through=True,
+        )
     try:
         code = main(sys.argv[1:]) or 0
         print(end="", flush=True)
     except UserError as e:
-        note(f"error: {e}")
+        info(f"error: {e}")
         code = 2
     except KeyboardInterrupt:
-        note("stopped")
+        info("stopped")
         code = 130
     except OSError as e:
         code = 2
         if e.filename is not None and e.errno in UNREACHABLE:
-            note(f"error: {short(e.filename, 400)}: cannot be reached ({e.strerror}); check the path and its permissions")
-        elif e.filename is None and e.errno in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more on its way out
+            info(
+                f"error: {shorten(e.filename, 400)}: cannot be reached ({e.strerror}); check the "
+                "path and its permissions"
+            )
+        elif e.filename is None and e.errno in (
+            errno.EPIPE,
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EIO,
+        ):
+            # the interpreter flushes once more on its way out
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if e.errno == errno.EPIPE:
                 code = 141
             else:
-                note(f"error: the output cannot be written ({e.strerror}); free space")
+                info(f"error: the output cannot be written ({e.strerror}); free space")
         else:
             raise
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        # gloo's threads may hold a tensor still, and the end of the interpreter would abort them (pytorch#179291, #190489)
+        # gloo's threads may hold a tensor still, and the end of the interpreter would abort them
+        # (pytorch#179291, #190489)
         atexit._run_exitfuncs()
         sys.stderr.flush()
         os._exit(code)
@@ -117,13 +143,14 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 
 # Kinds of numbers: the annotation of a knob says what it may be.
-Count = Annotated[int, 1, 1 << 31]
-Whole = Annotated[int, 0, 1 << 31]
+PositiveInt = Annotated[int, 1, 1 << 31]
+NonNegativeInt = Annotated[int, 0, 1 << 31]
 Seed = Annotated[int, 0, (1 << 63) - 1]
-Positive = Annotated[float, 1e-30, 1e30]
-NonNegative = Annotated[float, 0.0, 1e30]
+PositiveFloat = Annotated[float, 1e-30, 1e30]
+NonNegativeFloat = Annotated[float, 0.0, 1e30]
 Fraction = Annotated[float, 0.0, 1.0]
-Place = Annotated[str, "~"]  # a path, or several with commas between; of --name=~/x the shell leaves the ~ to us
+# a path, or several with commas between; of --name=~/x the shell leaves the ~ to us
+PathArg = Annotated[str, "~"]
 
 
 def convert(flag: str, kind: Any, value: Any) -> Any:
@@ -137,36 +164,53 @@ def convert(flag: str, kind: Any, value: Any) -> Any:
         return tuple(convert(flag, typing.get_args(kind)[0], item) for item in items)
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
-            raise UserError(f"{flag}: {value!r} is not one of {', '.join(map(str, typing.get_args(kind)))}; choose one")
+            raise UserError(
+                f"{flag}: {value!r} is not one of {', '.join(map(str, typing.get_args(kind)))}; "
+                "choose one"
+            )
         return value
-    if kind == Place:
+    if kind == PathArg:
         places = [os.path.expanduser(place) for place in convert(flag, str, value).split(",")]
         for place in places:
             try:
                 os.stat(place)
-            except (FileNotFoundError, NotADirectoryError):  # as a hub id, or what is still to be written
+            except (
+                FileNotFoundError,
+                NotADirectoryError,
+            ):  # as a hub id, or what is still to be written
                 continue
             except (OSError, ValueError) as e:
-                why = getattr(e, "strerror", None) or printable(e)
-                raise UserError(f"{flag}: {short(place, 400)} cannot be reached ({why}); check the path and its permissions") from None
+                why = getattr(e, "strerror", None) or escape_controls(e)
+                raise UserError(
+                    f"{flag}: {shorten(place, 400)} cannot be reached ({why}); check the path and "
+                    "its permissions"
+                ) from None
         return ",".join(places)
     low, high = -math.inf, math.inf
     if typing.get_origin(kind) is Annotated:
         kind, low, high = typing.get_args(kind)
     if kind in (int, float):
         try:
-            number = kind(value) if not isinstance(value, bool) and not (kind is int and isinstance(value, float)) else None
+            number = (
+                kind(value)
+                if not isinstance(value, bool) and not (kind is int and isinstance(value, float))
+                else None
+            )
         except (ValueError, TypeError, OverflowError):
             number = None
         name = {int: "a whole number", float: "a number"}[kind]
         if number is None or not low <= number <= high or not math.isfinite(number):
             bounds = ""
             if low > -math.inf:
-                bounds = f" from {low:g} up" if high in (1 << 31, 1e30) else f" from {low:g} to {high:g}"
+                bounds = (
+                    f" from {low:g} up" if high in (1 << 31, 1e30) else f" from {low:g} to {high:g}"
+                )
             raise UserError(f"{flag}: {value!r} is not {name}{bounds}; give one")
         return number
     if not isinstance(value, kind):
-        raise UserError(f"{flag}: {value!r} is not {'true or false' if kind is bool else 'text'}; correct it")
+        raise UserError(
+            f"{flag}: {value!r} is not {'true or false' if kind is bool else 'text'}; correct it"
+        )
     if kind is str and not value.strip():
         raise UserError(f"{flag}: is empty; give a value, or leave it out")
     return value
@@ -192,7 +236,10 @@ class Parser(argparse.ArgumentParser):
         layout = lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=width)
         super().__init__(allow_abbrev=False, formatter_class=layout, **other)
         self.seen: set[str] = set()
-        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)  # argparse's own lacks the exponent
+        # argparse's own lacks the exponent
+        self._negative_number_matcher = re.compile(
+            r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE
+        )
 
     def once(self, name: str, option: str | None) -> None:
         if name in self.seen:
@@ -201,8 +248,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         if unknown := re.search(r"unrecognized arguments: (--?[^\s=]+)", message):
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1, cutoff=0.7)
-            message = f"{unknown[1]}: no such option; " + (f"did you mean {near[0]}?" if near else "see --help")
+            near = difflib.get_close_matches(
+                unknown[1], self._option_string_actions, n=1, cutoff=0.7
+            )
+            message = f"{unknown[1]}: no such option; " + (
+                f"did you mean {near[0]}?" if near else "see --help"
+            )
         elif stray := re.match(r"unrecognized arguments: (\S+)", message):
             message = f"{stray[1]}: belongs to no option; a switch takes no value (--name or --no-name), see --help"
         else:
@@ -212,19 +263,36 @@ class Parser(argparse.ArgumentParser):
 
 def comments(knobs: type) -> dict[str, str]:
     """The trailing comment of each field of a dataclass."""
-    return {m[1]: m[2] for line in inspect.getsource(knobs).splitlines() if (m := re.match(r"    (\w+):[^#]*#\s*(.*)", line))}
+    return {
+        m[1]: m[2]
+        for line in inspect.getsource(knobs).splitlines()
+        if (m := re.match(r"    (\w+):[^#]*#\s*(.*)", line))
+    }
 
 
-def parse(knobs: type, argv: list[str], description: str, positional: str | None = None, recipes: Path | None = None) -> Any:
-    """`argv` as an instance of the dataclass `knobs`; flags win over the recipe, the recipe over the defaults.
+def parse(
+    knobs: type,
+    argv: list[str],
+    description: str,
+    positional: str | None = None,
+    recipes: Path | None = None,
+) -> Any:
+    """`argv` as an instance of the dataclass `knobs`; flags win over the recipe, the recipe over
+    the defaults.
 
-    `positional` names a field of type list that takes what is not a flag. Raises UserError for whatever does not fit.
+    `positional` names a field of type list that takes what is not a flag. Raises UserError for
+    whatever does not fit.
     """
     help_of, kinds = comments(knobs), typing.get_type_hints(knobs, include_extras=True)
     parser = Parser(description=description)
     parser.register("action", "once", Once)
     if positional:
-        parser.add_argument(positional, nargs="*", metavar=positional.upper().rstrip("S"), help=help_of.get(positional))
+        parser.add_argument(
+            positional,
+            nargs="*",
+            metavar=positional.upper().rstrip("S"),
+            help=help_of.get(positional),
+        )
     for f in dataclasses.fields(knobs):
         if f.name == positional:
             continue
@@ -234,11 +302,22 @@ def parse(knobs: type, argv: list[str], description: str, positional: str | None
         if kinds[f.name] is bool or kinds[f.name] == bool | None:
             parser.add_argument(flag, action=Switch, default=None, help=text)
         else:
-            choices = typing.get_args(kinds[f.name]) if typing.get_origin(kinds[f.name]) is Literal else None
+            choices = (
+                typing.get_args(kinds[f.name])
+                if typing.get_origin(kinds[f.name]) is Literal
+                else None
+            )
             meta = "{" + ",".join(map(str, choices)) + "}" if choices else "X"
-            parser.add_argument(flag, action="once", default=None, metavar=meta, help=text + default)
-    cut = argv.index("--") if positional and "--" in argv else len(argv)  # what follows -- may begin with a dash
-    given = {k: v for k, v in vars(parser.parse_intermixed_args(argv[:cut])).items() if v is not None and v != []}
+            parser.add_argument(
+                flag, action="once", default=None, metavar=meta, help=text + default
+            )
+    # what follows -- may begin with a dash
+    cut = argv.index("--") if positional and "--" in argv else len(argv)
+    given = {
+        k: v
+        for k, v in vars(parser.parse_intermixed_args(argv[:cut])).items()
+        if v is not None and v != []
+    }
     if cut < len(argv):
         given[positional] = given.get(positional, []) + argv[cut + 1 :]
     if recipes is not None and (name := given.get("recipe", getattr(knobs, "recipe", None))):
@@ -246,7 +325,12 @@ def parse(knobs: type, argv: list[str], description: str, positional: str | None
         if "data" in given:  # what goes with the recipe's own data does not go with another
             recipe = {k: v for k, v in recipe.items() if k not in ("image_folder", "eval_data")}
         given = {**recipe, **given}
-    return knobs(**{k: v if k == positional else convert("--" + k.replace("_", "-"), kinds[k], v) for k, v in given.items()})
+    return knobs(
+        **{
+            k: v if k == positional else convert("--" + k.replace("_", "-"), kinds[k], v)
+            for k, v in given.items()
+        }
+    )
 
 
 def read_recipe(name: str, folder: Path, kinds: dict[str, Any]) -> dict[str, Any]:
@@ -256,13 +340,20 @@ def read_recipe(name: str, folder: Path, kinds: dict[str, Any]) -> dict[str, Any
         names = sorted(p.stem for p in folder.glob("*.toml"))
         near = difflib.get_close_matches(name, names, n=1)
         mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-        raise UserError(f"--recipe {printable(name)}: no such recipe or .toml file; {mend}")
+        raise UserError(f"--recipe {escape_controls(name)}: no such recipe or .toml file; {mend}")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as e:  # not TOML, not UTF-8, a number of 5000 digits
-        raise UserError(f"{path}: {printable(e)}; correct the file") from None
+    except (
+        ValueError,
+        RecursionError,
+        OSError,
+    ) as e:  # not TOML, not UTF-8, a number of 5000 digits
+        raise UserError(f"{path}: {escape_controls(e)}; correct the file") from None
     for key in data:
         if key not in kinds or key == "recipe":
             near = difflib.get_close_matches(key, kinds, n=1)
-            raise UserError(f"{path}: {printable(key)} is not a setting; " + (f"did you mean {near[0]}?" if near else "see --help"))
+            raise UserError(
+                f"{path}: {escape_controls(key)} is not a setting; "
+                + (f"did you mean {near[0]}?" if near else "see --help")
+            )
     return data

@@ -11,10 +11,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from llava_min.metrics.text import letter, words as squad_words
-from llava_min.metrics.vqa import normalize, normalize_textvqa
-from llava_min.metrics.words import SPACELESS, ascii_words, words
-from llava_min.metrics.yes_no import says_yes
+from llava_min.evaluation.metrics.text import letter
+from llava_min.evaluation.metrics.text import words as squad_words
+from llava_min.evaluation.metrics.vqa import normalize, normalize_textvqa
+from llava_min.evaluation.metrics.words import SPACELESS, ascii_words, words
+from llava_min.evaluation.metrics.yes_no import says_yes
 
 Unseen = Callable[[str, list[str]], bool]
 
@@ -68,41 +69,69 @@ OTHER = Check(
     any_text(lambda text: words(text) != tuple(ascii_words(text))),
     "have letters beyond a to z, which rouge-score's own tokenizer drops and this one keeps as "
     "words (of Chinese, Japanese, Thai as characters); say so beside the score, or use chrf, which "
-    "needs no words")
-ENGLISH = Check(any_text(foreign),
-                "have a text without Latin letters, and the metric's model is English; use chrf")
-NORMALISED = (f"have nothing but articles and marks {SIDE}, which the normaliser drops; "
-              "use exact_match")
+    "needs no words",
+)
+ENGLISH = Check(
+    any_text(foreign),
+    "have a text without Latin letters, and the metric's model is English; use chrf",
+)
+NORMALISED = (
+    f"have nothing but articles and marks {SIDE}, which the normaliser drops; use exact_match"
+)
 
 CHECKS: dict[str, tuple[Check, ...]] = {
     "token_f1": (
-        Check(lost(squad_words),
-              f"have nothing but articles and punctuation {SIDE}, which token_f1 drops, so that "
-              "two such texts count as equal whatever they say; use exact_match"),
-        Check(any_text(SPACELESS.search),
-              "are in a script without spaces, where token_f1 takes what stands between two spaces "
-              "for one word; use chrf or rouge1")),
+        Check(
+            lost(squad_words),
+            f"have nothing but articles and punctuation {SIDE}, which token_f1 drops, so that "
+            "two such texts count as equal whatever they say; use exact_match",
+        ),
+        Check(
+            any_text(SPACELESS.search),
+            "are in a script without spaces, where token_f1 takes what stands between two spaces "
+            "for one word; use chrf or rouge1",
+        ),
+    ),
     "vqa": (Check(lost(normalize), NORMALISED),),
     "textvqa": (Check(lost(normalize_textvqa), NORMALISED),),
     "multiple_choice": (
         Check(no_letter, "choose no letter and count as wrong; ask for the letter alone"),
-        Check(lambda p, rs: not any(letter(r) or squad_words(r) for r in rs),
-              "have no letter and no word in any reference and score 0; use exact_match")),
+        Check(
+            lambda p, rs: not any(letter(r) or squad_words(r) for r in rs),
+            "have no letter and no word in any reference and score 0; use exact_match",
+        ),
+    ),
     "pope": (
-        Check(neither,
-              "say neither yes nor no and count as yes, as POPE has it; ask for yes or no"),),
+        Check(
+            neither, "say neither yes nor no and count as yes, as POPE has it; ask for yes or no"
+        ),
+    ),
     "bleu": (
-        Check(lost(lambda text: bleu_words(text) >= 4),
-              f"have fewer than 4 words {SIDE} and so no 4-gram that can be right; BLEU is 0 where "
-              "none has one; use chrf, exact_match or token_f1", least=0.5),
-        Check(any_text(foreign),
-              "have a text without Latin letters, and sacrebleu's default tokenizer (13a) parts "
-              "words at spaces and ASCII punctuation alone; use chrf or rougeL")),
-    "rouge1": (NO_WORD, OTHER), "rougeL": (NO_WORD, OTHER), "rougeLsum": (NO_WORD, OTHER),
+        Check(
+            lost(lambda text: bleu_words(text) >= 4),
+            f"have fewer than 4 words {SIDE} and so no 4-gram that can be right; BLEU is 0 where "
+            "none has one; use chrf, exact_match or token_f1",
+            least=0.5,
+        ),
+        Check(
+            any_text(foreign),
+            "have a text without Latin letters, and sacrebleu's default tokenizer (13a) parts "
+            "words at spaces and ASCII punctuation alone; use chrf or rougeL",
+        ),
+    ),
+    "rouge1": (NO_WORD, OTHER),
+    "rougeL": (NO_WORD, OTHER),
+    "rougeLsum": (NO_WORD, OTHER),
     "rouge2": (
-        Check(lost(lambda text: len(words(text)) >= 2),
-              f"have fewer than 2 words {SIDE} and score 0; use rouge1, rougeL or chrf"), OTHER),
-    "bertscore": (ENGLISH,), "nli": (ENGLISH,)}
+        Check(
+            lost(lambda text: len(words(text)) >= 2),
+            f"have fewer than 2 words {SIDE} and score 0; use rouge1, rougeL or chrf",
+        ),
+        OTHER,
+    ),
+    "bertscore": (ENGLISH,),
+    "nli": (ENGLISH,),
+}
 
 
 Found = list[tuple[Check, np.ndarray]]
@@ -111,8 +140,10 @@ Found = list[tuple[Check, np.ndarray]]
 def unseen(metric: str, predictions: list[str], references: list[list[str]]) -> Found:
     """The metric's checks, each with the examples (N,) bool that it is about."""
     pairs = list(zip(predictions, references, strict=True))
-    return [(check, np.array([check.unseen(p, rs) for p, rs in pairs]))
-            for check in CHECKS.get(metric, ())]
+    return [
+        (check, np.array([check.unseen(p, rs) for p, rs in pairs]))
+        for check in CHECKS.get(metric, ())
+    ]
 
 
 def remarks(found: Found, keep: np.ndarray | slice = slice(None)) -> list[str]:

@@ -1,8 +1,9 @@
 """Byte-pair encoding in plain Python: text → ids, and ids → text as they come.
 
-One merge loop serves both families. SentencePiece style (Llama, Mistral): symbols are characters, a space is
-`▁`, and a character that has no piece is spelled in byte tokens `<0x..>`. Byte level (GPT-2, Qwen, Llama-3):
-a regex cuts the text into words, and symbols are the bytes of a word. The reference is HF `tokenizers`.
+One merge loop serves both families. SentencePiece style (Llama, Mistral): symbols are characters, a
+space is `▁`, and a character that has no piece is spelled in byte tokens `<0x..>`. Byte level
+(GPT-2, Qwen, Llama-3): a regex cuts the text into words, and symbols are the bytes of a word. The
+reference is HF `tokenizers`.
 
 Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2019 (GPT-2) for the byte alphabet.
 """
@@ -12,11 +13,14 @@ import heapq
 import re
 import unicodedata
 
-Pairs = dict[tuple[int, int], tuple[int, int]]    # (left id, right id) → (rank, merged id); lowest rank first
+# (left id, right id) → (rank, merged id); lowest rank first
+Pairs = dict[tuple[int, int], tuple[int, int]]
 
 
 def merge(ids: list[int], pairs: Pairs) -> list[int]:
-    """Merges neighbours, lowest rank first and leftmost among equals, until none is left: O(n log n)."""
+    """Merges neighbours, lowest rank first and leftmost among equals, until none is left: O(n log
+    n).
+    """
     n = len(ids)
     ids, left, right = ids[:], list(range(-1, n - 1)), list(range(1, n + 1))
     heap = []
@@ -31,9 +35,10 @@ def merge(ids: list[int], pairs: Pairs) -> list[int]:
         rank, i = heapq.heappop(heap)
         j = right[i]
         pair = pairs.get((ids[i], ids[j])) if j < n else None
-        if pair is None or pair[0] != rank:             # one of the two has merged with another since
+        # one of the two has merged with another since
+        if pair is None or pair[0] != rank:
             continue
-        ids[i], ids[j] = pair[1], -1                    # -1: gone, and in no pair
+        ids[i], ids[j] = pair[1], -1  # -1: gone, and in no pair
         right[i] = right[j]
         if right[i] < n:
             left[right[i]] = i
@@ -43,7 +48,9 @@ def merge(ids: list[int], pairs: Pairs) -> list[int]:
 
 
 class Words(dict):
-    """word → ids, remembered: most words of a text have been seen before. Bounded: a long run stays small."""
+    """word → ids, remembered: most words of a text have been seen before. Bounded: a long run stays
+    small.
+    """
 
     def __init__(self, encode):
         self.encode = encode
@@ -65,14 +72,33 @@ def without(pairs: Pairs, ids: set[int]) -> Pairs:
 
 
 class SentencePieceBPE:
-    """BPE over characters with `▁` for the space; what transformers makes of Llama's `tokenizer.model`."""
+    """BPE over characters with `▁` for the space; what transformers makes of Llama's
+    `tokenizer.model`.
+    """
 
-    def __init__(self, vocab: dict[str, int], pairs: Pairs, *, byte_fallback: bool, unk_id: int | None,
-                 fuse_unk: bool, strip: bool):
-        self.vocab, self.pairs, self.unk_id, self.fuse_unk, self.strip = vocab, pairs, unk_id, fuse_unk, strip
-        self.bytes = [vocab.get(f"<0x{b:02X}>") for b in range(256)] if byte_fallback else [None] * 256
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        pairs: Pairs,
+        *,
+        byte_fallback: bool,
+        unk_id: int | None,
+        fuse_unk: bool,
+        strip: bool,
+    ):
+        self.vocab, self.pairs, self.unk_id, self.fuse_unk, self.strip = (
+            vocab,
+            pairs,
+            unk_id,
+            fuse_unk,
+            strip,
+        )
+        self.bytes = (
+            [vocab.get(f"<0x{b:02X}>") for b in range(256)] if byte_fallback else [None] * 256
+        )
         self.byte_fallback = byte_fallback
-        # Where no piece carries a ▁ behind another character, no merge crosses that border, and the text may
+        # Where no piece carries a ▁ behind another character, no merge crosses that border, and the
+        # text may
         # be encoded (and remembered) word by word.
         by_word = not any("▁" in piece.lstrip("▁") for piece in vocab)
         self.split = re.compile("▁*[^▁]+|▁+" if by_word else ".+", re.S).findall
@@ -105,11 +131,14 @@ class SentencePieceBPE:
 
 
 class SentencePieceDecoder:
-    """A run of byte tokens is text only if the whole of it is UTF-8 (else one U+FFFD a byte, as `tokenizers`
-    decides), so it is held back until a token that is no byte ends it."""
+    """A run of byte tokens is text only if the whole of it is UTF-8 (else one U+FFFD a byte, as
+    `tokenizers` decides), so it is held back until a token that is no byte ends it.
+    """
 
     def __init__(self, byte_fallback: bool, strip: bool):
-        self.byte = re.compile("<0x([0-9A-Fa-f]{2})>").fullmatch if byte_fallback else lambda token: None
+        self.byte = (
+            re.compile("<0x([0-9A-Fa-f]{2})>").fullmatch if byte_fallback else lambda token: None
+        )
         self.strip, self.run = strip, b""
 
     def push(self, token: str) -> str:
@@ -129,12 +158,13 @@ class SentencePieceDecoder:
             return "\N{REPLACEMENT CHARACTER}" * len(run)
 
     def out(self, text: str) -> str:
-        if self.strip and text:                         # the dummy space before the first word
+        if self.strip and text:  # the dummy space before the first word
             self.strip, text = False, text.removeprefix(" ")
         return text
 
 
-# The byte alphabet of GPT-2: printable Latin-1 stands for itself, the other bytes for U+0100 and on.
+# The byte alphabet of GPT-2: printable Latin-1 stands for itself, the other bytes for U+0100 and
+# on.
 PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHER = sorted({*range(256)} - {*PLAIN})
 BYTE_TO_CHAR = {b: chr(b) for b in PLAIN} | {b: chr(256 + n) for n, b in enumerate(OTHER)}
@@ -142,17 +172,20 @@ CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 
 
 class Kinds(dict):
-    r"""Character → an ASCII character of the same kind, for str.translate: `a` for \p{L}, `0` for \p{N}, tab
-    for \s, `!` for the rest. The regexes of the checkpoints ask for nothing else outside ASCII, so on
-    translated text the standard library's `re` finds their words. Filled as characters are met."""
+    r"""Character → an ASCII character of the same kind, for str.translate: `a` for \p{L}, `0` for
+    \p{N}, tab for \s, `!` for the rest. The regexes of the checkpoints ask for nothing else outside
+    ASCII, so on translated text the standard library's `re` finds their words. Filled as characters
+    are met.
+    """
 
     def __missing__(self, code: int) -> str:
         char = chr(code)
         kind = unicodedata.category(char)[0]
         if code < 128:
-            kind = "!" if "\x1c" <= char <= "\x1f" else char    # space to Python, not to Unicode
+            kind = "!" if "\x1c" <= char <= "\x1f" else char  # space to Python, not to Unicode
         elif char == "ſ":
-            kind = "S"                                  # the one other letter that a case-blind 's matches
+            # the one other letter that a case-blind 's matches
+            kind = "S"
         elif kind in "LN":
             kind = "a" if kind == "L" else "0"
         else:
@@ -165,16 +198,20 @@ KINDS = Kinds()
 
 # Pre-tokenizer regex, as the files write it → the same over kinds.
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPLITS = {
     GPT2_SPLIT: r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+",
     QWEN2_SPLIT: r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+[\r\n]*"
-                 r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
     LLAMA3_SPLIT: r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]{1,3}"
-                  r"| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 
 
@@ -194,7 +231,11 @@ class ByteLevelBPE:
         return merge([self.bytes[b] for b in data], self.pairs)
 
     def encode(self, text: str) -> list[int]:
-        return [i for m in self.split(text.translate(KINDS)) for i in self.words[text[m.start():m.end()]]]
+        return [
+            i
+            for m in self.split(text.translate(KINDS))
+            for i in self.words[text[m.start() : m.end()]]
+        ]
 
     def forget(self, ids: set[int]) -> None:
         """From here on no text is encoded to one of `ids`."""
@@ -215,7 +256,7 @@ class ByteLevelDecoder:
     def push(self, token: str) -> str:
         if all(c in CHAR_TO_BYTE for c in token):
             return self.utf8.decode(bytes(CHAR_TO_BYTE[c] for c in token))
-        return self.utf8.decode(token.encode())         # an added token outside the byte alphabet
+        return self.utf8.decode(token.encode())  # an added token outside the byte alphabet
 
     def flush(self) -> str:
         return self.utf8.decode(b"", final=True)

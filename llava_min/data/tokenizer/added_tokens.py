@@ -1,7 +1,8 @@
-"""Added tokens: words sought in a text before BPE cuts it, such as `</s>`, `<image>` and `<|im_end|>`.
+"""Added tokens: words sought in a text before BPE cuts it, such as `</s>`, `<image>` and
+`<|im_end|>`.
 
-Between the files that declare them and the tokenizer that asks. Their flags, and which of two that overlap is
-taken, follow `tokenizers` (added_vocabulary.rs).
+Between the files that declare them and the tokenizer that asks. Their flags, and which of two that
+overlap is taken, follow `tokenizers` (added_vocabulary.rs).
 """
 
 import re
@@ -9,14 +10,17 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-JOINERS_AND_CIRCLED = re.compile("[\u200c\u200d\u24b6-\u24e9"
-                                 "\U0001f130-\U0001f149\U0001f150-\U0001f169\U0001f170-\U0001f189]")
+JOINERS_AND_CIRCLED = re.compile(
+    "[\u200c\u200d\u24b6-\u24e9\U0001f130-\U0001f149\U0001f150-\U0001f169\U0001f170-\U0001f189]"
+)
 
 
 @dataclass
 class AddedToken:
-    """A token with the flags of `tokenizers`: take the space on a side with it, match only whole words, match
-    the normalized text."""
+    """A token with the flags of `tokenizers`: take the space on a side with it, match only whole
+    words, match the normalized text.
+    """
+
     content: str
     id: int
     special: bool = True
@@ -27,13 +31,16 @@ class AddedToken:
 
 
 def is_space(char: str) -> bool:
-    return char.isspace() and not "\x1c" <= char <= "\x1f"      # White_Space of Unicode; Python has four more
+    # White_Space of Unicode; Python has four more
+    return char.isspace() and not "\x1c" <= char <= "\x1f"
 
 
 def is_word(char: str) -> bool:
     r"""\w of Unicode (UTS 18), which `single_word` looks for."""
     kind = unicodedata.category(char)
-    return kind[0] in "LM" or kind in ("Nd", "Nl", "Pc") or JOINERS_AND_CIRCLED.match(char) is not None
+    return (
+        kind[0] in "LM" or kind in ("Nd", "Nl", "Pc") or JOINERS_AND_CIRCLED.match(char) is not None
+    )
 
 
 class Matcher:
@@ -42,11 +49,14 @@ class Matcher:
     def __init__(self, tokens: dict[str, AddedToken]):
         self.tokens = tokens
         spellings = sorted(tokens, key=len, reverse=True)
-        self.find = re.compile("|".join(map(re.escape, spellings)) if spellings else r"(?!)").finditer
+        self.find = re.compile(
+            "|".join(map(re.escape, spellings)) if spellings else r"(?!)"
+        ).finditer
 
     def cut(self, text: str, parse_special: bool) -> Iterator[str | int]:
-        """`text` in parts: ids for its added tokens, strings between them. Without `parse_special` the special
-        ones are text like any other."""
+        """`text` in parts: ids for its added tokens, strings between them. Without `parse_special`
+        the special ones are text like any other.
+        """
         done = 0
         for match in self.find(text):
             token, (start, stop) = self.tokens[match[0]], match.span()

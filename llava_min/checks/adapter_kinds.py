@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from llava_min.cli import UserError
-from llava_min.files import check_file, read_json
+from llava_min.errors import UserError
+from llava_min.util.files import check_file, read_json
 
 
 def find_adapter(folder: Path) -> None:
@@ -28,14 +28,17 @@ def find_adapter(folder: Path) -> None:
     else:
         check_file(path)
         return
-    raise UserError(f"{folder}: holds no adapter_config.json, expected the folder of a PEFT "
-                    f"adapter; {mend}")
+    raise UserError(
+        f"{folder}: holds no adapter_config.json, expected the folder of a PEFT adapter; {mend}"
+    )
 
 
 def mlx(folder: Path) -> UserError:
-    return UserError(f"{folder}: an adapter of MLX (mlx-lm, mlx-vlm), expected one of PEFT; "
-                     f"convert it: lora_A and lora_B are "
-                     "lora_a and lora_b transposed, lora_alpha is scale times rank")
+    return UserError(
+        f"{folder}: an adapter of MLX (mlx-lm, mlx-vlm), expected one of PEFT; "
+        f"convert it: lora_A and lora_B are "
+        "lora_a and lora_b transposed, lora_alpha is scale times rank"
+    )
 
 
 def check_implemented(model: nn.Module, folder: Path, where: str, name: str) -> None:
@@ -46,6 +49,8 @@ def check_implemented(model: nn.Module, folder: Path, where: str, name: str) -> 
     layer = dict(model.named_modules()).get(path) if lora else None
     if layer is not None and not hasattr(layer, "in_features"):
         kind = type(layer).__name__
-        raise UserError(f"{where} is LoRA on a layer of kind {kind}, expected linear layers, as "
-                        f"nothing else is "
-                        "implemented; merge the adapter into its base with peft, and give that")
+        raise UserError(
+            f"{where} is LoRA on a layer of kind {kind}, expected linear layers, as "
+            f"nothing else is "
+            "implemented; merge the adapter into its base with peft, and give that"
+        )

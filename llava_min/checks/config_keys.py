@@ -71,5 +71,9 @@ def unknown_keys(data: dict[str, Any]) -> dict[str, Any]:
     """
     inner = ("vision_config", "text_config")
     parts = {"": data} | {f"{key}.": data[key] for key in inner if isinstance(data.get(key), dict)}
-    return {prefix + key: value for prefix, part in parts.items() for key, value in part.items()
-            if key not in KNOWN and value is not None and value is not False}
+    return {
+        prefix + key: value
+        for prefix, part in parts.items()
+        for key, value in part.items()
+        if key not in KNOWN and value is not None and value is not False
+    }

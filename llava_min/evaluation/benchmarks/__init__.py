@@ -1,5 +1,6 @@
-"""Benchmarks by name: a settings file says how the files that a benchmark publishes are read, what is asked and how it is
-scored. One more benchmark is one more file; docs/evaluation.md lists its keys.
+"""Benchmarks by name: a settings file says how the files that a benchmark publishes are read, what
+is asked and how it is scored. One more benchmark is one more file; docs/evaluation.md lists its
+keys.
 """
 
 import difflib
@@ -8,10 +9,10 @@ import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from llava_min.cli import UserError, printable, short, warn
 from llava_min.data.record import Bad, Record, check_text, in_folder, kind
 from llava_min.data.records import Files, parse, raw_records, sources, told
-from llava_min.files import check_file
+from llava_min.errors import UserError, escape_controls, shorten, warn
+from llava_min.util.files import check_file
 
 FOLDER = Path(__file__).parent
 FORM = re.compile(r"\{(\w+)(?::(\w*))?\}")
@@ -19,15 +20,19 @@ FORM = re.compile(r"\{(\w+)(?::(\w*))?\}")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """`id`, `image` and `prompt` are forms: `{field}` is a field of a published record, a list with commas between its
-    items; `{field:012}` is a number with leading zeros, `{field:capitalize}` a text that begins with a capital."""
+    """`id`, `image` and `prompt` are forms: `{field}` is a field of a published record, a list with
+    commas between its items; `{field:012}` is a number with leading zeros, `{field:capitalize}` a
+    text that begins with a capital.
+    """
 
     title: str
-    files: list[dict]  # name; records: the key its records stand under; join: the field it shares with the first file
+    # name; records: the key its records stand under; join: the field it shares with the first file
+    files: list[dict]
     id: str
     image: str
     prompt: str
-    answers: str  # the field with the right answers: a text, a list of texts, or of objects with a text `answer`
+    # the field with the right answers: a text, a list of texts, or of objects with a text `answer`
+    answers: str
     metrics: list[str]
     template: str
     image_aspect_ratio: str
@@ -40,74 +45,101 @@ def read_benchmark(name: str) -> Benchmark:
     if not path.is_file():
         names = sorted(p.stem for p in FOLDER.glob("*.toml"))
         near = difflib.get_close_matches(name, names, n=1)
-        raise UserError(f"--benchmark {printable(name)}: no such benchmark or .toml file; "
-                        + (f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"))
+        raise UserError(
+            f"--benchmark {escape_controls(name)}: no such benchmark or .toml file; "
+            + (f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}")
+        )
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as e:
-        raise UserError(f"{path}: {printable(e)}; correct the file") from None
+        raise UserError(f"{path}: {escape_controls(e)}; correct the file") from None
     keys = {f.name: f.type for f in fields(Benchmark)}
     for key, value in data.items():
         if key not in keys:
             near = difflib.get_close_matches(key, keys, n=1)
-            raise UserError(f"{path}: {printable(key)} is not a setting; "
-                            + (f"did you mean {near[0]}?" if near else f"there are {', '.join(keys)}"))
+            raise UserError(
+                f"{path}: {escape_controls(key)} is not a setting; "
+                + (f"did you mean {near[0]}?" if near else f"there are {', '.join(keys)}")
+            )
         expected = getattr(keys[key], "__origin__", keys[key])
-        if type(value) is not expected or expected is list and not all(type(x) is keys[key].__args__[0] for x in value):
-            raise UserError(f"{path}: {key} is {short(value)}, expected {keys[key]}; correct it")
+        if (
+            type(value) is not expected
+            or expected is list
+            and not all(type(x) is keys[key].__args__[0] for x in value)
+        ):
+            raise UserError(f"{path}: {key} is {shorten(value)}, expected {keys[key]}; correct it")
     if absent := [key for key in keys if not data.get(key)]:
         raise UserError(f"{path}: {absent[0]} is missing; give it")
     for i, file in enumerate(data["files"]):
         for key in ("name", "join")[: 1 + (i > 0)]:
             if not isinstance(file.get(key), str):
-                raise UserError(f"{path}: files {i}: {key} is {short(file.get(key))}, expected text; give it")
+                raise UserError(
+                    f"{path}: files {i}: {key} is {shorten(file.get(key))}, expected text; give it"
+                )
     for key in ("id", "image", "prompt"):
         for m in FORM.finditer(data[key]):
             if m[2] is not None and not re.fullmatch(r"capitalize|0\d+", m[2]):
-                raise UserError(f"{path}: {key}: {printable(m[0])} is no form; write {{{m[1]}}}, {{{m[1]}:012}} or "
-                                f"{{{m[1]}:capitalize}}")
+                raise UserError(
+                    f"{path}: {key}: {escape_controls(m[0])} is no form; write {{{m[1]}}}, "
+                    f"{{{m[1]}:012}} or "
+                    f"{{{m[1]}:capitalize}}"
+                )
     return Benchmark(**data)
 
 
 def benchmark_records(benchmark: Benchmark, data: str, image_folder: str | None) -> list[Record]:
-    """The records of published files: `data` names those of `benchmark.files`, in their order, with commas between.
+    """The records of published files: `data` names those of `benchmark.files`, in their order, with
+    commas between.
 
-    Raises UserError: a file cannot be read or is another, or records are bad; all are counted and the first named.
+    Raises UserError: a file cannot be read or is another, or records are bad; all are counted and
+    the first named.
     """
     paths, weights = zip(*sources(data))
     takes = f"{benchmark.title} takes --data {','.join(f['name'] for f in benchmark.files)}"
     if len(paths) > len(benchmark.files):
         raise UserError(f"--data: {len(paths)} files; {takes}")
     if any(weight != 1 for weight in weights):
-        raise UserError(f"--data {short(data, 400)}: a benchmark is asked whole; leave @WEIGHT out")
+        raise UserError(
+            f"--data {shorten(data, 400)}: a benchmark is asked whole; leave @WEIGHT out"
+        )
     first, *others = (read(path, layout, takes) for path, layout in zip(paths, benchmark.files))
-    joins = [(layout["join"], path, by_field(other, layout["join"], path, takes), set())
-             for layout, path, other in zip(benchmark.files[1:], paths[1:], others)]
+    joins = [
+        (layout["join"], path, by_field(other, layout["join"], path, takes), set())
+        for layout, path, other in zip(benchmark.files[1:], paths[1:], others)
+    ]
     root = Path(image_folder or paths[0].parent).absolute()
     if not root.is_dir():
-        raise UserError(f"{short(root, 400)}: no such folder; give --image-folder, the folder of the pictures")
+        raise UserError(
+            f"{shorten(root, 400)}: no such folder; give --image-folder, the folder of the pictures"
+        )
     files, records, bad = Files(root), [], []
     for n, raw in enumerate(first):
         try:
             for field, path, other, seen in joins:
                 key = key_of(raw, field)
                 if key not in other:
-                    raise Bad(f"{path.name} has none of its {field} {short(key)}")
+                    raise Bad(f"{path.name} has none of its {field} {shorten(key)}")
                 seen.add(key)
                 raw = other[key] | raw
             record = from_published(raw, benchmark, root)
             if not files.have(record.images[0]):
-                raise Bad(f"no picture {short(record.images[0], 200)}")
+                raise Bad(f"no picture {shorten(record.images[0], 200)}")
             records.append(record)
         except Bad as e:
             bad.append(f"record {n}: {e}")
     if bad:
-        raise UserError(f"{short(data, 400)}: {len(bad)} of {len(first)} records are bad: {told(bad)}; {takes}, and "
-                        "--image-folder where the pictures lie")
+        raise UserError(
+            f"{shorten(data, 400)}: {len(bad)} of {len(first)} records are bad: {told(bad)}; "
+            f"{takes}, and "
+            "--image-folder where the pictures lie"
+        )
     for field, path, other, seen in joins:
         if alone := [key for key in other if key not in seen]:
-            warn(f"{path.name}: {len(alone)} of {len(other)} records belong to no question and are left out, for example "
-                 f"{field} {short(alone[0])}")
+            warn(
+                f"{path.name}: {len(alone)} of {len(other)} records belong to no question and are "
+                "left out, for example "
+                f"{field} {shorten(alone[0])}"
+            )
     return records
 
 
@@ -124,7 +156,7 @@ def by_field(records: list[dict], field: str, path: Path, takes: str) -> dict[st
     for n, record in enumerate(records):
         try:
             if (key := key_of(record, field)) in found:
-                raise Bad(f"its {field} {short(key)} stands on another record too")
+                raise Bad(f"its {field} {shorten(key)} stands on another record too")
             found[key] = record
         except Bad as e:
             raise UserError(f"{path}: record {n}: {e}; is it the right file? {takes}") from None
@@ -138,11 +170,17 @@ def read(path: Path, layout: dict, takes: str) -> list[dict]:
         try:
             found = parse(path.read_bytes().decode("utf-8-sig"), path)
         except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"{path}: cannot be read ({printable(e)}); download it again") from None
+            raise UserError(
+                f"{path}: cannot be read ({escape_controls(e)}); download it again"
+            ) from None
         found = found.get(key) if isinstance(found, dict) else None
     else:
         found = [record for _, record in raw_records(path)]
-    if not isinstance(found, list) or not found or not all(isinstance(record, dict) for record in found):
+    if (
+        not isinstance(found, list)
+        or not found
+        or not all(isinstance(record, dict) for record in found)
+    ):
         what = f"has no list of records under {key!r}" if key else "holds no records"
         raise UserError(f"{path}: {what}; is it the right file? {takes}")
     return found
@@ -160,8 +198,10 @@ def from_published(raw: dict, benchmark: Benchmark, root: Path) -> Record:
         check_text(r, benchmark.answers)
     if not right:
         raise Bad(f"{benchmark.answers}: is empty, expected the right answers")
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]},
-                {"role": "assistant", "content": right[0]}]
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]},
+        {"role": "assistant", "content": right[0]},
+    ]
     image = in_folder(fill(benchmark.image, raw), root, "image")
     return Record(fill(benchmark.id, raw), messages, [image], root, raw | {"references": right})
 
@@ -176,10 +216,13 @@ def fill(form: str, raw: dict) -> str:
     def one(m: re.Match) -> str:
         x, how = value(raw, m[1]), m[2]
         if how and type(x) is not (str if how == "capitalize" else int):
-            raise Bad(f"{m[1]}: {short(x)}, expected {'text' if how == 'capitalize' else 'a whole number'}")
+            raise Bad(
+                f"{m[1]}: {shorten(x)}, expected "
+                f"{'text' if how == 'capitalize' else 'a whole number'}"
+            )
         items = x if isinstance(x, list) else [x]
         if not all(type(i) in (str, int) for i in items):
-            raise Bad(f"{m[1]}: {short(x)}, expected text or numbers")
+            raise Bad(f"{m[1]}: {shorten(x)}, expected text or numbers")
         text = ", ".join(map(str, items))
         return text.capitalize() if how == "capitalize" else text.zfill(int(how or 0))
 

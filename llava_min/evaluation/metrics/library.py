@@ -1,7 +1,8 @@
-"""Metrics that a package computes: BLEU and chrF by sacrebleu, ROUGE by rouge-score, BERTScore by bert-score, and how far
-the reference entails the answer by a classifier that transformers runs.
+"""Metrics that a package computes: BLEU and chrF by sacrebleu, ROUGE by rouge-score, BERTScore by
+bert-score, and how far the reference entails the answer by a classifier that transformers runs.
 
-The packages are extras, and no model is downloaded: what is missing is one line, before any weight is read.
+The packages are extras, and no model is downloaded: what is missing is one line, before any weight
+is read.
 """
 
 import importlib
@@ -11,10 +12,11 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
-from llava_min.cli import UserError, printable
-from llava_min.metrics.words import words
+from llava_min.errors import UserError, escape_controls
+from llava_min.evaluation.metrics.words import words
 
-BERT, BERT_LAYERS = "FacebookAI/roberta-large", 17  # bert-score's default for English, and the layer it reads
+# bert-score's default for English, and the layer it reads
+BERT, BERT_LAYERS = "FacebookAI/roberta-large", 17
 NLI = "FacebookAI/roberta-large-mnli"
 
 
@@ -22,7 +24,10 @@ def need(metric: str, module: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as e:  # the package, or one that it needs
-        raise UserError(f"--metrics {metric}: needs {package} ({printable(e)}); pip install 'llava_min[metrics]'") from None
+        raise UserError(
+            f"--metrics {metric}: needs {package} ({escape_controls(e)}); pip install "
+            "'llava_min[metrics]'"
+        ) from None
 
 
 def need_model(metric: str, repository: str) -> str:
@@ -33,7 +38,9 @@ def need_model(metric: str, repository: str) -> str:
     try:
         return snapshot_download(repository, local_files_only=True)
     except LocalEntryNotFoundError:
-        raise UserError(f"--metrics {metric}: its model {repository} is not on disk; hf download {repository}") from None
+        raise UserError(
+            f"--metrics {metric}: its model {repository} is not on disk; hf download {repository}"
+        ) from None
 
 
 @contextmanager
@@ -42,19 +49,26 @@ def reading(metric: str, repository: str) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        raise UserError(f"--metrics {metric}: its model {repository} cannot be loaded ({printable(e)[:400]}); where its files "
-                        f"are damaged, hf download {repository} --force-download") from None
+        raise UserError(
+            f"--metrics {metric}: its model {repository} cannot be loaded "
+            f"({escape_controls(e)[:400]}); where its files "
+            f"are damaged, hf download {repository} --force-download"
+        ) from None
 
 
 def tokenizer_of(folder: str, **options):
     """With RoBERTa's limit, which not every folder tells."""
-    tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(folder, **options)
+    tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(
+        folder, **options
+    )
     tokenizer.model_max_length = min(tokenizer.model_max_length, 512)
     return tokenizer
 
 
 def bleu() -> tuple[Callable, Callable]:
-    """0 to 100. Overall: BLEU of the corpus; of an example: with effective order, as sacrebleu advises."""
+    """0 to 100. Overall: BLEU of the corpus; of an example: with effective order, as sacrebleu
+    advises.
+    """
     sacrebleu = need("bleu", "sacrebleu", "sacrebleu")
     return by_sacrebleu(sacrebleu.BLEU(force=True), sacrebleu.BLEU(effective_order=True))
 
@@ -75,64 +89,91 @@ def by_sacrebleu(corpus, sentence) -> tuple[Callable, Callable]:
         return [(sentence._compute_score_from_stats(list(s)).score, *s) for s in statistics]
 
     def overall(sums: np.ndarray) -> dict[str, np.ndarray]:
-        return {"": np.array([corpus._compute_score_from_stats(row).score for row in sums.tolist()])}
+        return {
+            "": np.array([corpus._compute_score_from_stats(row).score for row in sums.tolist()])
+        }
 
     return rows, overall
 
 
 def rouge(kind: str) -> Callable:
-    """0 to 1: the F-measure of rouge-score, against the best reference, without stemming, of words in
-    any script. rougeLsum takes each line for a sentence."""
+    """0 to 1: the F-measure of rouge-score, against the best reference, without stemming, of words
+    in any script. rougeLsum takes each line for a sentence.
+    """
     tokenizer = SimpleNamespace(tokenize=lambda text: list(words(text)))
     rouge_scorer = need(kind, "rouge_score.rouge_scorer", "rouge-score")
     scorer = rouge_scorer.RougeScorer([kind], tokenizer=tokenizer)
 
     def metric(predictions: list[str], references: list[list[str]]) -> list[float]:
-        return [scorer.score_multi(rs, p)[kind].fmeasure for p, rs in zip(predictions, references, strict=True)]
+        return [
+            scorer.score_multi(rs, p)[kind].fmeasure
+            for p, rs in zip(predictions, references, strict=True)
+        ]
 
     return metric
 
 
 def bertscore() -> Callable:
-    """0 to 1: F1 against the best reference (Zhang et al. 2020, https://arxiv.org/abs/1904.09675), not rescaled; 0 where
-    one of the two is empty."""
+    """0 to 1: F1 against the best reference (Zhang et al. 2020, https://arxiv.org/abs/1904.09675),
+    not rescaled; 0 where one of the two is empty.
+    """
     bert_score = need("bertscore", "bert_score", "bert-score")
     folder = need_model("bertscore", BERT)
     if "t5" in folder:  # bert-score would read it as a T5, with random weights
-        raise UserError(f"--metrics bertscore: bert-score takes every path with \"t5\" in it for a T5 model, and its model lies "
-                        f"in {folder}; move the cache and set HF_HOME")
+        raise UserError(
+            '--metrics bertscore: bert-score takes every path with "t5" in it for a T5 model, and '
+            "its model lies "
+            f"in {folder}; move the cache and set HF_HOME"
+        )
     with reading("bertscore", BERT):
         scorer = bert_score.BERTScorer(model_type=folder, num_layers=BERT_LAYERS)
-        # bert-score asks for the space with every text, as RoBERTa was trained; transformers 5 hears it only here
+        # bert-score asks for the space with every text, as RoBERTa was trained; transformers 5
+        # hears it only here
         scorer._tokenizer = tokenizer_of(folder, add_prefix_space=True)
 
     def metric(predictions: list[str], references: list[list[str]]) -> np.ndarray:
-        full = [[r for r in rs if r.strip()] if p.strip() else [] for p, rs in zip(predictions, references, strict=True)]
+        full = [
+            [r for r in rs if r.strip()] if p.strip() else []
+            for p, rs in zip(predictions, references, strict=True)
+        ]
         scores = np.zeros(len(predictions))
-        if some := [i for i, rs in enumerate(full) if rs]:  # bert-score cannot take an empty text with transformers 5
-            scores[some] = scorer.score([predictions[i] for i in some], [full[i] for i in some])[2].numpy()
+        # bert-score cannot take an empty text with transformers 5
+        if some := [i for i, rs in enumerate(full) if rs]:
+            scores[some] = scorer.score([predictions[i] for i in some], [full[i] for i in some])[
+                2
+            ].numpy()
         return scores
 
     return metric
 
 
 def nli() -> Callable:
-    """0 to 1: the probability that a reference entails the prediction, for the best one; of a pair the first 512 tokens."""
+    """0 to 1: the probability that a reference entails the prediction, for the best one; of a pair
+    the first 512 tokens.
+    """
     transformers = need("nli", "transformers", "transformers")
     import torch
 
     folder, device = need_model("nli", NLI), "cuda" if torch.cuda.is_available() else "cpu"
     with reading("nli", NLI):
         tokenizer = tokenizer_of(folder)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval().to(device)
-        entailment = next(i for i, name in model.config.id2label.items() if name.lower() == "entailment")
+        model = (
+            transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+            .eval()
+            .to(device)
+        )
+        entailment = next(
+            i for i, name in model.config.id2label.items() if name.lower() == "entailment"
+        )
 
     @torch.no_grad()
     def metric(predictions: list[str], references: list[list[str]]) -> list[float]:
         pairs = [(r, p) for p, rs in zip(predictions, references, strict=True) for r in rs]
         found: list[float] = []
         for i in range(0, len(pairs), 32):
-            batch = tokenizer(pairs[i : i + 32], padding=True, truncation=True, return_tensors="pt").to(device)
+            batch = tokenizer(
+                pairs[i : i + 32], padding=True, truncation=True, return_tensors="pt"
+            ).to(device)
             found += model(**batch).logits.softmax(-1)[:, entailment].tolist()
         ends = np.cumsum([len(rs) for rs in references])
         return [max(found[end - len(rs) : end]) for end, rs in zip(ends, references)]

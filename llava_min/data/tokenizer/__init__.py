@@ -1,8 +1,10 @@
-"""Text ↔ ids, as the checkpoint's own tokenizer does it: SentencePiece and byte-level BPE behind one surface.
+"""Text ↔ ids, as the checkpoint's own tokenizer does it: SentencePiece and byte-level BPE behind
+one surface.
 
-Between chat templates and the processor; the files are read in data/tokenizer_files.py, the merges done in
-data/bpe.py. The reference is transformers on the whole folder; for a tokenizer.model alone, and for `encode_prefixed`,
-SentencePiece itself. Text never becomes a special token unless asked: BOS and `<image>` come by id.
+Between chat templates and the processor; the files are read in data/tokenizer_files.py, the merges
+done in data/bpe.py. The reference is transformers on the whole folder; for a tokenizer.model alone,
+and for `encode_prefixed`, SentencePiece itself. Text never becomes a special token unless asked:
+BOS and `<image>` come by id.
 """
 
 import json
@@ -12,20 +14,23 @@ from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
-from llava_min.cli import UserError, warn
-from llava_min.data.added_tokens import AddedToken, Matcher
-from llava_min.data.tokenizer_files import LLAMA, read_folder
-from llava_min.data.tokenizer_json import write_spaces
-from llava_min.data.tokenizer_model import as_tokenizer_json
-from llava_min.data.tokenizer_source import IDS, SURROGATE, Source, fault
+from llava_min.data.tokenizer.added_tokens import AddedToken, Matcher
+from llava_min.data.tokenizer.files import LLAMA, read_folder
+from llava_min.data.tokenizer.from_json import write_spaces
+from llava_min.data.tokenizer.from_sentencepiece import as_tokenizer_json
+from llava_min.data.tokenizer.source import IDS, SURROGATE, Source, fault
+from llava_min.errors import UserError, warn
 
-AS_WRITTEN = "PreTrainedTokenizerFast"                 # the class for which transformers obeys tokenizer.json
+# the class for which transformers obeys tokenizer.json
+AS_WRITTEN = "PreTrainedTokenizerFast"
 
 
 class Tokenizer:
-    """Made by `load`. Special ids: `bos_id`, `eos_id`, `unk_id`, `pad_id` (None where there is none).
-    `add_bos`: the checkpoint puts BOS before a text. `legacy`: it puts the dummy space after every special
-    token, not only at the start (LlamaTokenizer). `added`: content → AddedToken. len: highest id + 1."""
+    """Made by `load`. Special ids: `bos_id`, `eos_id`, `unk_id`, `pad_id` (None where there is
+    none). `add_bos`: the checkpoint puts BOS before a text. `legacy`: it puts the dummy space after
+    every special token, not only at the start (LlamaTokenizer). `added`: content → AddedToken. len:
+    highest id + 1.
+    """
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Tokenizer":
@@ -44,7 +49,9 @@ class Tokenizer:
         for content in source.special:
             self.declare(AddedToken(content, self.free_id(content)))
         named = [source.named.get(f"{name}_token") for name in IDS]
-        self.bos_id, self.eos_id, self.unk_id, self.pad_id = (self.token_id(t) if t else None for t in named)
+        self.bos_id, self.eos_id, self.unk_id, self.pad_id = (
+            self.token_id(t) if t else None for t in named
+        )
         self.add_bos = source.add_bos and self.bos_id is not None
         self.seal()
 
@@ -74,8 +81,11 @@ class Tokenizer:
         if known not in (None, token.id) or other not in (None, token.content):
             taken = f"the id is taken by {other}"[:100]
             clash = taken if known in (None, token.id) else f"it has id {known}"
-            raise fault(path, f"added token {token.content[:100]} with id {token.id}: {clash}",
-                        "correct the tokenizer files so that they agree")
+            raise fault(
+                path,
+                f"added token {token.content[:100]} with id {token.id}: {clash}",
+                "correct the tokenizer files so that they agree",
+            )
         if first := self.added.get(token.content):
             first.special |= token.special
         else:
@@ -100,27 +110,36 @@ class Tokenizer:
     # ---- text → ids
 
     def encode(self, text: str, *, at: str = "start", parse_special: bool = False) -> list[int]:
-        """Ids of `text`, as transformers (or SentencePiece, see above) gives them, without BOS and EOS.
+        """Ids of `text`, as transformers (or SentencePiece, see above) gives them, without BOS and
+        EOS.
 
-        at: what stands before it: "start" nothing (or BOS), "special" a token put in by id, "inside" text
-        already encoded (then no dummy space). parse_special: special tokens spelled in the text become their
-        ids; otherwise they stay text (transformers' split_special_tokens). Added tokens that are not special
-        are words like any other, always found. UserError for a lone surrogate, which no tokenizer spells."""
+        at: what stands before it: "start" nothing (or BOS), "special" a token put in by id,
+        "inside" text already encoded (then no dummy space). parse_special: special tokens spelled
+        in the text become their ids; otherwise they stay text (transformers' split_special_tokens).
+        Added tokens that are not special are words like any other, always found. UserError for a
+        lone surrogate, which no tokenizer spells.
+        """
         assert at in ("start", "special", "inside")
         check_text(text)
         raw, normalized = self.matchers
         ids = []
         for part in raw.cut(text, parse_special):
-            pieces = [part] if isinstance(part, int) else normalized.cut(self.normalize(part, at), parse_special)
+            pieces = (
+                [part]
+                if isinstance(part, int)
+                else normalized.cut(self.normalize(part, at), parse_special)
+            )
             for piece in pieces:
                 ids += [piece] if isinstance(piece, int) else self.bpe.encode(self.dummy(piece, at))
                 at = "special"
         return ids
 
     def encode_prefixed(self, text: str, *, at: str = "start") -> list[int]:
-        """Ids of `text` as the original LLaVA has them: each chunk between pictures is encoded by itself and
-        has its dummy space, whatever `legacy` says (mm_utils.py tokenizer_image_token). `at` as in `encode`:
-        after `</s>` in a chunk `legacy` decides. SentencePiece itself where there is a tokenizer.model."""
+        """Ids of `text` as the original LLaVA has them: each chunk between pictures is encoded by
+        itself and has its dummy space, whatever `legacy` says (mm_utils.py tokenizer_image_token).
+        `at` as in `encode`: after `</s>` in a chunk `legacy` decides. SentencePiece itself where
+        there is a tokenizer.model.
+        """
         check_text(text)
         prefixed = at == "start" or self.prefixed(at)
         if self.sp:
@@ -130,7 +149,9 @@ class Tokenizer:
         return self.bpe.encode("▁" * prefixed + text.replace(" ", "▁")) if text else []
 
     def prefixed(self, at: str) -> bool:
-        return at == "start" and self.scheme != "never" or at == "special" and self.scheme == "always"
+        return (
+            at == "start" and self.scheme != "never" or at == "special" and self.scheme == "always"
+        )
 
     def normalize(self, text: str, at: str) -> str:
         """What the normalizer does, before the added tokens marked `normalized` are sought."""
@@ -141,7 +162,9 @@ class Tokenizer:
         return text
 
     def dummy(self, text: str, at: str) -> str:
-        """What the pre-tokenizer does; Metaspace: ▁ for each space, and one in front unless the text begins with one."""
+        """What the pre-tokenizer does; Metaspace: ▁ for each space, and one in front unless the
+        text begins with one.
+        """
         if self.kind == "byte-level":
             return text
         if self.prepend:
@@ -153,8 +176,10 @@ class Tokenizer:
     def matchers(self) -> tuple[Matcher, Matcher]:
         """The added tokens sought in the text as it came, and those sought in the normalized text."""
         added = self.added.values()
-        return (Matcher({t.content: t for t in added if not t.normalized}),
-                Matcher({self.normalize(t.content, "start"): t for t in added if t.normalized}))
+        return (
+            Matcher({t.content: t for t in added if not t.normalized}),
+            Matcher({self.normalize(t.content, "start"): t for t in added if t.normalized}),
+        )
 
     # ---- ids → text
 
@@ -169,7 +194,9 @@ class Tokenizer:
     # ---- writing
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the source file(s) and tokenizer_config.json; both transformers and `load` agree with it."""
+        """Writes the source file(s) and tokenizer_config.json; both transformers and `load` agree
+        with it.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {k: v for k, v in self.config.items() if k != "auto_map"}
@@ -179,22 +206,33 @@ class Tokenizer:
             config.setdefault("tokenizer_class", AS_WRITTEN)
         elif self.prepend or config.get("tokenizer_class") not in LLAMA:
             config["tokenizer_class"] = AS_WRITTEN
-        if config["tokenizer_class"] in LLAMA:          # true would have transformers 4 look for a tokenizer.model
-            config |= {"legacy": self.legacy, "add_prefix_space": False if self.scheme == "never" else None}
+        # true would have transformers 4 look for a tokenizer.model
+        if config["tokenizer_class"] in LLAMA:
+            config |= {
+                "legacy": self.legacy,
+                "add_prefix_space": False if self.scheme == "never" else None,
+            }
         config |= {"add_bos_token": self.add_bos, "add_eos_token": False}
         for name in IDS:
             id = getattr(self, f"{name}_id")
             config[f"{name}_token"] = None if id is None else self.token(id)
-        config["added_tokens_decoder"] = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in added}
+        config["added_tokens_decoder"] = {
+            str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in added
+        }
         files["tokenizer_config.json"] = (json.dumps(config, indent=2) + "\n").encode()
         if len(self) != len(self.tokens):
-            warn(f"{folder}: some ids below {len(self)} have no token; transformers will number without gaps")
+            warn(
+                f"{folder}: some ids below {len(self)} have no token; transformers will number "
+                "without gaps"
+            )
         for name, data in files.items():
             (folder / name).write_bytes(data)
 
     def tokenizer_json(self, added: list[dict]) -> bytes:
-        """The file as it was read, unless it says something else than this tokenizer does. A lone tokenizer.model gets one,
-        too: beside a LLaVA's config.json transformers 5 reads that without its dummy space."""
+        """The file as it was read, unless it says something else than this tokenizer does. A lone
+        tokenizer.model gets one, too: beside a LLaVA's config.json transformers 5 reads that
+        without its dummy space.
+        """
         if data := self.files.get("tokenizer.json"):
             spec = known = json.loads(data)
         else:
@@ -204,27 +242,39 @@ class Tokenizer:
             spaces = self.scheme, self.prepend, self.bpe.strip
             spec = write_spaces(spec, spaces, Path("tokenizer.json"))
         spec = spec | {"added_tokens": added}
-        return data if spec == known else json.dumps(spec, ensure_ascii=False, indent=2 if known else None).encode()
+        return (
+            data
+            if spec == known
+            else json.dumps(spec, ensure_ascii=False, indent=2 if known else None).encode()
+        )
 
 
 def check_text(text: str) -> None:
     if surrogate := SURROGATE.search(text):
         code, at = ord(surrogate[0]), surrogate.start()
-        raise UserError(f"text: lone surrogate U+{code:04X} at character {at}, which is no text; use UTF-8")
+        raise UserError(
+            f"text: lone surrogate U+{code:04X} at character {at}, which is no text; use UTF-8"
+        )
 
 
 class Stream:
-    """Ids one by one → the text that each completes; pushes and flush together are `decode` of the ids."""
+    """Ids one by one → the text that each completes; pushes and flush together are `decode` of the
+    ids.
+    """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool):
-        self.tokenizer, self.skip_special, self.decoder = tokenizer, skip_special, tokenizer.bpe.decoder()
+        self.tokenizer, self.skip_special, self.decoder = (
+            tokenizer,
+            skip_special,
+            tokenizer.bpe.decoder(),
+        )
 
     def push(self, id: int) -> str:
         token = self.tokenizer.token(id)
         added = self.tokenizer.added.get(token)
         if token is None or added and added.special and self.skip_special:
             return ""
-        if added and added.normalized:                  # `tokenizers` keeps the normalized spelling
+        if added and added.normalized:  # `tokenizers` keeps the normalized spelling
             token = self.tokenizer.normalize(token, "start")
         return self.decoder.push(token)
 

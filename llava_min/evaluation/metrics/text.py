@@ -1,4 +1,5 @@
-"""Metrics that compare short answers: exact match, token F1, ANLS, relaxed accuracy, multiple choice.
+"""Metrics that compare short answers: exact match, token F1, ANLS, relaxed accuracy, multiple
+choice.
 
 Each gives a prediction its best score against any of its references.
 """
@@ -12,8 +13,12 @@ from collections.abc import Callable
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def best(one: Callable[[str, str], float], predictions: list[str], references: list[list[str]]) -> list[float]:
-    return [float(max(one(p, r) for r in rs)) for p, rs in zip(predictions, references, strict=True)]
+def best(
+    one: Callable[[str, str], float], predictions: list[str], references: list[list[str]]
+) -> list[float]:
+    return [
+        float(max(one(p, r) for r in rs)) for p, rs in zip(predictions, references, strict=True)
+    ]
 
 
 def exact_match(predictions: list[str], references: list[list[str]]) -> list[float]:
@@ -22,8 +27,9 @@ def exact_match(predictions: list[str], references: list[list[str]]) -> list[flo
 
 
 def token_f1(predictions: list[str], references: list[list[str]]) -> list[float]:
-    """0 to 100: the harmonic mean of precision and recall of words (SQuAD's evaluate-v2.0.py), in lower case,
-    without punctuation and articles."""
+    """0 to 100: the harmonic mean of precision and recall of words (SQuAD's evaluate-v2.0.py), in
+    lower case, without punctuation and articles.
+    """
     return best(lambda p, r: 100 * f1(words(p), words(r)), predictions, references)
 
 
@@ -39,8 +45,10 @@ def f1(predicted: list[str], right: list[str]) -> float:
 
 
 def anls(predictions: list[str], references: list[list[str]]) -> list[float]:
-    """0 to 1: similarity by edit distance, 0 below one half (Biten et al. 2019, https://arxiv.org/abs/1905.13648), in
-    lower case with single spaces; exactly one half counts, as in the DocVQA challenge's script."""
+    """0 to 1: similarity by edit distance, 0 below one half (Biten et al. 2019,
+    https://arxiv.org/abs/1905.13648), in lower case with single spaces; exactly one half counts, as
+    in the DocVQA challenge's script.
+    """
     return best(similarity, predictions, references)
 
 
@@ -56,8 +64,10 @@ def similarity(predicted: str, right: str) -> float:
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Levenshtein's, a column of the table at a time in the bits of two integers (Myers 1999, as Hyyrö 2003 has it):
-    `up` and `down` say where a cell is one more, one less than the cell above it."""
+    """Levenshtein's, a column of the table at a time in the bits of two integers (Myers 1999, as
+    Hyyrö 2003 has it): `up` and `down` say where a cell is one more, one less than the cell above
+    it.
+    """
     if not a:
         return len(b)
     at: dict[str, int] = {}
@@ -68,7 +78,8 @@ def edit_distance(a: str, b: str) -> int:
     for c in b:
         match = at.get(c, 0)
         diagonal = ((match & up) + up ^ up) | match | down
-        right, left = down | ~(diagonal | up) & every, up & diagonal  # one more, one less than the cell to the left
+        # one more, one less than the cell to the left
+        right, left = down | ~(diagonal | up) & every, up & diagonal
         distance += bool(right & last) - bool(left & last)
         right, left = right << 1 | 1, left << 1
         up, down = (left | ~(diagonal | right)) & every, right & diagonal & every
@@ -76,8 +87,10 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def relaxed_accuracy(predictions: list[str], references: list[list[str]]) -> list[float]:
-    """1 where a number is within 5 % of the right one, and other answers are equal but for case (ChartQA, Masry et
-    al. 2022, https://arxiv.org/abs/2203.10244, in Pix2Struct's form: a right answer of 0 is compared as text)."""
+    """1 where a number is within 5 % of the right one, and other answers are equal but for case
+    (ChartQA, Masry et al. 2022, https://arxiv.org/abs/2203.10244, in Pix2Struct's form: a right
+    answer of 0 is compared as text).
+    """
     return best(close, predictions, references)
 
 
@@ -96,12 +109,13 @@ def number(text: str) -> float | None:
 def multiple_choice(predictions: list[str], references: list[list[str]]) -> list[float]:
     """1 where the chosen letter, or else the whole text, is the right one.
 
-    A letter is chosen by "B", "b", "(B)", "B.", "B) two dogs", "B" on a line of its own, "Answer: B",
-    "The answer is (B).", "The best of them is B." and the like, also in full width; "A dog" and
-    "A or B" choose none, and neither do two such sentences that differ. LLaVA's rule for ScienceQA is
-    the part of it with capitals, "B. …" and "The answer is B." VLMEvalKit (can_infer_option) takes
-    the one option letter among the last four words, which makes a choice of "It shows A dog.": ours
-    asks for an end behind the letter, and for "is" or "answer" before one inside the text.
+    A letter is chosen by "B", "b", "(B)", "B.", "B) two dogs", "B" on a line of its own, "Answer:
+    B", "The answer is (B).", "The best of them is B." and the like, also in full width; "A dog" and
+    "A or B" choose none, and neither do two such sentences that differ. LLaVA's rule for ScienceQA
+    is the part of it with capitals, "B. …" and "The answer is B." VLMEvalKit (can_infer_option)
+    takes the one option letter among the last four words, which makes a choice of "It shows A
+    dog.": ours asks for an end behind the letter, and for "is" or "answer" before one inside the
+    text.
     """
     return best(chosen, predictions, references)
 
@@ -115,11 +129,15 @@ NOUN = r"(?:answer|option|choice)"
 END = r"(?=[.):,;、。]|[^\S\n]*(?:\n|$))"  # behind a letter: a mark, or the end of the line
 AND = r"\s*(?:[,/&]|or\b|and\b)\s*"
 MORE = rf"(?!{AND}(?:\([A-Za-z]\)|(?-i:[A-Z])(?={AND}|[.\s]*$)))"  # "(A) or (B)" chooses none
-BEGIN = re.compile(rf"\s*(?:the\s+)?(?:(?:correct\s+)?{NOUN}(?:\s+is)?\s*:?\s+)?"
-                   rf"(?:\(([a-z])\)|([a-z]){END}){MORE}", re.IGNORECASE)
+BEGIN = re.compile(
+    rf"\s*(?:the\s+)?(?:(?:correct\s+)?{NOUN}(?:\s+is)?\s*:?\s+)?"
+    rf"(?:\(([a-z])\)|([a-z]){END}){MORE}",
+    re.IGNORECASE,
+)
 CONCLUSION = re.compile(
     rf"\b(?i:{NOUN})\b[^.\n]*?(?:\bis|:)\s*:?\s*(?:\(([A-Za-z])\)|([A-Z]){END}){MORE}"
-    rf"|\bis:?\s+(?:\(([A-Za-z])\)|([A-Z]))[.!]?[^\S\n]*(?:\n|$)")
+    rf"|\bis:?\s+(?:\(([A-Za-z])\)|([A-Z]))[.!]?[^\S\n]*(?:\n|$)"
+)
 
 
 def letter(text: str) -> str | None:

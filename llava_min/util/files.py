@@ -1,4 +1,6 @@
-"""Files in and out, one careful way each: JSON that errors by name, folders that are there whole or not."""
+"""Files in and out, one careful way each: JSON that errors by name, folders that are there whole or
+not.
+"""
 
 import json
 import os
@@ -8,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llava_min.cli import UserError, printable, short
+from llava_min.errors import UserError, escape_controls, shorten
 
 LFS = b"version https://git-lfs"
 
@@ -18,13 +20,18 @@ def check_file(path: Path) -> None:
     try:
         if not path.is_file():
             what = "not a regular file" if path.exists() else "no such file"
-            raise UserError(f"{short(path, 400)}: {what}; check the path")
+            raise UserError(f"{shorten(path, 400)}: {what}; check the path")
         with open(path, "rb") as f:
             head = f.read(len(LFS))
     except OSError as e:
-        raise UserError(f"{short(path, 400)}: cannot be read ({e.strerror}); check the path and its permissions") from None
+        raise UserError(
+            f"{shorten(path, 400)}: cannot be read ({e.strerror}); check the path and its "
+            "permissions"
+        ) from None
     if head == LFS:
-        raise UserError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` in its folder")
+        raise UserError(
+            f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` in its folder"
+        )
 
 
 def read_json(path: Path) -> dict:
@@ -33,18 +40,28 @@ def read_json(path: Path) -> dict:
     try:
         data = json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as e:
-        raise UserError(f"{path}: byte {e.start} is not UTF-8; download it again, or save it as UTF-8") from None
+        raise UserError(
+            f"{path}: byte {e.start} is not UTF-8; download it again, or save it as UTF-8"
+        ) from None
     except json.JSONDecodeError as e:
-        raise UserError(f"{path}: line {e.lineno} column {e.colno}: {e.msg}; the file must be JSON") from None
+        raise UserError(
+            f"{path}: line {e.lineno} column {e.colno}: {e.msg}; the file must be JSON"
+        ) from None
     except (ValueError, RecursionError) as e:  # not text, a number of 5000 digits, 1000 brackets
-        raise UserError(f"{path}: not readable as JSON ({type(e).__name__}); download it again") from None
+        raise UserError(
+            f"{path}: not readable as JSON ({type(e).__name__}); download it again"
+        ) from None
     if not isinstance(data, dict):
-        raise UserError(f"{path}: a JSON {type(data).__name__}, expected an object; is it the right file?")
+        raise UserError(
+            f"{path}: a JSON {type(data).__name__}, expected an object; is it the right file?"
+        )
     return data
 
 
 def replace(path: Path, text: str, errors: str = "strict") -> None:
-    """`path` is the old file or the new one, never half of it: written aside, synced, renamed. OSError when it cannot be."""
+    """`path` is the old file or the new one, never half of it: written aside, synced, renamed.
+    OSError when it cannot be.
+    """
     aside = path.with_name(f".tmp-{path.name}")
     try:
         aside.write_text(text, encoding="utf-8", errors=errors)
@@ -63,15 +80,19 @@ def check_free(target: Path) -> None:
     if target.is_dir() and not any(target.iterdir()):
         return
     if target.exists() or target.is_symlink():
-        raise UserError(f"{target}: exists already and is never overwritten; give another path or remove it")
+        raise UserError(
+            f"{target}: exists already and is never overwritten; give another path or remove it"
+        )
 
 
 @contextmanager
 def new_folder(target: Path, durable: bool = True) -> Iterator[Path]:
-    """A folder to fill that is named `target` only when the block ends well: written aside, synced, renamed.
+    """A folder to fill that is named `target` only when the block ends well: written aside, synced,
+    renamed.
 
-    Not `durable`: the system syncs when it likes, as is enough for thousands of small files that are soon remade.
-    Raises UserError when `target` exists, or the disk is full or not writable; then nothing is left behind.
+    Not `durable`: the system syncs when it likes, as is enough for thousands of small files that
+    are soon remade. Raises UserError when `target` exists, or the disk is full or not writable;
+    then nothing is left behind.
     """
     aside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     try:
@@ -86,8 +107,10 @@ def new_folder(target: Path, durable: bool = True) -> Iterator[Path]:
         os.rename(aside, target)
         sync(target.parent)
     except OSError as e:
-        raise UserError(f"{target}: cannot be written ({e.strerror or printable(e)}); "
-                        "free space or give another path") from None
+        raise UserError(
+            f"{target}: cannot be written ({e.strerror or escape_controls(e)}); "
+            "free space or give another path"
+        ) from None
     finally:
         if aside.exists():
             shutil.rmtree(aside)
