@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from llava_min.checks.adapter_kinds import check_implemented, find_adapter
 from llava_min.config import LINEARS
 from llava_min.errors import UserError, escape_controls, shorten, warn
-from llava_min.layouts import FLOATS, READ, WRITE, open_file, translate
-from llava_min.lora import PATHS, LoRAConfig, add_lora, is_named, lora_layers, to_transformers
+from llava_min.layouts import FLOATS, open_file
+from llava_min.lora import LoRAConfig, add_lora, is_named, lora_layers
+from llava_min.names import path_in, to_layout, to_ours
 from llava_min.util.cli import is_quick, is_regex
 from llava_min.util.files import read_json, write_json
 from llava_min.weights import is_finite, save_tensors
@@ -47,24 +48,14 @@ PLAIN = {
         (False,),
     ),
 }
-# Our prefix -> the module path that an adapter's keys repeat, by what it was made with. The
-# original puts its tower in
-# after LoRA, so the names of its layers do not reach into that.
-NAMINGS = [
-    PATHS,  # transformers 5
-    [
-        ("vision_tower.layers.", "model.vision_tower.vision_model.encoder.layers."),  # from 4.52 on
-        ("vision_tower.", "model.vision_tower.vision_model."),
-        *PATHS,
-    ],
-    WRITE,  # transformers before 4.52, and the llava-hf files
-    [
-        ("language_model.", "model."),
-        ("lm_head.", "lm_head."),
-        ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
-        ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
-    ],  # the original
-]
+# What an adapter was made with -> the layout whose paths its keys repeat: transformers 5, from 4.52
+# on, before, and the original LLaVA.
+PEFT_LAYOUTS = ("hf_5_memory", "hf_4_52", "hf", "original_lora")
+
+
+def today(path: str) -> str:
+    """Our path of a module or tensor as PEFT's keys have it with transformers 5."""
+    return path_in(path, "hf_5_memory")
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -76,9 +67,9 @@ def target_pattern(model: nn.Module) -> str:
     """A regex that fits exactly the adapted layers among transformers' paths: by leaf names, or
     else a list.
     """
-    adapted = [to_transformers(path) for path in lora_layers(model)]
+    adapted = [today(path) for path in lora_layers(model)]
     linear = [
-        to_transformers(name.removesuffix(".base"))
+        today(name.removesuffix(".base"))
         for name, m in model.named_modules()
         if hasattr(m, "in_features")
     ]
@@ -99,7 +90,7 @@ def whole_modules(model: nn.Module, names: set[str]) -> list[str]:
         inside = {f"{path}.{name}" for name, _ in m.named_parameters()}
         if inside and inside <= names and not any(".lora_" in name for name in inside):
             whole.append(path + ".")
-    return [to_transformers(path).removeprefix("model.").rstrip(".") for path in whole]
+    return [today(path).removeprefix("model.").rstrip(".") for path in whole]
 
 
 def save_adapter(
@@ -116,10 +107,7 @@ def save_adapter(
     names = adapter_names(model)
     state = dict(model.named_parameters()) if state is None else state
     save_tensors(
-        {
-            PEFT + to_transformers(name): state[name].detach().float().cpu().contiguous()
-            for name in names
-        },
+        {PEFT + today(name): state[name].detach().float().cpu().contiguous() for name in names},
         folder / "adapter_model.safetensors",
     )
     write_json(
@@ -230,9 +218,9 @@ def is_target(name: str, data: dict) -> bool:
     return next((int(m[1]) in listed(layers) for m in found if m), False)
 
 
-def called(name: str, namings: list) -> str:
+def called(name: str, layouts: list[str]) -> str:
     """Our name of a tensor or layer as the adapter's own keys have it, without PEFT's prefix."""
-    return (translate(f"{name}.", namings[0]) or to_transformers(f"{name}.")).rstrip(".")
+    return path_in(name, layouts[0]) or today(name)
 
 
 def listed(value: object) -> list:
@@ -240,10 +228,10 @@ def listed(value: object) -> list:
 
 
 def check_layers(
-    path: Path, data: dict, layers: list[str], adapted: list[str], namings: list
+    path: Path, data: dict, layers: list[str], adapted: list[str], layouts: list[str]
 ) -> None:
     """`adapted` are those, and all those, of `layers` that target_modules names, called as in one
-    of `namings`.
+    of `layouts`.
     """
     quick = True
     for key in ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"):
@@ -264,21 +252,21 @@ def check_layers(
         )
         return
 
-    def aims(layer: str, naming: list) -> bool:
-        name = translate(f"{layer}.", naming)
-        return name is not None and is_target(name.rstrip("."), data)
+    def aims(layer: str, layout: str) -> bool:
+        name = path_in(layer, layout)
+        return name is not None and is_target(name, data)
 
     if missing := [
-        x for x in layers if x not in adapted and all(aims(x, naming) for naming in namings)
+        x for x in layers if x not in adapted and all(aims(x, layout) for layout in layouts)
     ]:
         raise UserError(
             f"{path.parent}: {len(missing)} layers that target_modules names have no LoRA tensors, "
             "the first is "
-            f"{called(missing[0], namings)}; the adapter is damaged"
+            f"{called(missing[0], layouts)}; the adapter is damaged"
         )
-    if extra := [x for x in adapted if not any(aims(x, naming) for naming in NAMINGS)]:
+    if extra := [x for x in adapted if not any(aims(x, layout) for layout in PEFT_LAYOUTS)]:
         raise UserError(
-            f"{path.parent}: there are LoRA tensors of {called(extra[0], namings)}, "
+            f"{path.parent}: there are LoRA tensors of {called(extra[0], layouts)}, "
             f"which target_modules "
             f"{reprlib.repr(data['target_modules'])} does not name; the adapter is "
             "damaged"
@@ -286,7 +274,7 @@ def check_layers(
 
 
 def check_whole(
-    file: Path, data: dict, names: list[str], tensors: dict[str, Tensor], namings: list
+    file: Path, data: dict, names: list[str], tensors: dict[str, Tensor], layouts: list[str]
 ) -> None:
     """Of each module that modules_to_save names, by the end of its path as for peft, every
     parameter is there.
@@ -297,7 +285,7 @@ def check_whole(
             for name in names
             if isinstance(module, str)
             and module
-            and any(f"{module}." in (translate(name, naming) or "") for naming in namings)
+            and any(f"{module}." in (to_layout(name, layout) or "") for layout in layouts)
         ]
         if not any(name in tensors for name in inside):
             raise UserError(
@@ -307,7 +295,7 @@ def check_whole(
             )
         if missing := [name for name in inside if name not in tensors]:
             raise UserError(
-                f"{file}: {called(missing[0], namings)} is missing, of "
+                f"{file}: {called(missing[0], layouts)} is missing, of "
                 f"{escape_controls(module)[:200]}, which "
                 "modules_to_save names; the file is damaged"
             )
@@ -361,7 +349,7 @@ def read_adapter(
         for key in handle.keys():
             tensor = handle[key] if file.suffix == ".bin" else handle.get_tensor(key)
             theirs = key.removeprefix(PEFT).replace(".base_layer.", ".")
-            name = translate(theirs, READ)
+            name = to_ours(theirs)
             where = f"{file}: {escape_controls(key)[:200]}"
             if name not in want:
                 check_implemented(model, folder, where, name or theirs)
@@ -401,21 +389,21 @@ def read_adapter(
     for key in [*config.rank_pattern, *config.alpha_pattern]:
         if not any(is_named(path, key) for path in paths):
             warn(f"{folder}: the pattern {escape_controls(key)} names no layer of the adapter")
-    namings = [
+    layouts = [
         x
-        for x in NAMINGS
-        if all(translate(name, x) in (None, theirs) for name, theirs in stored.items())
-    ] or NAMINGS
-    check_whole(files[0], data, plain, tensors, namings)
+        for x in PEFT_LAYOUTS
+        if all(to_layout(name, x) in (None, theirs) for name, theirs in stored.items())
+    ] or PEFT_LAYOUTS
+    check_whole(files[0], data, plain, tensors, layouts)
     if projector.exists() and (
         missing := [n for n in plain if n.startswith("multi_modal_projector.") and n not in tensors]
     ):
         raise UserError(
-            f"{projector}: {called(missing[0], namings)} is missing, and the original "
+            f"{projector}: {called(missing[0], layouts)} is missing, and the original "
             f"LLaVA trains the whole projector; "
             "the file is damaged"
         )
-    check_layers(path, data, layers, paths, namings)
+    check_layers(path, data, layers, paths, layouts)
     if source is not None and isinstance(base, str) and Path(base).name != Path(source).name:
         warn(f"{folder}: was made for {base}, and is applied to {source}")
     return config, tensors

@@ -17,89 +17,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from llava_min.errors import UserError, escape_controls, warn_once
+from llava_min.names import LAYOUTS, to_layout, to_ours
 from llava_min.util.files import check_file, read_json
 
-# Our prefix <- theirs, the first match wins.  A: llava-hf as published, B: transformers >= 4.52 in
-# memory,
-# C: as transformers 5 saves, O: the original, CLIP: OpenAI's own folder.
-VISION = (
-    "model.vision_tower.vision_tower.vision_model.",  # O
-    "model.vision_tower.vision_model.",  # B
-    "vision_tower.vision_model.",  # A
-    "model.vision_tower.",
-    "vision_tower.",  # C in memory, C
-    "vision_model.",
-)  # CLIP
-READ = [
-    *((f"{p}encoder.layers.", "vision_tower.layers.") for p in VISION),
-    *((p, "vision_tower.") for p in VISION),
-    ("model.mm_projector.0.", "multi_modal_projector.linear_1."),  # O
-    ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),  # B
-    ("multi_modal_projector.", "multi_modal_projector."),  # A, C
-    ("language_model.model.", "language_model."),  # A, C
-    ("language_model.lm_head.", "lm_head."),
-    ("model.language_model.", "language_model."),  # B
-    ("lm_head.", "lm_head."),  # B, O
-    ("model.", "language_model."),  # O, and a language model by itself
-]
-WRITE = [  # A <- ours
-    ("vision_tower.layers.", "vision_tower.vision_model.encoder.layers."),
-    ("vision_tower.", "vision_tower.vision_model."),
-    ("multi_modal_projector.", "multi_modal_projector."),
-    ("language_model.", "language_model.model."),
-    ("lm_head.", "language_model.lm_head."),
-]
-# Theirs <- ours, a table a layout, to name a tensor that is not there.
-ORIGINAL = [
-    ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
-    ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
-    ("language_model.", "model."),
-    ("lm_head.", "lm_head."),
-]
-LAYOUTS = [
-    WRITE,  # A
-    [
-        ("vision_tower.layers.", "model.vision_tower.vision_model.encoder.layers."),  # B
-        ("vision_tower.", "model.vision_tower.vision_model."),
-        ("lm_head.", "lm_head."),
-        ("", "model."),
-    ],
-    [
-        ("vision_tower.layers.", "vision_tower.encoder.layers."),  # C
-        ("vision_tower.", "vision_tower."),
-        *WRITE[2:],
-    ],
-    [
-        ("vision_tower.layers.", "model.vision_tower.encoder.layers."),  # C in memory
-        ("lm_head.", "lm_head."),
-        ("", "model."),
-    ],
-    [
-        (
-            "vision_tower.layers.",
-            "model.vision_tower.vision_tower.vision_model.encoder.layers.",
-        ),  # O
-        ("vision_tower.", "model.vision_tower.vision_tower.vision_model."),
-        *ORIGINAL,
-    ],
-    [
-        ("vision_tower.layers.", "vision_model.encoder.layers."),  # O, its tower in CLIP's folder
-        ("vision_tower.", "vision_model."),
-        *ORIGINAL,
-    ],
-]
 # Tables that code recomputes; and what a CLIP folder holds besides its tower.
 TABLES = re.compile(r"(.*\.)?(inv_freq|position_ids)|model\.image_newline")
 CLIP_REST = re.compile(r".*\.position_ids|text_model\..*|(visual|text)_projection\..*|logit_scale")
 SHARD = re.compile(r"[\w.-]+\.(safetensors|bin)")
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FLOATS |= {str(dtype): dtype for dtype in FLOATS.values()}  # as safetensors and `.bin` call them
-
-
-def translate(name: str, table: list[tuple[str, str]]) -> str | None:
-    """The name with its prefix changed by the first match in `table`, None where there is none."""
-    return next((new + name[len(old) :] for old, new in table if name.startswith(old)), None)
 
 
 # ---- files
@@ -261,7 +187,7 @@ def read_entries(folder: Path, ignored: re.Pattern = TABLES) -> dict[str, Entry]
             if ignored.fullmatch(entry.name):
                 continue
             found[entry.name] = path.name
-            if (ours := translate(entry.name, READ)) is None:
+            if (ours := to_ours(entry.name)) is None:
                 unknown.append(entry.name)
             elif ours in entries:
                 raise UserError(
@@ -301,9 +227,9 @@ def check_index(index: Path, said: dict[str, str], found: dict[str, str]) -> Non
 
 def names_in(entries: dict[str, Entry], ours: Iterable[str]) -> list[str]:
     """Our names as the checkpoint of `entries` has them: in the layout that fits the most."""
-    fits = lambda table: sum(translate(n, table) == e.name for n, e in entries.items())
+    fits = lambda layout: sum(to_layout(n, layout) == e.name for n, e in entries.items())
     layout = max(LAYOUTS, key=fits)
-    return sorted(translate(name, layout) or name for name in ours)
+    return sorted(to_layout(name, layout) or name for name in ours)
 
 
 def check_entries(entries: dict[str, Entry], model: nn.Module, rows: dict[str, int] = {}) -> None:

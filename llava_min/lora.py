@@ -18,20 +18,9 @@ from torch import Tensor, nn
 from llava_min.config import LINEARS
 from llava_min.errors import UserError, escape_controls
 from llava_min.fast.cpu_linear import unpacked
-from llava_min.layouts import WRITE, translate
+from llava_min.names import path_in
 from llava_min.parallel.dtensor import is_sharded, local_rows, local_shard
 from llava_min.weights import PIECE
-
-# Our prefix -> the module path in transformers of today, which PEFT's keys repeat.
-PATHS = [
-    ("vision_tower.layers.", "model.vision_tower.encoder.layers."),
-    ("lm_head", "lm_head"),
-    ("", "model."),
-]
-
-
-def to_transformers(name: str) -> str:
-    return translate(name, PATHS)
 
 
 def is_named(path: str, key: str) -> bool:
@@ -40,7 +29,7 @@ def is_named(path: str, key: str) -> bool:
 
     As in PEFT the regex fits the whole name, or all of it after some dot.
     """
-    names = (to_transformers(path), translate(path + ".", WRITE).rstrip("."))
+    names = (path_in(path, "hf_5_memory"), path_in(path, "hf"))
     starts = lambda name: [0, *(i + 1 for i, c in enumerate(name) if c == ".")]
     return any(re.compile(key).fullmatch(name, i) for name in names for i in starts(name))
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from llava_min.errors import UserError, escape_controls
 from llava_min.fast.cpu_linear import unpacked
-from llava_min.layouts import FLOATS, WRITE, Entry, open_file, translate
+from llava_min.layouts import FLOATS, Entry, open_file
+from llava_min.names import to_layout
 from llava_min.parallel.dtensor import is_sharded, local_rows, local_shard
 from llava_min.util.files import write_json
 
@@ -213,7 +214,7 @@ def save_weights(state: dict[str, Tensor], folder: Path, dtype: torch.dtype | No
             shards.append({})
             room = SHARD_BYTES
         room -= size(tensor)
-        shards[-1][translate(name, WRITE)] = tensor
+        shards[-1][to_layout(name, "hf")] = tensor
     names = (
         ["model.safetensors"]
         if len(shards) == 1

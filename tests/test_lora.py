@@ -21,12 +21,13 @@ from llava_min.adapter import (
     load_adapter,
     read_adapter,
     save_adapter,
+    today,
 )
 from llava_min.config import LlavaConfig
 from llava_min.errors import UserError
 from llava_min.fast.cpu_linear import prepack_linears
 from llava_min.load import on_meta, save
-from llava_min.lora import LINEARS, LoRAConfig, LoRALinear, add_lora, init_lora, to_transformers
+from llava_min.lora import LINEARS, LoRAConfig, LoRALinear, add_lora, init_lora
 from llava_min.training.trainable import check_gradients, set_trainable
 
 KINDS = ["mistral", "qwen2"]
@@ -286,7 +287,7 @@ def test_saved_is_loaded(kind, projector, tmp_path):
     assert not any(p.requires_grad for p in again.parameters())
     state = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert {x.dtype for x in state.values()} == {torch.float32} and len(state) == 28 + 4 * projector
-    assert state.keys() == {PEFT + to_transformers(n) for n in adapter_names(model)}
+    assert state.keys() == {PEFT + today(n) for n in adapter_names(model)}
     assert PEFT + "model.language_model.layers.0.self_attn.q_proj.lora_A.weight" in state
 
 
@@ -336,7 +337,7 @@ def test_peft_loads_what_we_save(kind, config, tmp_path):
         for n, m in theirs.named_modules()
         if hasattr(m, "lora_A")
     }
-    assert there == {to_transformers(n) for n in adapted(model)}
+    assert there == {today(n) for n in adapted(model)}
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,10 @@ from llava_min import weights
 from llava_min.config import LlavaConfig
 from llava_min.errors import UserError
 from llava_min.fast.cpu_linear import unpacked
-from llava_min.layouts import READ, WRITE, check_entries, translate
+from llava_min.layouts import check_entries
 from llava_min.llava import Llava
 from llava_min.load import collect_entries, on_meta, read_config, save, stored_rows
+from llava_min.names import to_layout, to_ours
 from llava_min.util.files import new_folder, replace, write_json
 from llava_min.weights import load_weights
 
@@ -466,7 +467,7 @@ def test_a_file_cut_short_after_it_was_looked_at(folder):
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_every_dtype_becomes_every_other(stored, folder, base):
     tensors(lambda table: table.update({name: x.to(stored) for name, x in table.items()}))(folder)
-    table = {translate(name, READ): x for name, x in load_file(single(folder)).items()}
+    table = {to_ours(name): x for name, x in load_file(single(folder)).items()}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         model = bare(folder, dtype)
         assert all(torch.equal(p, table[name].to(dtype)) for name, p in model.named_parameters())
@@ -520,7 +521,7 @@ def write_big(folder: Path, dtype: torch.dtype) -> Path:
     for name, p in on_meta(LlavaConfig.from_hf(config)).named_parameters():
         end = at + p.numel() * dtype.itemsize
         info = {"dtype": kind, "shape": list(p.shape), "data_offsets": [at, end]}
-        header[translate(name, WRITE)] = info
+        header[to_layout(name, "hf")] = info
         at = end
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))

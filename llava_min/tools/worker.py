@@ -291,7 +291,7 @@ def write_random(model: Any, config: LlavaConfig, folder: Path, dtype: Any) -> N
     """
     import torch
 
-    from llava_min.layouts import WRITE, translate
+    from llava_min.names import to_layout
     from llava_min.weights import save_tensors
 
     generator = torch.Generator().manual_seed(0)
@@ -302,7 +302,7 @@ def write_random(model: Any, config: LlavaConfig, folder: Path, dtype: Any) -> N
             new.fill_(name.endswith(".weight"))
         else:
             new.normal_(std=0.02, generator=generator)
-        shard[translate(name, WRITE)] = new
+        shard[to_layout(name, "hf")] = new
         left -= 1
         if not left or sum(x.nbytes for x in shard.values()) > SHARD:
             file = f"model-{len(set(files.values())) + 1:05}.safetensors"
