@@ -29,7 +29,7 @@ def fast(layer: nn.Module, dtype=BF16) -> nn.Module:
 @pytest.fixture(params=[True, False], ids=["wide", "narrow"])
 def many(request, monkeypatch):
     """Both ways to multiply many rows, whatever this CPU prefers; several pieces."""
-    monkeypatch.setattr(int_matmul, "slow", lambda x: request.param and x.dtype == BF16)
+    monkeypatch.setattr(int_matmul, "bf16_is_slow", lambda x: request.param and x.dtype == BF16)
     monkeypatch.setattr(int_matmul, "PIECE", 64 * 256)
 
 

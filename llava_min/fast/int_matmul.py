@@ -231,6 +231,11 @@ def has_int4_kernel(layer: nn.Module) -> bool:
     return device.type == "cpu" and layer.out_features % 16 == 0
 
 
+def handles(layer: nn.Module) -> bool:
+    """A quantized layer for which there is a faster product than dequantize-then-matmul."""
+    return type(layer) in BY_ROWS
+
+
 def quant_layers(model: nn.Module) -> list[tuple[str, QuantLinear]]:
     return [(path, m) for path, m in model.named_modules() if isinstance(m, QuantLinear)]
 
@@ -244,9 +249,11 @@ def speed_up(model: nn.Module, dtype: torch.dtype) -> None:
     """Give each quantized layer, whole on its device, the fast products for inputs in `dtype`; one
     after the other, so that one layer at most is there twice."""
     for path, layer in quant_layers(model):
+        if not handles(layer):
+            continue
         if dtype == torch.bfloat16 and has_int4_kernel(layer):
             swap(model, path, Int4Linear(layer))
-        elif type(layer) in BY_ROWS:
+        else:
             layer.__class__ = BY_ROWS[type(layer)]  # only the product is another
 
 
