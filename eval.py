@@ -267,10 +267,10 @@ def check_side(knobs: Knobs, records: list, compare: str | None) -> dict[str, st
     """
     from llava_min.adapter import read_adapter
     from llava_min.evaluation.predict import check_room
-    from llava_min.load import prepare
+    from llava_min.load import open_checkpoint
 
     source, adapter = which(knobs, compare)
-    ready = prepare(
+    ready = open_checkpoint(
         source,
         adapter=adapter,
         image_aspect_ratio=knobs.image_aspect_ratio,
@@ -417,7 +417,7 @@ def small_files(source: str, adapter: str | None) -> str:
     """sha256, shortened, of what makes a model of the weights: FILES of its folder, its tower's and
     its adapter's.
     """
-    from llava_min.layouts import find_folder
+    from llava_min.hub import find_folder
     from llava_min.load import TINY, read_config
 
     folder = TINY if source == "tiny" else find_folder(source)

@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
 
 def answer(knobs: Knobs, prompt: str | None) -> None:
     from llava_min.checks.image_file import open_image
-    from llava_min.load import load, prepare
+    from llava_min.load import load, open_checkpoint
     from llava_min.sampling import Options
 
     names = (
@@ -106,7 +106,7 @@ def answer(knobs: Knobs, prompt: str | None) -> None:
     start = time.perf_counter()
     source = knobs.model or "tiny"
     question = prompt or (TINY_QUESTION if source == "tiny" else QUESTION)
-    ready = prepare(
+    ready = open_checkpoint(
         source,
         adapter=knobs.adapter,
         image_aspect_ratio=knobs.image_aspect_ratio,

@@ -22,7 +22,7 @@ from llava_min.data.processor import Processor
 from llava_min.data.tokenizer import Tokenizer
 from llava_min.errors import UserError
 from llava_min.generate import generate
-from llava_min.load import fresh, load, save
+from llava_min.load import load, random_model, save
 
 ROOT = Path(__file__).parent.parent
 sample = load_script("sample")
@@ -72,7 +72,7 @@ def model_folder(tmp_path_factory) -> Path:
         image,
         config.tokens_per_image,
     )
-    model = fresh(config, seed=1)
+    model = random_model(config, seed=1)
     for p in model.parameters():
         p.data.mul_(2 if p.dim() > 1 else 1)  # loud enough that another picture is another answer
     save(model, processor, folder / "model", "fp32")

@@ -1,4 +1,4 @@
-"""layouts.py, weights.py and files.py: every published layout gives one model, what is saved is
+"""tensors.py, weights.py and files.py: every published layout gives one model, what is saved is
 what was loaded, and a malformed folder gives one line.
 """
 
@@ -33,10 +33,10 @@ from safetensors.torch import load_file, save_file
 
 import llava_min
 from llava_min import weights
+from llava_min.checks.weights import check_entries
 from llava_min.config import LlavaConfig
 from llava_min.errors import UserError
 from llava_min.fast.cpu_linear import unpacked
-from llava_min.layouts import check_entries
 from llava_min.llava import Llava
 from llava_min.load import collect_entries, on_meta, read_config, save, stored_rows
 from llava_min.names import to_layout, to_ours
@@ -488,7 +488,7 @@ for folder, dtype in zip(sys.argv[1::2], sys.argv[2::2]):
         continue
     before = memory("VmRSS")
     from llava_min.load import collect_entries, on_meta, read_config
-    from llava_min.layouts import check_entries
+    from llava_min.checks.weights import check_entries
     from llava_min.weights import DTYPES, load_weights
     config, _ = read_config(Path(folder))
     entries, model = collect_entries(Path(folder), config, None), on_meta(config)
@@ -1281,7 +1281,7 @@ def test_pickles_are_read_in_one_place_and_nothing_runs():
     calls = {
         name: text.count("torch.load(") for name, text in source.items() if "torch.load(" in text
     }
-    assert calls == {"layouts.py": 1} and "weights_only=True, mmap=True" in source["layouts.py"]
+    assert calls == {"tensors.py": 1} and "weights_only=True, mmap=True" in source["tensors.py"]
     for word in ("import pickle", "trust_remote_code", "shell=True", "os.system", "eval(", "exec("):
         assert not [
             name
