@@ -1,32 +1,21 @@
-"""The shapes of a LLaVA: vision tower, language model and how they are joined, from and to
-`config.json`.
+"""The shapes of a LLaVA, from and to `config.json`: vision tower, language model, and their joint.
 
 Published files leave most fields out, so a missing field takes the default of transformers' own
-config class. `checks/config.py` refuses what is wrong or not implemented; after it the fields are
-read with plain look-ups.
+config class. `checks/config.py` refuses what is wrong or not implemented, then the fields are read
+with plain look-ups.
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from llava_min.checks.config import (
-    check_eos,
-    check_family,
-    check_joined,
-    check_llava,
-    check_object,
-    check_original,
-    check_text,
-    check_vision,
-)
+from llava_min.checks import config as checks
 
 IGNORE = -100  # the label of a token that is not supervised
 # the linear layers of a decoder block
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-T = TypeVar("T")
 
 
-def pick(cls: type[T], data: dict[str, Any]) -> T:
+def pick(cls: type, data: dict[str, Any]) -> Any:
     """A dataclass from those entries of `data` that are its fields."""
     known = {f.name: f.type for f in fields(cls) if f.name in data}
     return cls(**{k: float(data[k]) if kind is float else data[k] for k, kind in known.items()})
@@ -65,7 +54,7 @@ class VisionConfig:
     def from_hf(cls, data: dict, where: str = "config.json", prefix: str = "") -> "VisionConfig":
         """Read a `vision_config`; errors name it as `where` and `prefix`. Raises UserError."""
         data = CLIP_DEFAULTS | data
-        check_vision(data, where, prefix)
+        checks.check_vision(data, where, prefix)
         return pick(cls, {k: value for k, value in data.items() if value is not None})
 
     def to_hf(self) -> dict:
@@ -129,12 +118,8 @@ class TextConfig:
     pad_token_id: int | None = None
 
     @property
-    def family(self) -> Family:
-        return FAMILIES[self.model_type]
-
-    @property
     def qkv_bias(self) -> bool:
-        return self.family.qkv_bias
+        return FAMILIES[self.model_type].qkv_bias
 
     @property
     def context(self) -> int:
@@ -151,11 +136,11 @@ class TextConfig:
         Errors name the file as `where` and the object in it as `prefix`. Raises UserError.
         """
         if kind is None:
-            check_family(data, tuple(FAMILIES), where, prefix)
+            checks.check_family(data, tuple(FAMILIES), where, prefix)
             kind = data.get("model_type") or "llama"
         family = FAMILIES[kind]
         data = family.defaults | data
-        check_text(data, family, where, prefix)
+        checks.check_text(data, family, where, prefix)
         heads = data["num_attention_heads"]
         optional = family.window == "optional"
         unwindowed = data["max_window_layers"] if optional else 0
@@ -178,7 +163,7 @@ class TextConfig:
         d["eos_token_id"] = eos[0] if len(eos) == 1 else eos or None
         d["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta}
         d["hidden_act"] = "silu"
-        if self.family.window == "optional":
+        if FAMILIES[self.model_type].window == "optional":
             d["use_sliding_window"] = self.sliding_window is not None
         return d
 
@@ -196,26 +181,14 @@ def _token_ids(ids: int | list[int] | None) -> tuple[int, ...]:
 
 def read_eos(data: dict, vocab_size: int, where: str) -> tuple[int, ...]:
     """`eos_token_id` of a `generation_config.json`. Raises UserError."""
-    check_eos(data, vocab_size, where, "")
+    checks.check_eos(data, vocab_size, where, "")
     return _token_ids(data.get("eos_token_id"))
 
 
 # ---- the whole
 
 # the original layout's model_type -> its decoder's
-ORIGINAL_TYPES = {
-    "llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen2": "qwen2"
-}  # fmt: skip
-
-
-def is_original(data: dict) -> bool:
-    """Whether a config.json is of the original layout (liuhaotian), which is flat.
-
-    A converted checkpoint may keep the original's keys, so nested shapes decide.
-    """
-    if data.get("model_type") == "llava" and data.keys() & {"text_config", "vision_config"}:
-        return False
-    return "mm_vision_tower" in data or data.get("model_type") == "llava_llama"
+ORIGINAL_TYPES = {"llava": "llama"} | {f"llava_{family}": family for family in FAMILIES}
 
 
 @dataclass(frozen=True)
@@ -249,10 +222,10 @@ class LlavaConfig:
         Raises UserError for another architecture, a field of a wrong type or out of range, and an
         option that is not implemented.
         """
-        check_object(data, where, "top level")
-        if is_original(data):
+        checks.check_object(data, where, "top level")
+        if checks.is_original(data):
             return cls._from_original(data, where)
-        check_llava(data, where)
+        checks.check_llava(data, where)
         text, vision = data.get("text_config") or {}, VisionConfig()  # LLaVA's default: CLIP-L/336
         if data.get("vision_config") is not None:
             vision = VisionConfig.from_hf(data["vision_config"], where, "vision_config.")
@@ -264,18 +237,18 @@ class LlavaConfig:
             vision_feature_select_strategy=data.get("vision_feature_select_strategy") or "default",
             projector_bias=data.get("multimodal_projector_bias", True),
             tie_word_embeddings=any(d.get("tie_word_embeddings", False) for d in (data, text)),
-            dtype=_dtype(data) or _dtype(text),
+            dtype=checks.stored_dtype(data) or checks.stored_dtype(text),
         )
-        check_joined(config, where)
+        checks.check_joined(config, where)
         return config
 
     @classmethod
     def _from_original(cls, data: dict, where: str) -> "LlavaConfig":
-        check_original(data, tuple(ORIGINAL_TYPES), where)
+        checks.check_original(data, tuple(ORIGINAL_TYPES), where)
         kind = ORIGINAL_TYPES[data.get("model_type") or "llava"]
         text = TextConfig.from_hf(data, where, kind=kind)
-        # The llava-hf layout needs a row for <image>, so the vocabulary grows as its converter
-        # grows it: <image> and <pad> are added, then it is rounded up to a multiple of 64.
+        # The vocabulary grows as llava-hf's converter grows it, which needs a row for <image>:
+        # <image> and <pad> are added, then it is rounded up to a multiple of 64.
         image_id = text.vocab_size
         rows = (image_id + 2 + 63) // 64 * 64
         has_class_token = data.get("mm_vision_select_feature") == "cls_patch"
@@ -285,14 +258,14 @@ class LlavaConfig:
             vision_feature_layer=data.get("mm_vision_select_layer", -2),
             vision_feature_select_strategy="full" if has_class_token else "default",
             tie_word_embeddings=data.get("tie_word_embeddings", False),
-            dtype=_dtype(data),
+            dtype=checks.stored_dtype(data),
             vision_source=data["mm_vision_tower"],
         )
 
-    def with_vision(self, vision: VisionConfig, where: str = "config.json") -> "LlavaConfig":
+    def with_vision(self, vision: VisionConfig, where: str) -> "LlavaConfig":
         """The config of an original checkpoint once its tower is known. Raises UserError."""
         config = replace(self, vision=vision)
-        check_joined(config, where)
+        checks.check_joined(config, where)
         return config
 
     def to_hf(self) -> dict:
@@ -313,10 +286,6 @@ class LlavaConfig:
             "vision_config": self.vision.to_hf(),
             "text_config": {**self.text.to_hf(), "tie_word_embeddings": self.tie_word_embeddings},
         }
-
-
-def _dtype(data: dict) -> str | None:
-    return data.get("dtype") or data.get("torch_dtype")
 
 
 # ---- the named sizes of `bench` and `train.py --dry-run`

@@ -12,6 +12,7 @@ from llava_min.util.files import read_json
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SMALL_FILES = ["*.json", "*.jinja", "*.model"]
+CLIP_336 = "openai/clip-vit-large-patch14-336"  # LLaVA-1.5's; VisionConfig has its shapes
 GIVE = "give a checkpoint's folder, a hub id such as llava-hf/llava-1.5-7b-hf, or tiny"
 
 
@@ -38,6 +39,22 @@ def find_folder(
     if not HUB_ID.fullmatch(source):
         raise UserError(f"{where}: no such folder; {fix or GIVE}")
     return _download(source, revision, where, fix)
+
+
+def find_tower(folder: Path, tower: str) -> Path:
+    """The CLIP folder that an original checkpoint names as its `mm_vision_tower`.
+
+    Raises UserError that says two ways to provide it.
+    """
+    beside = (folder.parent / Path(tower).name).absolute()
+    published = re.search(r"clip-vit-(base|large)-patch(14-336|14|16|32)(?!\d)", tower.lower())
+    hub_id = f"openai/{published[0]}" if published else f"its hub id, such as {CLIP_336}"
+    other = f"write {hub_id} there" if hub_id != tower else "check the network"
+    return find_folder(
+        tower,
+        named_by=f"{folder / 'config.json'}: mm_vision_tower: ",
+        fix=f"put the folder of that CLIP at {shorten(beside, 400)}, or {other}",
+    )
 
 
 def _download(hub_id: str, revision: str | None, where: str, fix: str | None) -> Path:

@@ -6,7 +6,6 @@ rest. Training and sharding change the model on meta in between, then call
 `Checkpoint.load_weights`.
 """
 
-import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,24 +15,16 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from llava_min.adapter import apply_adapter, read_adapter
+from llava_min.checks import load as checks
 from llava_min.checks.config import check_tower
 from llava_min.checks.config_keys import warn_unknown_keys
-from llava_min.checks.load import (
-    check_adapter,
-    check_dtype,
-    check_merged,
-    check_model_folder,
-    check_quantize,
-    check_source,
-)
 from llava_min.checks.weights import check_entries
 from llava_min.config import LlavaConfig, VisionConfig, read_eos
 from llava_min.data.from_folder import read_processor, read_settings
 from llava_min.data.processor import Processor
 from llava_min.data.tokenizer.files import read_optional
-from llava_min.errors import shorten
 from llava_min.fast.cpu_linear import prepack_linears
-from llava_min.hub import find_folder
+from llava_min.hub import CLIP_336, find_folder, find_tower
 from llava_min.llava import Llava
 from llava_min.parallel.ranks import pick_device
 from llava_min.tensors import CLIP_REST, TensorInfo, read_entries
@@ -41,8 +32,6 @@ from llava_min.util.files import new_folder, read_json, write_json
 from llava_min.weights import DTYPES, NAMES, load_weights, save_weights
 
 TINY = Path(__file__).parent / "tiny"
-# LLaVA-1.5's tower, whose shapes are VisionConfig's defaults
-CLIP_336 = "openai/clip-vit-large-patch14-336"
 # parameters: up to here `dtype="auto"` is fp32 on CPU, where exactness costs little
 SMALL = 500_000_000
 
@@ -91,27 +80,27 @@ def read_config(folder: Path) -> tuple[LlavaConfig, Path | None]:
     """The config; for the original layout also its tower's folder, None where the tower's shapes
     are known without it. Raises UserError.
     """
-    check_model_folder(folder)
+    checks.check_model_folder(folder)
     path, generation = folder / "config.json", folder / "generation_config.json"
     data, clip_folder = read_json(path), None
     config = LlavaConfig.from_hf(data, str(path))
     # chat models name their end-of-turn token only in generation_config.json
     if eos := read_eos(read_optional(generation), config.text.vocab_size, str(generation)):
         config = replace(config, text=replace(config.text, eos_token_ids=eos))
-    if config.vision_source is not None:
+    if config.vision_source is not None:  # the original layout only says where its CLIP is
         config, clip_folder = read_tower(folder, config)
     warn_unknown_keys(data, path)
     return config, clip_folder
 
 
 def read_tower(folder: Path, config: LlavaConfig) -> tuple[LlavaConfig, Path | None]:
-    """`read_config` of an original checkpoint, whose config.json only says where its CLIP is."""
+    """The config with its tower's shapes, which its CLIP's config.json gives, and CLIP's folder."""
     path, source = folder / "config.json", Path(config.vision_source)
     near = (source, folder / source, folder.parent / source.name)
     clip = next((p for p in near if (p / "config.json").is_file()), None)
     if clip is None and config.vision_source == CLIP_336:
         return config.with_vision(VisionConfig(), str(path)), None
-    clip = clip or find_tower(folder, config)
+    clip = clip or find_tower(folder, config.vision_source)
     clip_path = clip / "config.json"
     data = read_json(clip_path)
     check_tower(data, str(clip_path))
@@ -123,27 +112,13 @@ def read_tower(folder: Path, config: LlavaConfig) -> tuple[LlavaConfig, Path | N
     return config.with_vision(vision, str(path)), clip
 
 
-def find_tower(folder: Path, config: LlavaConfig) -> Path:
-    """The folder of an original checkpoint's CLIP. Raises UserError with two ways to fix it."""
-    tower = config.vision_source
-    beside = (folder.parent / Path(tower).name).absolute()
-    published = re.search(r"clip-vit-(base|large)-patch(14-336|14|16|32)(?!\d)", tower.lower())
-    hub_id = f"openai/{published[0]}" if published else f"its hub id, such as {CLIP_336}"
-    other = f"write {hub_id} there" if hub_id != tower else "check the network"
-    return find_folder(
-        tower,
-        named_by=f"{folder / 'config.json'}: mm_vision_tower: ",
-        fix=f"put the folder of that CLIP at {shorten(beside, 400)}, or {other}",
-    )
-
-
 def collect_entries(
     folder: Path, config: LlavaConfig, clip_folder: Path | None
 ) -> dict[str, TensorInfo]:
     """Our name -> TensorInfo; a tower that is not in the folder's files is its CLIP folder's."""
     entries = read_entries(folder)
     if config.vision_source and not any(name.startswith("vision_tower.") for name in entries):
-        entries |= read_entries(clip_folder or find_tower(folder, config), CLIP_REST)
+        entries |= read_entries(clip_folder or find_tower(folder, config.vision_source), CLIP_REST)
     return entries
 
 
@@ -216,9 +191,9 @@ def open_checkpoint(
     revision: str | None = None,
 ) -> Checkpoint:
     """Read and check all of a checkpoint but its weights; arguments and errors as in `load`."""
-    check_source(source)
+    checks.check_source(source)
     if adapter is not None:
-        check_adapter(adapter)
+        checks.check_adapter(adapter)
         adapter = Path(adapter)
         # the model is asked as the adapter was trained
         aspect, name = read_settings(adapter)
@@ -242,7 +217,7 @@ def read_dtype(
     dtype: str | torch.dtype, names: str, allowed: Collection[torch.dtype] = NAMES
 ) -> torch.dtype:
     found = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    check_dtype(found, dtype, allowed, names)
+    checks.check_dtype(found, dtype, allowed, names)
     return found
 
 
@@ -278,7 +253,7 @@ def load(
     revision: of a hub id. The processor is also the model's `processor`, which `stream` decodes
     with. Raises UserError, in one line, for whatever is wrong with the files.
     """
-    check_quantize(quantize)
+    checks.check_quantize(quantize)
     checkpoint = open_checkpoint(
         source,
         adapter=adapter,
@@ -301,7 +276,7 @@ def write_model(
 ) -> None:
     """Write all files of a llava-hf folder. `state`: the whole tensors of a sharded model."""
     state = dict(model.named_parameters()) if state is None else state
-    check_merged(state.keys(), folder)
+    checks.check_merged(state.keys(), folder)
     save_weights(state, folder, dtype)
     config = replace(model.config, dtype=NAMES[dtype], vision_source=None)
     write_json(folder / "config.json", config.to_hf())

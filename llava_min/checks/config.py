@@ -191,9 +191,23 @@ def check_eos(data: dict, vocab_size: int, where: str, prefix: str) -> None:
         refuse(where, f"{prefix}eos_token_id", ids, expected)
 
 
+def stored_dtype(data: dict) -> str | None:
+    return data.get("dtype") or data.get("torch_dtype")  # the new name and the old
+
+
 def check_dtype(data: dict, where: str, prefix: str = "") -> None:
-    key = "dtype" if data.get("dtype") else "torch_dtype"  # the new name and the old
+    key = "dtype" if data.get("dtype") else "torch_dtype"
     check_fields(data, {key: DTYPE}, where, prefix)
+
+
+def is_original(data: dict) -> bool:
+    """Whether a config.json is of the original layout (liuhaotian), which is flat.
+
+    A converted checkpoint may keep the original's keys, so nested shapes decide.
+    """
+    if data.get("model_type") == "llava" and data.keys() & {"text_config", "vision_config"}:
+        return False
+    return "mm_vision_tower" in data or data.get("model_type") == "llava_llama"
 
 
 def check_llava(data: dict, where: str) -> None:
@@ -208,7 +222,7 @@ def check_llava(data: dict, where: str) -> None:
             check_object(data[key], where, key)
     check_fields(text or {}, {"tie_word_embeddings": FLAG}, where, "text_config.")
     check_dtype(data, where)
-    if not (data.get("dtype") or data.get("torch_dtype")):
+    if not stored_dtype(data):
         check_dtype(text or {}, where, "text_config.")
 
 
