@@ -148,12 +148,13 @@ def main(argv: list[str]) -> int | None:
             )
         folders = (out, out / "compare") if out else (None, None)
         compared = [None, knobs.compare] if knobs.compare else [None]
-        ways = [check_side(knobs, records, compare) for compare in compared]
+        checkpoints = [check_side(knobs, records, compare) for compare in compared]
         if world.rank == 0:
             info(f"{knobs.data}: {with_images(records)}")
         sides = [
-            answers(knobs, records, world, folder, way, compare, held)
-            for folder, way, compare in zip(folders, ways, compared)
+            # popped: the first model is freed before the second is loaded
+            answers(knobs, records, world, folder, checkpoints.pop(0), compare, held)
+            for folder, compare in zip(folders, compared)
         ]
         if world.rank:
             return None
@@ -260,29 +261,25 @@ def which(knobs: Knobs, compare: str | None) -> tuple[str, str | None]:
     )
 
 
-def check_side(knobs: Knobs, records: list, compare: str | None) -> dict[str, str]:
-    """What is wrong with a model, an adapter or the room for answers is found before the first
-    side, which may take hours, has answered. -> how the model is to be asked, as its files or the
-    flags say.
+def check_side(knobs: Knobs, records: list, compare: str | None) -> Any:
+    """The Checkpoint of a side, its adapter and the room for answers checked: a side may answer for
+    hours, so what is wrong with the other is found before.
     """
     from llava_min.adapter import read_adapter
     from llava_min.evaluation.predict import check_room
-    from llava_min.load import prepare
+    from llava_min.load import open_checkpoint
 
     source, adapter = which(knobs, compare)
-    ready = prepare(
+    checkpoint = open_checkpoint(
         source,
         adapter=adapter,
         image_aspect_ratio=knobs.image_aspect_ratio,
         template=knobs.template,
     )
     if adapter:
-        read_adapter(ready.model, Path(adapter))
-    check_room(ready.model, ready.processor, records, knobs.max_new_tokens)
-    return {
-        "image_aspect_ratio": ready.processor.image_config.aspect,
-        "template": ready.processor.template_name,
-    }
+        read_adapter(checkpoint.model, Path(adapter))
+    check_room(checkpoint.model, checkpoint.processor, records, knobs.max_new_tokens)
+    return checkpoint
 
 
 def answers(
@@ -290,7 +287,7 @@ def answers(
     records: list,
     world: Any,
     folder: Path | None,
-    way: dict[str, str],
+    checkpoint: Any,
     compare: str | None,
     held: ExitStack,
 ) -> Side:
@@ -300,7 +297,6 @@ def answers(
     import torch
 
     from llava_min.evaluation.predict import predict
-    from llava_min.load import load
 
     model_name, adapter = which(knobs, compare)
     options = dict(
@@ -328,9 +324,7 @@ def answers(
             if not folder.exists():
                 held.callback(remove_empty, folder)
             folder.mkdir(parents=True, exist_ok=True)
-    model, processor = load(
-        model_name, dtype=knobs.dtype, device=world.device, adapter=adapter, **way
-    )
+    model, processor = checkpoint.load(knobs.dtype, world.device)
     settings |= {
         "weights": hash_weights(model),
         "template": processor.template_name,
@@ -417,7 +411,7 @@ def small_files(source: str, adapter: str | None) -> str:
     """sha256, shortened, of what makes a model of the weights: FILES of its folder, its tower's and
     its adapter's.
     """
-    from llava_min.layouts import find_folder
+    from llava_min.hub import find_folder
     from llava_min.load import TINY, read_config
 
     folder = TINY if source == "tiny" else find_folder(source)

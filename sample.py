@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
 
 def answer(knobs: Knobs, prompt: str | None) -> None:
     from llava_min.checks.image_file import open_image
-    from llava_min.load import load, prepare
+    from llava_min.load import open_checkpoint
     from llava_min.sampling import Options
 
     names = (
@@ -106,29 +106,22 @@ def answer(knobs: Knobs, prompt: str | None) -> None:
     start = time.perf_counter()
     source = knobs.model or "tiny"
     question = prompt or (TINY_QUESTION if source == "tiny" else QUESTION)
-    ready = prepare(
+    checkpoint = open_checkpoint(
         source,
         adapter=knobs.adapter,
         image_aspect_ratio=knobs.image_aspect_ratio,
         template=knobs.template,
     )
-    processor = ready.processor
+    processor = checkpoint.processor
     batch = processor.chat([{"role": "user", "content": content(question)}], images[:1])
-    tokens, context = batch["input_ids"].shape[1], ready.model.config.text.context
+    tokens, context = batch["input_ids"].shape[1], checkpoint.config.text.context
     if tokens + knobs.max_new_tokens > context:
         raise UserError(
             f"--max-new-tokens: {knobs.max_new_tokens} and the question's {tokens} tokens are more "
             "than the model's "
             f"context of {context}; lower it, or shorten the question"
         )
-    model, _ = load(
-        source,
-        dtype=knobs.dtype,
-        device=knobs.device,
-        adapter=knobs.adapter,
-        image_aspect_ratio=processor.image_config.aspect,
-        template=processor.template_name,
-    )
+    model, _ = checkpoint.load(knobs.dtype, knobs.device)
     dtype = str(model.dtype).removeprefix("torch.")
     info(f"loaded {source} in {time.perf_counter() - start:.1f} s: {model.device}, {dtype}")
     if knobs.compile:

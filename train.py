@@ -221,7 +221,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     from llava_min.data.sampler import records_of
     from llava_min.evaluation.predict import check_room, on_held_out
     from llava_min.fast.cpu_linear import upcast_linears
-    from llava_min.load import prepare, write_model
+    from llava_min.load import open_checkpoint, write_model
     from llava_min.lora import init_lora
     from llava_min.parallel.fsdp import full_state, shard
     from llava_min.parallel.ranks import all_gather, all_reduce_sum, any_rank, assert_same_on_ranks
@@ -255,7 +255,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
 
     # ---- the model, without its weights: what is wrong with it or with the data is found before
     # they are read
-    ready = prepare(
+    ready = open_checkpoint(
         knobs.model, image_aspect_ratio=knobs.image_aspect_ratio, template=knobs.template
     )
     model, processor = ready.model, ready.processor
@@ -322,7 +322,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
         full=knobs.train in ("full", "freeze_vision"),
         cpu_offload=knobs.cpu_offload,
     )
-    ready.fill(compute, device, offload=knobs.cpu_offload)
+    ready.load_weights(compute, device, offload=knobs.cpu_offload)
     init_lora(model, knobs.seed)
     upcast_linears(model)
     if knobs.compile:

@@ -5,7 +5,7 @@ import torch
 from conftest import VISION
 
 from llava_min.clip import VisionTower
-from llava_min.config import Fields, VisionConfig
+from llava_min.config import VisionConfig
 
 transformers = pytest.importorskip(
     "transformers", reason="the oracle of these tests; pip install -e '.[test]'"
@@ -23,7 +23,7 @@ def towers(layers_used: int, **change):
             + ("norm" in name and "weight" in name and p.dim() == 1)
         )
     ours = (
-        VisionTower(VisionConfig.from_hf(Fields(config, "config.json")), layers_used)
+        VisionTower(VisionConfig.from_hf(config), layers_used)
         .eval()
         .requires_grad_(False)
     )

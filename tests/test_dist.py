@@ -24,7 +24,7 @@ from llava_min.config import LlavaConfig
 from llava_min.errors import UserError
 from llava_min.generate import generate
 from llava_min.llava import IGNORE
-from llava_min.load import fresh, prepare
+from llava_min.load import open_checkpoint, random_model
 from llava_min.lora import LoRAConfig, add_lora, init_lora
 from llava_min.parallel.dtensor import local_rows, local_shard
 from llava_min.parallel.fsdp import full_state, shard, uneven_forwards
@@ -103,7 +103,7 @@ def batch(pictures: tuple[int, ...], seed: int, dtype: torch.dtype) -> dict:
 
 
 def build(kind: str, train: str, dtype: torch.dtype):
-    model = fresh(LlavaConfig.from_hf(hf_config(kind)), seed=1)
+    model = random_model(LlavaConfig.from_hf(hf_config(kind)), seed=1)
     if train == "lora":
         add_lora(model, LoRAConfig(4, 8.0))
         init_lora(model, 0)
@@ -257,7 +257,9 @@ def checkpoint(spm, tmp_path_factory) -> Path:
     folder.mkdir()
     write_processor(folder, spm)
     (folder / "config.json").write_text(json.dumps(config))
-    save_weights(dict(fresh(LlavaConfig.from_hf(config)).named_parameters()), folder, torch.float16)
+    save_weights(
+        dict(random_model(LlavaConfig.from_hf(config)).named_parameters()), folder, torch.float16
+    )
     return folder
 
 
@@ -279,12 +281,12 @@ def reading(folder: str) -> None:
                     fill(reader, out, entry, first)
 
                 weights.Reader.fill = count
-                ready = prepare(folder, template="vicuna_v1", image_aspect_ratio="pad")
+                ready = open_checkpoint(folder, template="vicuna_v1", image_aspect_ratio="pad")
                 ready.entries[embedding] = replace(ready.entries[embedding], shape=(stored, 32))
                 add_lora(ready.model, LoRAConfig(4, 8.0, dora=True))
                 set_trainable(ready.model, "lora")
                 shard(ready.model, one, compute=torch.bfloat16, full=False)
-                ready.fill(torch.bfloat16, world.device)
+                ready.load_weights(torch.bfloat16, world.device)
                 assert all(
                     local_shard(p).isnan().all() == (".lora_" in name)
                     for name, p in ready.model.named_parameters()

@@ -61,7 +61,7 @@ def at_call(patch, owner, name: str, n: int, act) -> None:
 # ---- signals
 
 PLACES = {
-    "start-up": (importlib.import_module("llava_min.load"), "prepare", 1),
+    "start-up": (importlib.import_module("llava_min.load"), "open_checkpoint", 1),
     "loading": (Dataset, "__getitem__", 23),
     "step": (Llava, "loss", 9),
     "evaluation": (predict, "predict", 2),

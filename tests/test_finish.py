@@ -17,7 +17,7 @@ from training import argv, lines, make_home, run, train
 from llava_min.data.dataset import Dataset, collate
 from llava_min.data.records import read_records
 from llava_min.errors import UserError
-from llava_min.load import TINY, fresh, load, prepare, save
+from llava_min.load import TINY, load, open_checkpoint, random_model, save
 from llava_min.tools import finish
 from llava_min.training import checkpoint
 
@@ -72,9 +72,9 @@ def test_the_last_checkpoint_gives_what_the_run_wrote(home, tmp_path, capsys, mo
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_untied_head_and_another_place_of_the_base(home, tmp_path, tied):
-    ready = prepare(str(home / "model"))
+    ready = open_checkpoint(str(home / "model"))
     config = replace(ready.model.config, tie_word_embeddings=tied)
-    save(fresh(config), ready.processor, tmp_path / "base")
+    save(random_model(config), ready.processor, tmp_path / "base")
     begin(home, tmp_path / "run", "last", "--model", tmp_path / "base")
     (tmp_path / "base").rename(tmp_path / "moved")
     said = "the base model of .*step-000003: .*base: no such folder.*--model"

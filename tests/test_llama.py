@@ -9,14 +9,14 @@ import torch
 from conftest import KINDS, TEXT, their_model
 
 from llava_min.cache import KVCache, causal_mask
-from llava_min.config import Fields, TextConfig
+from llava_min.config import TextConfig
 from llava_min.llama import Llama, rotary
 
 T = 20  # tokens in a row
 
 
 def config_of(kind: str, **change) -> TextConfig:
-    return TextConfig.from_hf(Fields({**TEXT, **KINDS[kind], **change}, "config.json"))
+    return TextConfig.from_hf({**TEXT, **KINDS[kind], **change})
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -18,7 +18,16 @@ from llava_min.config import LlavaConfig
 from llava_min.data.image import to_pixels
 from llava_min.errors import UserError
 from llava_min.fast.cpu_linear import unpacked
-from llava_min.load import TINY, fresh, load_model, on_meta, pick_device, pick_dtype, prepare, save
+from llava_min.load import (
+    TINY,
+    load_model,
+    on_meta,
+    open_checkpoint,
+    pick_device,
+    pick_dtype,
+    random_model,
+    save,
+)
 from llava_min.weights import save_weights
 
 CPU = torch.device("cpu")
@@ -31,7 +40,7 @@ def base(spm, tmp_path_factory) -> Path:
     folder.mkdir()
     write_processor(folder, spm)
     (folder / "config.json").write_text(json.dumps(hf_config()))
-    save_weights(dict(fresh(LlavaConfig.from_hf(hf_config())).named_parameters()), folder)
+    save_weights(dict(random_model(LlavaConfig.from_hf(hf_config())).named_parameters()), folder)
     return folder
 
 
@@ -104,18 +113,18 @@ def test_the_page_of_the_interface(folder):
 
 
 def test_the_model_alone_and_in_two_steps(folder):
-    """`load` is `prepare` and `fill`; without the processor it is `load_model`. What is trained is
+    """`load` is `open_checkpoint` and `load_weights`; without the processor it is `load_model`. What is trained is
     in fp32.
     """
     model, _ = llava_min.load(folder, dtype="bf16", device="cpu")
-    alone, ready = load_model(folder, torch.bfloat16, CPU), prepare(folder)
+    alone, ready = load_model(folder, torch.bfloat16, CPU), open_checkpoint(folder)
     assert (
         not alone.training
         and not model.training
         and {p.device.type for p in ready.model.parameters()} == {"meta"}
     )
     ready.model.multi_modal_projector.requires_grad_(True)
-    ready.fill(torch.bfloat16, CPU)
+    ready.load_weights(torch.bfloat16, CPU)
     for name, p in model.named_parameters():
         learns = name.startswith("multi_modal_projector.")
         other = ready.model.get_parameter(name)
@@ -154,9 +163,9 @@ def test_a_folder_of_train_is_no_model_though_it_has_a_config(folder):
 
 
 def test_what_is_trained_is_read_in_fp32(folder):
-    model = (ready := prepare(str(folder))).model
+    model = (ready := open_checkpoint(str(folder))).model
     model.multi_modal_projector.requires_grad_(True)
-    ready.fill(torch.bfloat16, torch.device("cpu"))
+    ready.load_weights(torch.bfloat16, torch.device("cpu"))
     for name, p in model.named_parameters():
         assert p.requires_grad == name.startswith("multi_modal_projector.") and p.dtype == (
             torch.float32 if p.requires_grad else torch.bfloat16
@@ -234,7 +243,9 @@ def test_an_adapter_is_asked_as_it_was_trained(folder, tmp_path):
     save_adapter(model, lora, tmp_path / "adapter", str(folder))
 
     def ways(**more):
-        processor = prepare(str(folder), adapter=str(tmp_path / "adapter"), **more).processor
+        processor = open_checkpoint(
+            str(folder), adapter=str(tmp_path / "adapter"), **more
+        ).processor
         return processor.template_name, processor.image_config.aspect
 
     assert ways() == ("llava_hf", "crop")  # as other tools write them: what the base says
@@ -283,7 +294,7 @@ def test_devices(monkeypatch):
 
 def test_fresh_is_seeded_and_ready():
     a, b, c = (
-        fresh(LlavaConfig.from_hf(hf_config(kind)), seed=seed)
+        random_model(LlavaConfig.from_hf(hf_config(kind)), seed=seed)
         for kind, seed in (("qwen2", 1), ("qwen2", 1), ("qwen2", 2))
     )
     assert all(
@@ -603,7 +614,7 @@ def test_the_tokenizer_gets_an_image_token_where_it_has_none(folder):
 
 def err_of(capsys, source, **options) -> str:
     capsys.readouterr()
-    prepare(str(source), **options)
+    open_checkpoint(str(source), **options)
     return "".join(
         line + "\n"
         for line in capsys.readouterr().err.splitlines()
@@ -663,7 +674,7 @@ def test_a_foreign_template_in_the_models_folder_and_beside_an_adapter(folder, a
             err == f"{path}: taken as vicuna_v1, from which it differs in spaces alone; "
             "--template takes another\n"
         )
-        assert prepare(str(folder), **options).processor.template_name == "vicuna_v1"
+        assert open_checkpoint(str(folder), **options).processor.template_name == "vicuna_v1"
         path.write_text(FACTORY.replace("USER", "HUMAN"))
         err = err_of(capsys, folder, **options)
         assert err.startswith(f"warning: {path}: ") and "--template" in err and err.count("\n") == 1
@@ -673,7 +684,7 @@ def test_a_foreign_template_in_the_models_folder_and_beside_an_adapter(folder, a
         (place / "chat_template.jinja").write_text("USER: ASSISTANT:")
     (folder / "processor_config.json").write_text('{"llava_min_template": "plain"}')
     assert err_of(capsys, folder, adapter=str(adapter)) == ""
-    assert prepare(str(folder), adapter=str(adapter)).processor.template_name == "plain"
+    assert open_checkpoint(str(folder), adapter=str(adapter)).processor.template_name == "plain"
 
 
 def test_templates_by_name(folder):
@@ -681,7 +692,7 @@ def test_templates_by_name(folder):
 
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": QWEN_JINJA}]
     change(folder / "tokenizer_config.json", chat_template=named)
-    assert prepare(str(folder)).processor.template_name == "chatml"
+    assert open_checkpoint(str(folder)).processor.template_name == "chatml"
 
 
 @pytest.fixture
@@ -708,7 +719,7 @@ def with_tokens(folder: Path, target: Path, *more: str, **keys) -> None:
 
 
 def test_the_tokenizer_beside_an_adapter(folder, adapter, capsys):
-    ask = lambda: prepare(str(folder), adapter=str(adapter)).processor
+    ask = lambda: open_checkpoint(str(folder), adapter=str(adapter)).processor
     with_tokens(folder, adapter)
     assert err_of(capsys, folder, adapter=str(adapter)) == "" and len(ask().tokenizer) == PIECES + 4
     with_tokens(folder, adapter, pad_token="</s>")  # masked: any will do
@@ -777,7 +788,7 @@ def test_words_and_merges_of_another_tokenizer_beside_an_adapter(folder, adapter
         spoil(spec["model"])
         (adapter / "tokenizer.json").write_text(json.dumps(spec))
         with pytest.raises(UserError, match=says):
-            prepare(str(folder), adapter=str(adapter))
+            open_checkpoint(str(folder), adapter=str(adapter))
     (adapter / "tokenizer.json").write_text(json.dumps(good))
     change(
         folder / "tokenizer_config.json", add_bos_token=...
@@ -800,7 +811,7 @@ def test_no_adapter_is_told_what_to_give(folder, adapter, tmp_path):
         (whole, f"give {whole}/model, a whole model, as model and no adapter"),
     ):
         with pytest.raises(UserError) as told:
-            prepare(str(folder), adapter=str(place))
+            open_checkpoint(str(folder), adapter=str(place))
         assert (
             str(told.value)
             == f"{place}: holds no adapter_config.json, expected the folder of a PEFT "
@@ -808,4 +819,4 @@ def test_no_adapter_is_told_what_to_give(folder, adapter, tmp_path):
         )
     for place in (half, tmp_path / "nothing"):
         with pytest.raises(UserError, match="adapter_config.json: no such file"):
-            prepare(str(folder), adapter=str(place))
+            open_checkpoint(str(folder), adapter=str(place))

@@ -12,7 +12,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from llava_min.parallel.dtensor import local_rows, local_shard
 from llava_min.quant.methods import METHODS, quantized
+from llava_min.tensors import list_tensors, save_tensors
+from llava_min.weights import load_weights
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="gloo is not in this torch")
 
@@ -27,6 +30,26 @@ class Adapted(nn.Module):
 
     def forward(self, x):
         return self.base(x) + x @ self.a.T @ self.b.T
+
+
+class Model(nn.Sequential):
+    def tie_weights(self) -> None:
+        pass
+
+
+def loaded_on_meta(method: str, layer: nn.Linear, file: Path) -> nn.Module:
+    """The layer, quantized and sharded while it is on meta, then filled from a file."""
+    from torch.distributed.fsdp import fully_shard
+
+    with torch.device("meta"):
+        empty = nn.Linear(128, 66, dtype=torch.bfloat16).requires_grad_(False)
+        model = Model(Adapted(quantized(empty, method)))
+    fully_shard(model[0])
+    fully_shard(model)
+    save_tensors({f"0.{name}": x for name, x in layer.state_dict().items()}, file)
+    entries = {info.name: info for info in list_tensors(file)}
+    load_weights(model, entries, torch.bfloat16, torch.device("cpu"))
+    return model
 
 
 def check(rank: int, folder: str) -> None:
@@ -52,6 +75,13 @@ def check(rank: int, folder: str) -> None:
             outputs.append(y.detach())
             grads.append(z.grad)
         assert torch.equal(*outputs) and torch.equal(*grads), method
+
+        filled = loaded_on_meta(method, layer, Path(folder, f"{method}-{rank}.safetensors"))
+        for name, p in filled[0].base.named_parameters():
+            first, end = local_rows(p)
+            whole = one.base.get_parameter(name)
+            assert end - first <= (len(whole) + 1) // 2
+            assert torch.equal(local_shard(p), whole[first:end]), (method, name)
     dist.destroy_process_group()
     Path(folder, f"done-{rank}").touch()
 

@@ -22,7 +22,7 @@ from llava_min.data.processor import Processor
 from llava_min.data.tokenizer import Tokenizer
 from llava_min.errors import UserError
 from llava_min.generate import generate
-from llava_min.load import fresh, load, save
+from llava_min.load import load, random_model, save
 
 ROOT = Path(__file__).parent.parent
 sample = load_script("sample")
@@ -72,7 +72,7 @@ def model_folder(tmp_path_factory) -> Path:
         image,
         config.tokens_per_image,
     )
-    model = fresh(config, seed=1)
+    model = random_model(config, seed=1)
     for p in model.parameters():
         p.data.mul_(2 if p.dim() > 1 else 1)  # loud enough that another picture is another answer
     save(model, processor, folder / "model", "fp32")
@@ -401,3 +401,13 @@ def test_help_is_quick_and_mistakes_exit_with_2(tmp_path):
         and done.stderr.startswith("error: IMAGE")
         and done.stderr.count("\n") == 1
     )
+
+
+def test_small_files_are_read_once(ask, pictures, monkeypatch):
+    loading, count = sys.modules["llava_min.load"], []
+    for name in ("read_config", "read_processor", "read_entries"):
+        read = getattr(loading, name)
+        spy = lambda *given, read=read, name=name: count.append(name) or read(*given)
+        monkeypatch.setattr(loading, name, spy)
+    ask(pictures[0])
+    assert sorted(count) == ["read_config", "read_entries", "read_processor"]

@@ -6,7 +6,7 @@ from conftest import hf_config, our_model, pixels, rows, their_model
 
 from llava_min.config import SIZES, LlavaConfig
 from llava_min.errors import UserError
-from llava_min.load import fresh, on_meta
+from llava_min.load import on_meta, random_model
 from llava_min.lora import LoRAConfig, add_lora
 from llava_min.training.trainable import check_gradients, parameter_table, set_trainable
 
@@ -15,7 +15,7 @@ ALL = ("all-linear",)
 
 
 def tiny(kind: str = "llama"):
-    return fresh(LlavaConfig.from_hf(hf_config(kind)))
+    return random_model(LlavaConfig.from_hf(hf_config(kind)))
 
 
 def trained(model) -> set[str]:

@@ -1,4 +1,4 @@
-"""layouts.py, weights.py and files.py: every published layout gives one model, what is saved is
+"""tensors.py, weights.py and files.py: every published layout gives one model, what is saved is
 what was loaded, and a malformed folder gives one line.
 """
 
@@ -32,16 +32,18 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 
 import llava_min
-from llava_min import weights
-from llava_min.config import LlavaConfig
+from llava_min import names, weights
+from llava_min.checks.weights import check_entries
+from llava_min.config import LINEARS, LlavaConfig
 from llava_min.errors import UserError
 from llava_min.fast.cpu_linear import unpacked
-from llava_min.layouts import check_entries
 from llava_min.llava import Llava
 from llava_min.load import collect_entries, on_meta, read_config, save, stored_rows
 from llava_min.names import to_layout, to_ours
+from llava_min.quant.methods import quantize_layers, quantized
+from llava_min.tensors import read_entries
 from llava_min.util.files import new_folder, replace, write_json
-from llava_min.weights import load_weights
+from llava_min.weights import load_weights, save_weights
 
 
 @pytest.fixture(scope="module")
@@ -464,13 +466,58 @@ def test_a_file_cut_short_after_it_was_looked_at(folder):
             load_weights(model, entries, dtype, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_every_dtype_becomes_every_other(stored, folder, base):
+def test_every_dtype_becomes_every_other(stored, fast, folder, base, monkeypatch):
+    if not fast:
+        monkeypatch.setattr("llava_min.fast.reader.handles", lambda info: False)
     tensors(lambda table: table.update({name: x.to(stored) for name, x in table.items()}))(folder)
     table = {to_ours(name): x for name, x in load_file(single(folder)).items()}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         model = bare(folder, dtype)
         assert all(torch.equal(p, table[name].to(dtype)) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("layout", names.LAYOUTS)
+def test_every_layout_is_written_and_read_back(layout, folder, tmp_path):
+    state = dict(bare(folder).named_parameters())
+    (tmp_path / "out").mkdir()
+    if any(to_layout(name, layout) is None for name in state):
+        with pytest.raises(UserError, match=f"layout: {layout} has no place for vision_tower"):
+            save_weights(state, tmp_path / "out", layout=layout)
+        assert not any((tmp_path / "out").iterdir())
+        return
+    save_weights(state, tmp_path / "out", layout=layout)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == {to_layout(name, layout) for name in state}
+    entries = read_entries(tmp_path / "out")
+    assert entries.keys() == state.keys()
+    assert all(torch.equal(written[entries[name].name], p) for name, p in state.items())
+
+
+@pytest.mark.parametrize("method", ["int8", "nf4", "w8a8"])
+def test_a_quantized_layer_gets_its_weight_as_it_arrives(method, spm, tmp_path):
+    """The same as quantizing the loaded model, biases included; no 16-bit copy is left."""
+    folder = write_folder(tmp_path / "m", spm, their_model("qwen2"), hf_saved)
+    config, _ = read_config(folder)
+    model, expected = on_meta(config), bare(folder, torch.bfloat16)
+    stored = load_file(single(folder))
+    paths = [path for path, _ in model.language_model.named_modules() if path.endswith("_proj")]
+    paths = [f"language_model.{path}" for path in paths]
+    quantize_layers(model, paths, method)
+    load_weights(model, collect_entries(folder, config, None), torch.bfloat16, torch.device("cpu"))
+    assert {path.rpartition(".")[2] for path in paths} == set(LINEARS)
+    for path in paths:
+        layer, plain = model.get_submodule(path), expected.get_submodule(path)
+        plain.weight = torch.nn.Parameter(stored[to_layout(f"{path}.weight", "hf")])
+        again = quantized(plain, method)  # from the stored dtype, not from bf16
+        assert layer.state_dict().keys() == again.state_dict().keys()
+        for name, x in again.state_dict().items():
+            assert torch.equal(layer.state_dict()[name], x), (path, name)
+    for name, p in model.named_parameters():
+        assert not p.is_meta and (not p.is_floating_point() or p.isfinite().all()), name
+        if name in dict(expected.named_parameters()):
+            assert torch.equal(p, expected.get_parameter(name)), name
 
 
 # ---- peak memory
@@ -488,7 +535,7 @@ for folder, dtype in zip(sys.argv[1::2], sys.argv[2::2]):
         continue
     before = memory("VmRSS")
     from llava_min.load import collect_entries, on_meta, read_config
-    from llava_min.layouts import check_entries
+    from llava_min.checks.weights import check_entries
     from llava_min.weights import DTYPES, load_weights
     config, _ = read_config(Path(folder))
     entries, model = collect_entries(Path(folder), config, None), on_meta(config)
@@ -1281,7 +1328,7 @@ def test_pickles_are_read_in_one_place_and_nothing_runs():
     calls = {
         name: text.count("torch.load(") for name, text in source.items() if "torch.load(" in text
     }
-    assert calls == {"layouts.py": 1} and "weights_only=True, mmap=True" in source["layouts.py"]
+    assert calls == {"tensors.py": 1} and "weights_only=True, mmap=True" in source["tensors.py"]
     for word in ("import pickle", "trust_remote_code", "shell=True", "os.system", "eval(", "exec("):
         assert not [
             name

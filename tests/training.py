@@ -16,7 +16,7 @@ from llava_min.data.image import ImageConfig
 from llava_min.data.processor import Processor
 from llava_min.data.tokenizer import Tokenizer
 from llava_min.errors import UserError, info
-from llava_min.load import TINY, fresh, save
+from llava_min.load import TINY, random_model, save
 from llava_min.toy import draw as toy
 
 train = load_script("train")
@@ -51,7 +51,7 @@ def make_home(home: Path) -> Path:
     config = LlavaConfig(vision, text, image_token_id=image, tie_word_embeddings=True)
     images = ImageConfig(vision.image_size, CLIP_MEAN, CLIP_STD, "pad")
     save(
-        fresh(config),
+        random_model(config),
         Processor(tokenizer, images, "llava_hf", image, config.tokens_per_image),
         home / "model",
     )

@@ -1,15 +1,19 @@
-"""The keys of config.json that published config classes know; any other is told, not passed over.
+"""The keys of config.json that published config classes have; any other gets a warning.
 
-A fork writes down what it does to the model under a key of its own: `"grouping": "avgpool1d"` pools
-the visual tokens, and the checkpoint read without it is another model. Sources: transformers 4.31
-to 5.23 (PretrainedConfig, LlavaConfig, CLIPConfig, CLIPVisionConfig, LlamaConfig, MistralConfig,
-Qwen2Config), and LLaVA's train.py and llava_arch.py. Whether a known key has a value that is
-implemented is config.py's to say.
+A fork records what it does to the model under a key of its own: `"grouping": "avgpool1d"` pools the
+visual tokens, and without it the checkpoint is another model. Sources: transformers 4.31 to 5.23
+(PretrainedConfig, LlavaConfig, CLIPConfig, CLIPVisionConfig, LlamaConfig, MistralConfig,
+Qwen2Config), and LLaVA's train.py and llava_arch.py. Whether the value of a known key is
+implemented is decided in checks/config.py.
 """
 
+import reprlib
+from pathlib import Path
 from typing import Any
 
-# Every config class: names, versions, classes of a classifier, how the weights were stored.
+from llava_min.errors import shorten, warn_once
+
+# PretrainedConfig: names, versions, the labels of a classifier, how the weights were stored.
 BASE = """
     _attn_implementation_autoset _attn_implementation_internal _commit_hash
     _experts_implementation_internal _flash_attn_2_enabled _name_or_path add_cross_attention
@@ -21,7 +25,7 @@ BASE = """
     tie_word_embeddings tokenizer_class torch_dtype torchscript transformers_version
     use_bfloat16 use_return_dict xla_device
 """
-# Settings of generation, which transformers wrote here until it had a generation_config.json.
+# Generation settings, which transformers wrote here before there was a generation_config.json.
 GENERATION = """
     bad_words_ids begin_suppress_tokens bos_token_id diversity_penalty do_sample early_stopping
     encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
@@ -51,7 +55,7 @@ LLAVA_HF = """
     projector_hidden_act text_config vision_config vision_feature_layer
     vision_feature_select_strategy
 """
-# The original LLaVA, 1.0 to 1.6: what its training leaves in the config.
+# The original LLaVA, 1.0 to 1.6: what its training writes into the config.
 ORIGINAL = """
     freeze_mm_mlp_adapter freeze_mm_vision_resampler image_aspect_ratio image_crop_resolution
     image_grid_pinpoints image_split_resolution mm_hidden_size mm_patch_merge_type
@@ -65,9 +69,9 @@ KNOWN = frozenset(" ".join((BASE, GENERATION, TEXT, VISION, LLAVA_HF, ORIGINAL))
 
 
 def unknown_keys(data: dict[str, Any]) -> dict[str, Any]:
-    """What a config.json sets under keys that no class knows; those of an inner config are dotted.
+    """Key -> value of what a config.json sets and no class has; keys of an inner config are dotted.
 
-    Null and false are as if left out: what a fork adds, it can also leave off.
+    Null and false count as left out: a fork writes them where it does not use its own option.
     """
     inner = ("vision_config", "text_config")
     parts = {"": data} | {f"{key}.": data[key] for key in inner if isinstance(data.get(key), dict)}
@@ -77,3 +81,17 @@ def unknown_keys(data: dict[str, Any]) -> dict[str, Any]:
         for key, value in part.items()
         if key not in KNOWN and value is not None and value is not False
     }
+
+
+def warn_unknown_keys(data: dict[str, Any], path: Path) -> None:
+    """A warning, once, for the keys of the file `path` that no published class has."""
+    keys = unknown_keys(data)
+    if not keys:
+        return
+    shown = [f"{shorten(key)} = {shorten(reprlib.repr(value))}" for key, value in keys.items()]
+    more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
+    warn_once(
+        f"{path}: {', '.join(shown[:8])}{more}: no published config of LLaVA, CLIP or the decoder "
+        "has such a key, and it is not obeyed; if a fork wrote it to change the model, load it "
+        "with that fork's code"
+    )

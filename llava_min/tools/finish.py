@@ -67,7 +67,7 @@ def write_from_base(
     """The model of a run without LoRA: the trained tensors of `folder`, the rest of the base."""
     import torch
 
-    from llava_min.load import prepare, write_model
+    from llava_min.load import open_checkpoint, write_model
     from llava_min.parallel.ranks import World
     from llava_min.training.checkpoint import restore
     from llava_min.training.run_folder import base_identity, differences
@@ -79,7 +79,7 @@ def write_from_base(
     if not base:
         raise UserError(f"{folder}: does not say where its base model is; give it with --model")
     try:
-        ready = prepare(base, image_aspect_ratio=k.image_aspect_ratio, template=k.template)
+        ready = open_checkpoint(base, image_aspect_ratio=k.image_aspect_ratio, template=k.template)
     except UserError as e:
         line = f"the base model of {folder}: {e}; --model tells where it lies now"
         raise UserError(line) from None
@@ -97,7 +97,7 @@ def write_from_base(
     frozen = lambda name: not model.get_parameter(name).requires_grad
     ready.entries = {name: entry for name, entry in ready.entries.items() if frozen(name)}
     model.requires_grad_(False)  # so that all is read as it will be stored, and not in fp32
-    ready.fill(dtype, device)
+    ready.load_weights(dtype, device)
     for name in trained:
         model.get_parameter(name).requires_grad_(True)
     restore(folder, state, model, None, World(0, 1, 0, device))

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     from llava_min.data.image import ImageConfig
     from llava_min.data.processor import Processor
     from llava_min.data.tokenizer import Tokenizer
-    from llava_min.load import fresh, write_model
+    from llava_min.load import random_model, write_model
     from llava_min.toy import vocab as toy_vocab
     from llava_min.util.files import new_folder, write_json
 
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
         )
         config = LlavaConfig(vision, text, image_token_id=image, tie_word_embeddings=True)
         images = ImageConfig(vision.image_size, CLIP_MEAN, CLIP_STD, "pad")
-        model = fresh(config)
+        model = random_model(config)
         write_model(
             model,
             Processor(tokenizer, images, "llava_hf", image, config.tokens_per_image),

@@ -292,7 +292,7 @@ def write_random(model: Any, config: LlavaConfig, folder: Path, dtype: Any) -> N
     import torch
 
     from llava_min.names import to_layout
-    from llava_min.weights import save_tensors
+    from llava_min.tensors import save_tensors
 
     generator = torch.Generator().manual_seed(0)
     files, shard, left = {}, {}, len(list(model.parameters()))

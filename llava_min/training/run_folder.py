@@ -31,7 +31,7 @@ from llava_min.checks.settings import FREE
 from llava_min.data.record import Record
 from llava_min.data.records import hash_pictures, hash_records, sources
 from llava_min.errors import UserError, escape_controls, info, warn
-from llava_min.load import Prepared
+from llava_min.load import Checkpoint
 from llava_min.parallel.ranks import World
 from llava_min.training.checkpoint import CorruptCheckpoint, restore, save, verify
 from llava_min.util.files import check_free
@@ -232,7 +232,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def base_identity(ready: Prepared) -> dict[str, Any]:
+def base_identity(ready: Checkpoint) -> dict[str, Any]:
     """What of the model that a run begins with decides what it computes; not where it lies."""
     config, image = ready.model.config, ready.processor.image_config
     weights = {entry.path for entry in ready.entries.values()}
@@ -263,7 +263,7 @@ def base_identity(ready: Prepared) -> dict[str, Any]:
 
 
 def identity_of(
-    ready: Prepared, data: str, records: Sequence[Record], knobs: Any, rows: int, steps: int
+    ready: Checkpoint, data: str, records: Sequence[Record], knobs: Any, rows: int, steps: int
 ) -> dict[str, Any]:
     """All that decides what a run computes: every rank has it alike, and a run that goes on has it
     as it was.

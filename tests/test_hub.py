@@ -1,9 +1,9 @@
-"""layouts.py: where a checkpoint comes from. What its files may hold is tried in test_weights.py."""
+"""hub.py: where a checkpoint comes from. What its files may hold is tried in test_weights.py."""
 
 import pytest
 
 from llava_min.errors import UserError
-from llava_min.layouts import find_folder
+from llava_min.hub import find_folder
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\u202e\r\n"
 

@@ -1,0 +1,70 @@
+"""What may be given to `load` and `save`, each refused by the argument's name."""
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_min.checks.adapter_kinds import find_adapter
+from llava_min.errors import UserError, escape_controls
+
+
+def check_source(source: Any) -> None:
+    if not isinstance(source, (str, os.PathLike)):
+        kind = type(source).__name__
+        raise UserError(f"{kind}, expected a checkpoint's folder, a hub id, or tiny", "source")
+
+
+def check_adapter(adapter: Any) -> None:
+    """A folder with an adapter that PEFT wrote, or UserError."""
+    if not isinstance(adapter, (str, os.PathLike)) or not str(adapter):
+        raise UserError(f"{adapter!r:.100}, expected the folder of a PEFT adapter", "adapter")
+    find_adapter(Path(adapter))
+
+
+def check_quantize(quantize: Any) -> None:
+    if quantize is not None:
+        given = escape_controls(quantize)[:100]
+        raise UserError(f"{given!r} is not built yet; leave it out", "quantize")
+
+
+def check_dtype(dtype: Any, given: Any, allowed: Collection[torch.dtype], names: str) -> None:
+    """`dtype`, which `given` stands for, is one of `allowed`, or UserError that lists `names`."""
+    if not isinstance(dtype, torch.dtype) or dtype not in allowed:
+        raise UserError(
+            f"{escape_controls(given)[:100]!r} is not one of {names}; choose one", "dtype"
+        )
+
+
+def check_merged(names: Collection[str], folder: Path) -> None:
+    """No tensor is an adapter's, or UserError."""
+    if any(".lora_" in name for name in names):
+        raise UserError(
+            f"{folder}: the model has an adapter that is not merged; "
+            "save the adapter, or load the base without it"
+        )
+
+
+def check_model_folder(folder: Path) -> None:
+    """The folder has a model's config.json and is not a run's, or UserError that says what it has
+    instead and what to give.
+    """
+    if (folder / "config.json").exists() and not (folder / ".lock").exists():  # of a run
+        return
+    adapters = (p for p in (folder, folder / "adapter") if (p / "adapter_config.json").exists())
+    adapter = next(adapters, None)
+    what = "holds no config.json of a model, expected the folder of a checkpoint"
+    finish = f"`python -m llava_min finish {folder} OUT` makes its adapter or model"
+    if (folder / "state.json").exists():
+        what, fix = "a checkpoint of a run, expected a model", finish
+    elif adapter:
+        fix = f"give the base model, and {adapter} as adapter"
+    elif (folder / "model").is_dir():
+        fix = f"give {folder / 'model'}"
+    elif (folder / "checkpoints").is_dir():
+        fix = f"it is a run that has not ended, and {finish}"
+    else:
+        fix = "give one, a hub id, or tiny"
+    raise UserError(f"{folder}: {what}; {fix}")
