@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from llava_min.adapter import apply_adapter, read_adapter
-from llava_min.checks.adapter_kinds import find_adapter
+from llava_min.checks.adapter import find_adapter
 from llava_min.checks.config_keys import unknown_keys
 from llava_min.config import Fields, LlavaConfig, VisionConfig, read_eos
 from llava_min.data.from_folder import read_processor, read_settings

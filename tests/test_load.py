@@ -226,7 +226,8 @@ def test_an_answer_ends_with_any_end_token_streamed_or_not(folder):
 
 def test_an_adapter_is_asked_as_it_was_trained(folder, tmp_path):
     from llava_min.adapter import save_adapter
-    from llava_min.lora import LoRAConfig, add_lora
+    from llava_min.lora import LoRAConfig
+    from llava_min.training.targets import add_lora
 
     model, trained = llava_min.load(folder, template="vicuna_v1", image_aspect_ratio="pad")
     add_lora(model, lora := LoRAConfig(4, 8))
@@ -687,7 +688,8 @@ def test_templates_by_name(folder):
 @pytest.fixture
 def adapter(folder, tmp_path) -> Path:
     from llava_min.adapter import save_adapter
-    from llava_min.lora import LoRAConfig, add_lora
+    from llava_min.lora import LoRAConfig
+    from llava_min.training.targets import add_lora
 
     model, _ = llava_min.load(folder)
     add_lora(model, lora := LoRAConfig(4, 8))

@@ -97,6 +97,10 @@ class QuantLinear(nn.Module):
         """The weight (N, K) that is stored, rounded once to `dtype`."""
         return self.rows(0, self.out_features, dtype)
 
+    def full_weight(self) -> Tensor:
+        """The weight (N, K) in fp32, made anew; see `lora.full_weight`."""
+        return self.dequantize()
+
     def product(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N), without the bias."""
         return F.linear(x, self.dequantize(x.dtype))
@@ -114,12 +118,3 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
-
-
-def full_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight (N, K) of any linear layer, quantized or not, in `dtype` (None: a plain layer's
-    own, else fp32)."""
-    if isinstance(layer, QuantLinear):
-        return layer.dequantize(dtype or torch.float32)
-    weight = layer.weight.to_dense() if layer.weight.is_mkldnn else layer.weight
-    return weight if dtype is None else weight.to(dtype)
