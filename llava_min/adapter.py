@@ -29,6 +29,7 @@ from llava_min.names import path_in, to_ours
 from llava_min.util.files import read_json, write_json
 from llava_min.weights import is_finite, save_tensors
 
+
 def load_adapter(model: nn.Module, folder: Path) -> None:
     """Apply the PEFT adapter of `folder` to `model`, not merged. Raises UserError."""
     apply_adapter(model, *read_adapter(model, folder))

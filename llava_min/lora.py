@@ -147,7 +147,7 @@ class DoRALinear(LoRALinear):
         if self.dropout and self.training:
             turned = self.add_update(self.base(dropped.to(x.dtype)), dropped)
         bias = getattr(self.base, "bias", None)
-        y = torch.addcmul(y, excess, turned if bias is None else turned - bias)
+        y = torch.addcmul(y, excess, turned if bias is None else turned - bias.to(y.dtype))
         return y.unflatten(0, shape[:-1])
 
     @torch.no_grad()
