@@ -2,6 +2,7 @@
 gradients included, and nothing of the weight's size is kept.
 """
 
+import copy
 import gc
 import math
 
@@ -10,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llava_min.lora import DoRALinear, LoRAConfig, LoRALinear, full_weight, init_lora, wrap_linears
+from llava_min.lora import (
+    DoRALinear,
+    LoRAConfig,
+    LoRALinear,
+    full_weight,
+    init_lora,
+    row_norms,
+    wrap_linears,
+)
 from llava_min.quant.codebook import CodebookLinear
 from llava_min.quant.group import GroupLinear
 from llava_min.quant.int8 import Int8Linear
@@ -123,6 +132,35 @@ def test_no_weight_is_kept_for_backward(name, kind):
     gc.collect()
     new = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and id(t) not in before]
     assert saved and y.requires_grad and not [t.shape for t in new if is_wide(t)]
+
+
+def check_shards(rank: int, folder: str) -> None:
+    """One of two ranks: DoRA under FSDP2 starts with the magnitudes of the whole layer."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for name in BASES:
+        model = nn.Sequential(quantized_base(name))
+        wrap_linears(model, LoRAConfig(R, dora=True), ["0"])
+        whole = copy.deepcopy(model)
+        for module in (model[0], model):
+            fully_shard(module)
+        for m in (model, whole):
+            init_lora(m, 5)
+        for (n, p), q in zip(model.named_parameters(), whole.parameters(), strict=True):
+            assert torch.equal(p.data.full_tensor(), q), (name, n)
+        assert torch.equal(model[0].lora_magnitude_vector.full_tensor(), row_norms_of(name))
+    dist.destroy_process_group()
+
+
+def row_norms_of(name: str) -> torch.Tensor:
+    return row_norms(quantized_base(name).dequantize(), torch.float32)
+
+
+def test_shards_start_as_the_whole(tmp_path):
+    torch.multiprocessing.spawn(check_shards, (str(tmp_path),), nprocs=2)
 
 
 class Buffered(nn.Module):
