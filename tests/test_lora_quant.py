@@ -100,7 +100,8 @@ def test_it_starts_as_its_base(name, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", BASES)
 def test_in_autocast_and_with_dropout(name, kind):
-    """bf16 near fp32; without dropout's draws, eval is the mean of training."""
+    """bf16 is near fp32, and the mean over dropout's draws is the output without dropout."""
+    torch.manual_seed(0)
     layer = trained_layer(kind, quantized_base(name), dropout=0.5)
     x = torch.randn(6, IN, generator=torch.Generator().manual_seed(3))
     plain = layer.eval()(x)
@@ -109,7 +110,7 @@ def test_in_autocast_and_with_dropout(name, kind):
         assert y.dtype == torch.bfloat16 and relative(y.float(), plain) <= 0.03
         assert layer.train()(x).dtype == torch.bfloat16
     draws = torch.stack([layer(x) for _ in range(300)]).mean(0)
-    assert relative(draws, plain) <= 0.2 and relative(layer(x), plain) > 0.2
+    assert relative(draws, plain) <= 0.05 and relative(layer(x), plain) > 0.1
 
 
 @pytest.mark.parametrize("kind", KINDS)
