@@ -676,6 +676,7 @@ BAD = [
     *((config(target_modules=x), "target_modules is") for x in (None, [], "", 5, [5])),
     (config(target_modules="(q_proj"), "target_modules is '(q_proj'"),
     (config(layers_pattern=["("]), "layers_pattern is"),
+    (config(exclude_modules="("), "exclude_modules is"),
     (config(layers_to_transform=["1"]), "layers_to_transform is"),
     (config(modules_to_save=["multi_modal_projector", "lm_head"]), "no tensor of lm_head"),
     (config(modules_to_save=5), "no tensor of 5"),
