@@ -1,10 +1,22 @@
-"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685): y = W x + s B A x with W frozen, s =
-alpha / r; rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732): s = alpha / sqrt(r); and
-DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353): the rows of W + s B A are turned to a
-learned length.
+"""LoRA: a frozen linear layer plus a trained update of low rank, y = W x + s B A x.
 
-Swapped in from outside: a layer that is to learn is replaced by one that wraps it; no model file
-hears of it. Adapters as files are adapter.py's.
+            x (in)
+     ┌────────┴─────────┐ dropout
+  ┌──┴───────────┐  ┌───┴────────┐
+  │              │  │ A (r, in)  │  random at the start
+  │ W (out, in)  │  └──┐      ┌──┘
+  │ frozen       │  ┌──┘      └──┐
+  │              │  │ B (out, r) │  zero at the start: the update is nothing
+  └──┬───────────┘  └───┬────────┘
+     └───────(+)────────┘ · s
+            y (out)
+
+LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) has s = alpha / r; rsLoRA (Kalajdzievski
+2023, https://arxiv.org/abs/2312.03732) alpha / sqrt(r). DoRA (Liu et al. 2024,
+https://arxiv.org/abs/2402.09353) also learns the length of each row of W + s B A.
+
+Layers, quantized ones too, are wrapped from outside, so no model file knows of LoRA. Which ones is
+chosen by training/targets.py or by an adapter's files (adapter.py).
 """
 
 import hashlib
@@ -15,23 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llava_min.checks.adapter import check_no_adapter
 from llava_min.config import LINEARS
-from llava_min.errors import UserError, escape_controls
-from llava_min.fast.cpu_linear import unpacked
 from llava_min.names import path_in
 from llava_min.parallel.dtensor import is_sharded, local_rows, local_shard
-from llava_min.weights import PIECE
 
-
-def is_named(path: str, key: str) -> bool:
-    """Whether `key` of a pattern names the layer at our `path`, called as in today's transformers
-    or before.
-
-    As in PEFT the regex fits the whole name, or all of it after some dot.
-    """
-    names = (path_in(path, "hf_5_memory"), path_in(path, "hf"))
-    starts = lambda name: [0, *(i + 1 for i, c in enumerate(name) if c == ".")]
-    return any(re.compile(key).fullmatch(name, i) for name in names for i in starts(name))
+CHUNK = 1 << 16  # elements of a weight in one piece of `row_norms` on CPU
 
 
 @dataclass(frozen=True)
@@ -39,40 +40,44 @@ class LoRAConfig:
     r: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
-    targets: tuple[str, ...] = LINEARS  # see `targets_of`
+    targets: tuple[str, ...] = LINEARS  # leaf names, "all-linear" or one regex: training/targets.py
     dora: bool = False
     rslora: bool = False
     # PEFT's exceptions: a regex on the end of a layer's path in transformers -> its rank, its alpha
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
-    def of(self, path: str) -> tuple[int, float]:
-        """Rank and scaling of the layer at our `path`."""
-        r = next((r for key, r in self.rank_pattern.items() if is_named(path, key)), self.r)
-        alpha = next(
-            (a for key, a in self.alpha_pattern.items() if is_named(path, key)), self.alpha
-        )
-        return r, alpha / (r**0.5 if self.rslora else r)
+    def rank_and_scaling(self, path: str) -> tuple[int, float]:
+        """r and s of the layer at our `path`; the first pattern that matches wins."""
+        r = next((r for regex, r in self.rank_pattern.items() if matches(path, regex)), self.r)
+        alphas = (a for regex, a in self.alpha_pattern.items() if matches(path, regex))
+        return r, next(alphas, self.alpha) / (r**0.5 if self.rslora else r)
+
+
+def matches(path: str, regex: str) -> bool:
+    """Whether `regex` fits our `path` as transformers names it, today or before 4.52; as in PEFT
+    the whole path, or all of it after some dot."""
+    names = (path_in(path, "hf_5_memory"), path_in(path, "hf"))
+    starts = lambda name: [0, *(i + 1 for i, c in enumerate(name) if c == ".")]
+    return any(re.compile(regex).fullmatch(name, i) for name in names for i in starts(name))
+
+
+def full_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight (out, in) of a layer; one that stores it otherwise (quantized, prepacked) has a
+    method `full_weight`."""
+    weight = layer.full_weight() if hasattr(layer, "full_weight") else layer.weight
+    return weight if dtype is None else weight.to(dtype)
 
 
 def row_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Lengths (out,) of the rows of `weight` (out, in), in `dtype`; on CPU by pieces, which it
-    copies.
-    """
-    rows = max(1, PIECE // 8 // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
-    return torch.cat(
-        [torch.linalg.vector_norm(piece, dim=1, dtype=dtype) for piece in weight.split(rows)]
-    )
-
-
-def cut(whole: Tensor, p: Tensor) -> Tensor:
-    """Of `whole`, made in full on every rank, the rows that `local(p)` has."""
-    first, end = local_rows(p)
-    return whole[first:end]
+    """Lengths (out,) of the rows of `weight` (out, in), computed in `dtype`."""
+    # in pieces on CPU, where vector_norm makes a copy of its input in `dtype`
+    rows = max(1, CHUNK // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
+    return torch.cat([torch.linalg.vector_norm(w, dim=1, dtype=dtype) for w in weight.split(rows)])
 
 
 class Matrix(nn.Module):
-    """A parameter named `weight`, so that PEFT's lora_A.weight is ours; it has no values yet."""
+    """A parameter called as PEFT's, lora_A.weight; without values."""
 
     def __init__(self, rows: int, columns: int, device: torch.device):
         super().__init__()
@@ -80,146 +85,115 @@ class Matrix(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """A linear-like `base` (in_features, out_features) plus a low-rank update; `init` gives the
-    update its values.
+    """`base` plus a low-rank update in fp32; `init_weights` gives the update its first values.
+
+    base: any linear layer with in_features and out_features, frozen by the caller. Source:
+    https://github.com/huggingface/peft/blob/v0.21.0/src/peft/tuners/lora/layer.py
     """
 
-    def __init__(
-        self, base: nn.Module, r: int, scaling: float, dropout: float = 0.0, dora: bool = False
-    ):
+    def __init__(self, base: nn.Module, r: int, scaling: float, dropout: float = 0.0):
         super().__init__()
-        self.base, self.dropout, self.scaling = base, dropout, scaling
-        device = next(base.parameters()).device
-        self.lora_A, self.lora_B = (
-            Matrix(r, base.in_features, device),
-            Matrix(base.out_features, r, device),
-        )
-        magnitude = torch.empty(base.out_features, device=device, dtype=torch.float32)
-        self.register_parameter("lora_magnitude_vector", nn.Parameter(magnitude) if dora else None)
+        self.base, self.scaling, self.dropout = base, scaling, dropout
+        device = [*base.parameters(), *base.buffers()][0].device
+        self.lora_A = Matrix(r, base.in_features, device)
+        self.lora_B = Matrix(base.out_features, r, device)
 
-    def init(self, generator: torch.Generator) -> None:
-        """A uniform as kaiming_uniform(a=sqrt 5) draws it, B zero: the update is nothing. W has its
-        values.
-        """
-        a, m = self.lora_A.weight, self.lora_magnitude_vector
-        bound = a.shape[1] ** -0.5
-        local_shard(a).copy_(
-            cut(torch.empty(a.shape).uniform_(-bound, bound, generator=generator), a)
-        )
+    def forward(self, x: Tensor) -> Tensor:
+        """y = W x + s B A x; x (..., in) -> y (..., out)."""
+        shape, x = x.shape, x.flatten(0, -2)  # (rows, in)
+        y = self.base(x)  # W x
+        y = self.add_update(y, self.dropped(x))  # + s B A x
+        return y.unflatten(0, shape[:-1])
+
+    def add_update(self, y: Tensor, x: Tensor) -> Tensor:
+        """y (rows, out) += s B A x, with x (rows, in)."""
+        ax, b = F.linear(x, self.lora_A.weight), self.lora_B.weight  # (rows, r), (out, r)
+        # addmm_ adds into the base's output in place: one pass less over the wide tensor
+        return y.addmm_(ax.to(y.dtype), b.to(y.dtype).T, alpha=self.scaling)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """The update's input: x with dropout, in the dtype that A x is computed in."""
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.lora_A.weight.dtype
+        return F.dropout(x.to(dtype), self.dropout, self.training)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """A as kaiming_uniform(a=sqrt 5) draws it, B zero: the update is nothing."""
+        a, bound = self.lora_A.weight, self.lora_A.weight.shape[1] ** -0.5
+        # every rank draws all of A and keeps its own rows
+        whole = torch.empty(a.shape).uniform_(-bound, bound, generator=generator)
+        local_shard(a).copy_(whole[slice(*local_rows(a))])
         local_shard(self.lora_B.weight).zero_()
-        if m is not None:
-            w = unpacked(self.base.weight)
-            norms = row_norms(local_shard(w), m.dtype)
-            local_shard(m).copy_(norms if is_sharded(w) else cut(norms, m))
+
+
+class DoRALinear(LoRALinear):
+    """y = m (W + s B A) x / norm, with the length of each row as norm, a constant in the backward
+    pass (section 4.3), and a learned m (out,). As in PEFT, dropout is on the added terms only, with
+    d = dropout(x): y = W x + s B A d + (m / norm - 1) (W + s B A) d."""
+
+    def __init__(self, base: nn.Module, r: int, scaling: float, dropout: float = 0.0):
+        super().__init__(base, r, scaling, dropout)
+        m = torch.empty_like(self.lora_B.weight[:, 0])
+        self.lora_magnitude_vector = nn.Parameter(m.detach())  # PEFT's name of m
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        a, b, shape = self.lora_A.weight, self.lora_B.weight, x.shape
-        kind = x.device.type
-        x = x.flatten(0, -2)  # (rows, in)
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else a.dtype
-        dropped = F.dropout(x.to(dtype), self.dropout, self.training)
-        h = F.linear(dropped, a)  # (rows, r)
-        # added by the product itself, into what the base has made: one pass over the wide tensor
-        # less
-        adapted = lambda y: y.addmm_(h.to(y.dtype), b.to(y.dtype).T, alpha=self.scaling)
-        y = adapted(self.base(x))
-        if self.lora_magnitude_vector is not None:
-            # the factor less 1, for bf16 would round a factor near 1 to it; as in peft, what the
-            # base gives by itself
-            # has no dropout, and what is added to it has
-            excess = (self.lora_magnitude_vector / self.norms() - 1).to(y.dtype)
-            turned = (
-                adapted(self.base(dropped.to(x.dtype))) if self.dropout and self.training else y
-            )
-            bias = getattr(self.base, "bias", None)
-            y = torch.addcmul(y, excess, turned if bias is None else turned - bias)
+        shape, x = x.shape, x.flatten(0, -2)  # (rows, in)
+        dropped = self.dropped(x)
+        y = self.add_update(self.base(x), dropped)  # W x + s B A d
+        # factor - 1, because bf16 rounds a factor near 1 to 1
+        excess = (self.lora_magnitude_vector / self.norms() - 1).to(y.dtype)
+        turned = y  # (W + s B A) d
+        if self.dropout and self.training:
+            turned = self.add_update(self.base(dropped.to(x.dtype)), dropped)
+        bias = getattr(self.base, "bias", None)
+        y = torch.addcmul(y, excess, turned if bias is None else turned - bias.to(y.dtype))
         return y.unflatten(0, shape[:-1])
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """Lengths (out,) of the rows of W + s B A as ||W||^2 + 2 s <W, BA> + s^2 ||BA||^2: nothing
-        has W's size.
-        """
-        w, a, b = unpacked(self.base.weight), self.lora_A.weight, self.lora_B.weight * self.scaling
+        """||W + s B A|| (out,), of each row, from ||W||^2 + 2 s <W, B A> + s^2 ||B A||^2: no other
+        matrix of W's size is made."""
+        w, a, b = full_weight(self.base), self.lora_A.weight, self.lora_B.weight * self.scaling
         with torch.autocast(w.device.type, enabled=False):
-            cross = F.linear(w, a.to(w.dtype)).to(a.dtype)  # W A^T (out, r)
-            squares = row_norms(w, a.dtype).square() + ((2 * cross + b @ (a @ a.T)) * b).sum(1)
+            wa = F.linear(w, a.to(w.dtype)).to(a.dtype)  # W A^T (out, r)
+            squares = row_norms(w, a.dtype).square() + ((2 * wa + b @ (a @ a.T)) * b).sum(1)
+        # rounding can make the square of a short row negative
         return squares.clamp_(min=torch.finfo(a.dtype).tiny).sqrt_()
 
-
-def targets_of(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Full paths of the layers that `config` names: by leaf names, or "all-linear" for all of the
-    decoder's blocks, within the language model only; or by one regex that is matched in full on our
-    module paths.
-
-    Raises UserError for a name or a regex that fits nothing.
-    """
-    linear = [name for name, m in model.named_modules() if hasattr(m, "in_features")]
-    language = [name for name in linear if name.startswith("language_model.")]
-    leaf = lambda name: name.rpartition(".")[2]
-    if config.targets == ("all-linear",):
-        return language
-    if all(re.fullmatch(r"\w+", t) for t in config.targets):
-        if absent := [t for t in config.targets if t not in map(leaf, language)]:
-            raise UserError(
-                f"lora_targets: {absent[0]!r} names no linear layer of the language model; "
-                f"there are {', '.join(LINEARS)}, all-linear, or one regex on whole "
-                "module paths"
-            )
-        return [name for name in language if leaf(name) in config.targets]
-    if len(config.targets) > 1:
-        raise UserError(
-            f"lora_targets: {escape_controls(', '.join(config.targets))[:400]} is not names alone "
-            "and not one "
-            "regex; put | between the parts of a regex, and no comma"
-        )
-    try:
-        paths = [name for name in linear if re.fullmatch(config.targets[0], name)]
-    except re.error as e:
-        raise UserError(
-            f"lora_targets: {escape_controls(config.targets[0])!r} is not a regex ({e}); correct it"
-        ) from None
-    if "lm_head" in paths and model.lm_head.weight is model.language_model.embed_tokens.weight:
-        raise UserError(
-            "lora_targets: lm_head is tied to the embedding in this model and cannot be adapted by "
-            "itself; leave it out"
-        )
-    if not paths:
-        raise UserError(
-            f"lora_targets: {escape_controls(config.targets[0])!r} fits no linear layer in full; "
-            "the path of "
-            f"one is {language[0]} or {linear[0]}"
-        )
-    return paths
+    def init_weights(self, generator: torch.Generator) -> None:
+        """m is the length of the rows of W, which has its values: the layer starts as its base."""
+        super().init_weights(generator)
+        w, m = full_weight(self.base), self.lora_magnitude_vector
+        norms = row_norms(local_shard(w), m.dtype)
+        local_shard(m).copy_(norms if is_sharded(w) else norms[slice(*local_rows(m))])
 
 
-def add_lora(model: nn.Module, config: LoRAConfig, paths: list[str] | None = None) -> None:
-    """Put a LoRALinear in the place of each layer of `paths`, by default those that `config` names.
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> every linear-like layer; one that LoRA wraps is at `<path>.base`."""
+    return {path: m for path, m in model.named_modules() if hasattr(m, "in_features")}
 
-    On meta the layers are made without values, for `init_lora` to give once the base is there.
-    Raises UserError for a model that has an adapter already.
-    """
-    if lora_layers(model):
-        raise UserError("the model has an adapter already; load the base anew")
-    for path in targets_of(model, config) if paths is None else paths:
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    return {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def wrap_linears(model: nn.Module, config: LoRAConfig, paths: list[str]) -> None:
+    """Replace the layers at `paths` by LoRA layers around them; on the meta device they are without
+    values until `init_lora`. Raises UserError for a model that has an adapter already."""
+    check_no_adapter(lora_layers(model))
+    kind = DoRALinear if config.dora else LoRALinear
+    for path in paths:
         parent, _, leaf = path.rpartition(".")
-        layer = LoRALinear(model.get_submodule(path), *config.of(path), config.dropout, config.dora)
+        layer = kind(model.get_submodule(path), *config.rank_and_scaling(path), config.dropout)
         setattr(model.get_submodule(parent), leaf, layer)
     if not next(model.parameters()).is_meta:
         init_lora(model, torch.initial_seed())
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-
-
 def init_lora(model: nn.Module, seed: int) -> None:
-    """Start values of every LoRA layer, the base's weights being there; the same on any number of
-    ranks.
-
-    Each A is drawn whole from a generator of its own, made of `seed` and the layer's path; a rank
-    keeps its rows.
-    """
+    """First values of every LoRA layer, once the base has its weights. They depend on `seed` and
+    the layer's path alone: neither on which other layers have LoRA, nor on the number of ranks."""
     for path, layer in lora_layers(model).items():
         digest = hashlib.sha256(f"{seed} {path}".encode()).digest()
-        layer.init(torch.Generator().manual_seed(int.from_bytes(digest[:7])))
+        layer.init_weights(torch.Generator().manual_seed(int.from_bytes(digest[:7])))

@@ -22,11 +22,7 @@ def towers(layers_used: int, **change):
             torch.randn_like(p) * (p[0].numel() ** -0.5 if p.dim() > 1 else 0.3)
             + ("norm" in name and "weight" in name and p.dim() == 1)
         )
-    ours = (
-        VisionTower(VisionConfig.from_hf(config), layers_used)
-        .eval()
-        .requires_grad_(False)
-    )
+    ours = VisionTower(VisionConfig.from_hf(config), layers_used).eval().requires_grad_(False)
     ours.load_state_dict(
         {
             n.removeprefix("vision_model.").replace("encoder.", ""): x

@@ -13,7 +13,8 @@ from torch import nn
 import llava_min
 from llava_min.fast import cpu_linear
 from llava_min.fast.cpu_linear import PrepackedLinear, unpacked
-from llava_min.lora import LoRAConfig, add_lora
+from llava_min.lora import LoRAConfig
+from llava_min.training.targets import add_lora
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64")

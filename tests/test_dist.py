@@ -25,7 +25,7 @@ from llava_min.errors import UserError
 from llava_min.generate import generate
 from llava_min.llava import IGNORE
 from llava_min.load import open_checkpoint, random_model
-from llava_min.lora import LoRAConfig, add_lora, init_lora
+from llava_min.lora import LoRAConfig, init_lora
 from llava_min.parallel.dtensor import local_rows, local_shard
 from llava_min.parallel.fsdp import full_state, shard, uneven_forwards
 from llava_min.parallel.ranks import (
@@ -39,6 +39,7 @@ from llava_min.parallel.ranks import (
     start,
     use_all_cores,
 )
+from llava_min.training.targets import add_lora
 from llava_min.training.trainable import set_trainable
 from llava_min.weights import save_weights
 

@@ -622,7 +622,8 @@ def test_what_cannot_be_printed_is_written_all_the_same(data, tmp_path, monkeypa
 
 def test_a_model_and_an_adapter_of_it_are_compared(data, tmp_path, capsys):
     from llava_min.adapter import save_adapter
-    from llava_min.lora import LoRAConfig, add_lora
+    from llava_min.lora import LoRAConfig
+    from llava_min.training.targets import add_lora
 
     model, _ = load("tiny", dtype="fp32", device="cpu")
     config = LoRAConfig(r=4, alpha=8.0, targets=("q_proj", "v_proj"))

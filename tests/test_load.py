@@ -82,7 +82,7 @@ for order in sys.argv[1:]:
         for f, name in ((llava_min.load, "load"), (llava_min.generate, "generate"), (llava_min.stream, "stream"),
                         (load, "load"), (generate, "generate"), (stream, "stream")):
             assert callable(f) and not isinstance(f, type(sys)) and f.__name__ == name, (order, f)
-        assert llava_min.UserError is sys.modules["llava_min.util.cli"].UserError
+        assert llava_min.UserError is sys.modules["llava_min.errors"].UserError
         assert all(hasattr(llava_min, name) for name in llava_min.__all__) and not hasattr(llava_min, "nonsense")
         os._exit(0)
     assert os.wait()[1] == 0, order
@@ -235,7 +235,8 @@ def test_an_answer_ends_with_any_end_token_streamed_or_not(folder):
 
 def test_an_adapter_is_asked_as_it_was_trained(folder, tmp_path):
     from llava_min.adapter import save_adapter
-    from llava_min.lora import LoRAConfig, add_lora
+    from llava_min.lora import LoRAConfig
+    from llava_min.training.targets import add_lora
 
     model, trained = llava_min.load(folder, template="vicuna_v1", image_aspect_ratio="pad")
     add_lora(model, lora := LoRAConfig(4, 8))
@@ -698,7 +699,8 @@ def test_templates_by_name(folder):
 @pytest.fixture
 def adapter(folder, tmp_path) -> Path:
     from llava_min.adapter import save_adapter
-    from llava_min.lora import LoRAConfig, add_lora
+    from llava_min.lora import LoRAConfig
+    from llava_min.training.targets import add_lora
 
     model, _ = llava_min.load(folder)
     add_lora(model, lora := LoRAConfig(4, 8))

@@ -14,20 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llava_min
-from llava_min.adapter import (
-    PEFT,
-    adapter_names,
-    is_target,
-    load_adapter,
-    read_adapter,
-    save_adapter,
-    today,
-)
-from llava_min.config import LlavaConfig
+from llava_min.adapter import adapter_names, load_adapter, peft_name, read_adapter, save_adapter
+from llava_min.checks.adapter import PEFT_PREFIX
+from llava_min.checks.adapter_targets import is_target
+from llava_min.config import LINEARS, LlavaConfig
 from llava_min.errors import UserError
 from llava_min.fast.cpu_linear import prepack_linears
 from llava_min.load import on_meta, save
-from llava_min.lora import LINEARS, LoRAConfig, LoRALinear, add_lora, init_lora
+from llava_min.lora import DoRALinear, LoRAConfig, LoRALinear, init_lora
+from llava_min.training.targets import add_lora
 from llava_min.training.trainable import check_gradients, set_trainable
 
 KINDS = ["mistral", "qwen2"]
@@ -105,9 +100,9 @@ def test_starts_as_nothing(kind, dora):
     assert learns == {f"{n}.lora_{x}" for n in layers for x in ends}
 
 
-def made(base, *args, **kwargs) -> LoRALinear:
-    layer = LoRALinear(base, *args, **kwargs)
-    layer.init(torch.Generator().manual_seed(0))
+def made(base, *args, dora: bool = False, **kwargs) -> LoRALinear:
+    layer = (DoRALinear if dora else LoRALinear)(base, *args, **kwargs)
+    layer.init_weights(torch.Generator().manual_seed(0))
     return layer
 
 
@@ -183,12 +178,12 @@ def test_targets(targets, paths):
         ("llama", ("q_proj", "fc1"), "'fc1' names no linear layer of the language model"),
         ("llama", ("lm_head",), "'lm_head' names no"),
         ("llama", ("embed_tokens",), "'embed_tokens' names no"),
-        ("llama", (r".*\.q_pro",), "fits no linear layer in full"),
-        ("llama", ("",), "fits no linear layer"),
-        ("llama", (".*norm.*",), "fits no linear layer"),
+        ("llama", (r".*\.q_pro",), "matches no linear layer in full"),
+        ("llama", ("",), "matches no linear layer"),
+        ("llama", (".*norm.*",), "matches no linear layer"),
         ("llama", ("(q_proj",), "is not a regex"),
-        ("llama", ("q_proj", r".*\.o_proj"), "not names alone and not one regex"),
-        ("llama", ("all-linear", "q_proj"), "not names alone"),
+        ("llama", ("q_proj", r".*\.o_proj"), "neither names alone nor one regex"),
+        ("llama", ("all-linear", "q_proj"), "neither names alone"),
         ("qwen2", ("lm_head|.*q_proj",), "tied to the embedding"),
     ],
     ids=str,
@@ -287,8 +282,8 @@ def test_saved_is_loaded(kind, projector, tmp_path):
     assert not any(p.requires_grad for p in again.parameters())
     state = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert {x.dtype for x in state.values()} == {torch.float32} and len(state) == 28 + 4 * projector
-    assert state.keys() == {PEFT + today(n) for n in adapter_names(model)}
-    assert PEFT + "model.language_model.layers.0.self_attn.q_proj.lora_A.weight" in state
+    assert state.keys() == {PEFT_PREFIX + peft_name(n) for n in adapter_names(model)}
+    assert PEFT_PREFIX + "model.language_model.layers.0.self_attn.q_proj.lora_A.weight" in state
 
 
 def peft_of(folder: Path, kind: str = "mistral"):
@@ -337,7 +332,7 @@ def test_peft_loads_what_we_save(kind, config, tmp_path):
         for n, m in theirs.named_modules()
         if hasattr(m, "lora_A")
     }
-    assert there == {today(n) for n in adapted(model)}
+    assert there == {peft_name(n) for n in adapted(model)}
 
 
 @pytest.mark.parametrize(
@@ -480,8 +475,10 @@ LLAVA = {
 def renamed(state: dict, names: dict[str, str]) -> dict:
     out = {}
     for key, x in state.items():
-        old, new = next((old, new) for new, old in names.items() if key.startswith(PEFT + old))
-        out[PEFT + new + key.removeprefix(PEFT + old)] = x
+        old, new = next(
+            (old, new) for new, old in names.items() if key.startswith(PEFT_PREFIX + old)
+        )
+        out[PEFT_PREFIX + new + key.removeprefix(PEFT_PREFIX + old)] = x
     return out
 
 
@@ -549,8 +546,8 @@ def test_a_regex_that_could_run_for_ever_is_not_run(tmp_path, capsys):
         assert capsys.readouterr().err.count("too many repetitions") == 1, pattern
 
 
-Q = PEFT + "model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
-P = PEFT + "model.multi_modal_projector.linear_1.weight"
+Q = PEFT_PREFIX + "model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
+P = PEFT_PREFIX + "model.multi_modal_projector.linear_1.weight"
 
 
 def config(**keys):
@@ -629,11 +626,15 @@ BAD = [
         "lora_B.weight is missing and its other half is there",
     ),
     (table(lambda s: {k: x for k, x in s.items() if "projector" in k}), "no LoRA tensor"),
-    (table(lambda s: {"x": s[Q]}), "no home in this model"),
-    (table(lambda s: {f"other.{k}": x for k, x in s.items()}), "no home in this model"),
+    (table(lambda s: {"x": s[Q]}), "no place in this model"),
+    (  # a name of ours is in no layout
+        table(lambda s: {k.replace("model.language_model.", "language_model."): s[k] for k in s}),
+        "language_model.layers.0.mlp.down_proj.lora_A.weight has no place in this model",
+    ),
+    (table(lambda s: {f"other.{k}": x for k, x in s.items()}), "no place in this model"),
     (
         table(lambda s: s.__setitem__(Q.replace("layers.0", "layers.9"), s[Q].clone())),
-        "layers.9.self_attn.q_proj.lora_A.weight has no home in this model",
+        "layers.9.self_attn.q_proj.lora_A.weight has no place in this model",
     ),
     (
         table(
@@ -641,10 +642,10 @@ BAD = [
                 Q.replace("lora_A.weight", "lora_magnitude_vector"), torch.ones(32)
             )
         ),
-        "lora_magnitude_vector has no home",
+        "lora_magnitude_vector has no place",
     ),
-    (table(lambda s: s.__setitem__("\x1b[2J\n", s[Q].clone())), r"\x1b[2J\n has no home"),
-    (table(lambda s: s.__setitem__(Q.replace(PEFT, ""), s[Q].clone())), "stands twice"),
+    (table(lambda s: s.__setitem__("\x1b[2J\n", s[Q].clone())), r"\x1b[2J\n has no place"),
+    (table(lambda s: s.__setitem__(Q.replace(PEFT_PREFIX, ""), s[Q].clone())), "is there twice"),
     (replaced(Q, lambda x: x[:2]), "is [2, 32], expected [4, 32]"),
     (replaced(Q, lambda x: x[:, :16]), "is [4, 16], expected [4, 32]"),
     (replaced(Q, lambda x: x[0]), "is [32]"),
@@ -675,6 +676,7 @@ BAD = [
     *((config(target_modules=x), "target_modules is") for x in (None, [], "", 5, [5])),
     (config(target_modules="(q_proj"), "target_modules is '(q_proj'"),
     (config(layers_pattern=["("]), "layers_pattern is"),
+    (config(exclude_modules="("), "exclude_modules is"),
     (config(layers_to_transform=["1"]), "layers_to_transform is"),
     (config(modules_to_save=["multi_modal_projector", "lm_head"]), "no tensor of lm_head"),
     (config(modules_to_save=5), "no tensor of 5"),
@@ -751,7 +753,7 @@ def test_an_adapter_is_not_applied_twice(tmp_path):
 
 def ours_in_theirs(name: str) -> str:
     """Our name of a parameter of peft's model."""
-    name = name.removeprefix(PEFT).removeprefix("model.")
+    name = name.removeprefix(PEFT_PREFIX).removeprefix("model.")
     for theirs in ("encoder.", "modules_to_save.default.", ".default"):
         name = name.replace(theirs, "")
     return name.replace("magnitude_vector.weight", "magnitude_vector")
@@ -833,7 +835,7 @@ def test_the_length_of_a_row_that_vanishes_is_a_number():
     """Rounding makes the square of some a little less than nothing."""
     base = torch.nn.Linear(64, 64, bias=False).requires_grad_(False)
     base.weight.copy_(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
-    layer = LoRALinear(base, 64, 1.0, dora=True).requires_grad_(False)
+    layer = DoRALinear(base, 64, 1.0).requires_grad_(False)
     layer.lora_A.weight.copy_(base.weight)
     layer.lora_B.weight.copy_(-torch.eye(64))
     norms = layer.norms()

@@ -20,7 +20,9 @@ def test_names_come_back_from_every_layout(layout):
 def test_the_columns_are_the_names_of_transformers():
     theirs = their_model("llama")
     names = {name for name, _ in our_model(theirs).named_parameters()}
-    assert {to_layout(name, "hf_5_memory") for name in names} == dict(theirs.named_parameters()).keys()
+    assert {to_layout(name, "hf_5_memory") for name in names} == dict(
+        theirs.named_parameters()
+    ).keys()
 
 
 def test_a_row_has_a_column_for_each_layout():

@@ -11,10 +11,10 @@ from torch import nn
 from llava_min.config import LlavaConfig
 from llava_min.errors import UserError
 from llava_min.llava import Llava
+from llava_min.lora import full_weight
 from llava_min.quant.bits import WIDTHS, pack, unpack
 from llava_min.quant.group import GroupLinear
 from llava_min.quant.hqq import half_quadratic, shrink
-from llava_min.quant.linear import full_weight
 from llava_min.quant.methods import METHODS, bytes_of, empty_layer, quantize_layers, quantized
 from llava_min.quant.rounding import asymmetric, decode, encode
 

@@ -12,7 +12,8 @@ from conftest import load_script
 
 from llava_min.config import SIZES, LlavaConfig, TextConfig
 from llava_min.load import load, on_meta
-from llava_min.lora import LoRAConfig, add_lora
+from llava_min.lora import LoRAConfig
+from llava_min.training.targets import add_lora
 from llava_min.training.trainable import set_trainable
 from llava_min.util.cli import parse
 from llava_min.util.files import read_json, write_json

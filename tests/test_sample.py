@@ -236,7 +236,8 @@ def test_a_terminal_gets_no_control_characters(monkeypatch):
 
 def test_an_adapter_changes_the_answer(ask, model_folder, pictures, tmp_path):
     from llava_min.adapter import save_adapter
-    from llava_min.lora import LoRAConfig, add_lora
+    from llava_min.lora import LoRAConfig
+    from llava_min.training.targets import add_lora
 
     model, _ = load(str(model_folder))
     config = LoRAConfig(4, 8)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llava_min.checks.adapter_kinds import find_adapter
+from llava_min.checks.adapter import find_adapter
 from llava_min.errors import UserError, escape_controls
 
 

@@ -86,6 +86,7 @@ class PrepackedLinear(nn.Module):
         self.bias = layer.bias
 
     def full_weight(self) -> Tensor:
+        """The weight (out, in) in row-major order; see `lora.full_weight`."""
         return unpacked(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:

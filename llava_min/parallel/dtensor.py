@@ -17,6 +17,12 @@ def local_shard(p: Tensor) -> Tensor:
     return p.to_local() if is_sharded(p) else p
 
 
+def gather(p: Tensor) -> Tensor:
+    """All of `p`, on the mesh's device if it is a shard; every rank calls this at the same time."""
+    p = p.detach()
+    return p.to(p.device_mesh.device_type).full_tensor() if is_sharded(p) else p
+
+
 def local_rows(p: Tensor) -> tuple[int, int]:
     """First and end of the rows of `p` that this rank keeps, as FSDP2 divides them."""
     if not is_sharded(p):

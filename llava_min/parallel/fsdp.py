@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llava_min.errors import Interrupted, UserError
 from llava_min.fast.cpu_linear import unpacked
-from llava_min.parallel.dtensor import is_sharded
+from llava_min.parallel.dtensor import gather, is_sharded
 from llava_min.parallel.ranks import World, all_reduce_sum, backend
 
 
@@ -158,9 +158,7 @@ def full_state(
     state = {}
     for name, p in model.named_parameters():
         if names is None or name in names:
-            whole = p.detach()
-            if is_sharded(p):
-                whole = whole.to(p.device_mesh.device_type).full_tensor()
+            whole = gather(p)
             if not dist.is_initialized() or dist.get_rank() == 0:
                 is_copied = is_sharded(p) or whole.device.type != "cpu"
                 state[name] = unpacked(whole).to("cpu", dtype if is_copied else None)

@@ -10,11 +10,14 @@ parameters without gradient, so that they move, shard and are saved as any weigh
 Shapes: N out_features, K in_features.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava_min.errors import UserError
+from llava_min.parallel.dtensor import gather, is_sharded
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -97,6 +100,17 @@ class QuantLinear(nn.Module):
         """The weight (N, K) that is stored, rounded once to `dtype`."""
         return self.rows(0, self.out_features, dtype)
 
+    def full_weight(self) -> Tensor:
+        """The weight (N, K) in fp32, made anew; see `lora.full_weight`. Outside of a forward pass
+        under FSDP it is gathered, so every rank calls this at the same time."""
+        if not any(is_sharded(p) for p in self.parameters()):
+            return self.dequantize()
+        whole = copy.copy(self)
+        whole._parameters = {
+            n: None if p is None else gather(p) for n, p in self._parameters.items()
+        }
+        return whole.dequantize()
+
     def product(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N), without the bias."""
         return F.linear(x, self.dequantize(x.dtype))
@@ -114,12 +128,3 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
-
-
-def full_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight (N, K) of any linear layer, quantized or not, in `dtype` (None: a plain layer's
-    own, else fp32)."""
-    if isinstance(layer, QuantLinear):
-        return layer.dequantize(dtype or torch.float32)
-    weight = layer.weight.to_dense() if layer.weight.is_mkldnn else layer.weight
-    return weight if dtype is None else weight.to(dtype)

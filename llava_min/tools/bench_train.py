@@ -106,7 +106,8 @@ class Ours(Program):
 
         from llava_min.fast.cpu_linear import upcast_linears
         from llava_min.load import load_model
-        from llava_min.lora import LoRAConfig, add_lora
+        from llava_min.lora import LoRAConfig
+        from llava_min.training.targets import add_lora
         from llava_min.training.trainable import set_trainable
         from llava_min.training.wrap import compile_blocks, enable_gradient_checkpointing
 

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from llava_min.errors import UserError, label, shorten
-from llava_min.lora import LoRAConfig, add_lora
+from llava_min.lora import LoRAConfig
 from llava_min.parallel.dtensor import local_shard
 from llava_min.training.optim import check_optimizer, parameter_groups
+from llava_min.training.targets import add_lora
 
 VISION, PROJECTOR = "vision_tower", "multi_modal_projector"
 LANGUAGE, HEAD = "language_model", "lm_head"

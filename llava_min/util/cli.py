@@ -1,5 +1,5 @@
 """What every script shares: flags from a dataclass, errors a user can act on, text that is safe to
-print, regexes that are safe to run.
+print.
 
 A script's knobs are the fields of a dataclass: the name is the flag, the annotation its kind, the
 trailing comment its help. Nothing heavy is imported here, so `--help` and a mistyped flag answer at
@@ -11,7 +11,6 @@ import atexit
 import dataclasses
 import difflib
 import errno
-import functools
 import inspect
 import io
 import math
@@ -56,22 +55,6 @@ def flags(knobs: Any) -> Iterator[None]:
         yield
     finally:
         set_labels({})
-
-
-def is_regex(text: str) -> bool:
-    try:
-        re.compile(text)
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
-
-
-def is_quick(text: str, repetitions: int, length: int = 200) -> bool:
-    """Whether a regex is soon through with a name: a stranger's could run for ever. No group may be
-    repeated.
-    """
-    many = len(re.findall(r"[*+{]|(?<![*+}(])\?", text))  # the ? of *? and of (?: repeats nothing
-    return len(text) <= length and many <= repetitions and not re.search(r"\)[*+?{]", text)
 
 
 class BestEffortStream(io.FileIO):
