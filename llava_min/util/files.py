@@ -58,6 +58,11 @@ def read_json(path: Path) -> dict:
     return data
 
 
+def read_optional(path: Path) -> dict:
+    """The JSON object in `path`, {} where there is no such file."""
+    return read_json(path) if os.path.lexists(path) else {}
+
+
 def replace(path: Path, text: str, errors: str = "strict") -> None:
     """`path` is the old file or the new one, never half of it: written aside, synced, renamed.
     OSError when it cannot be.
