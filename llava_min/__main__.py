@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from llava_min.errors import UserError, escape_controls
-from llava_min.util.cli import run
+from llava_min.util.script import run
 
 
 def verbs() -> dict[str, str]:

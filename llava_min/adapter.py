@@ -13,12 +13,12 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from llava_min.checks.adapter_kinds import check_implemented, find_adapter
+from llava_min.checks.regex import is_quick, is_regex
 from llava_min.config import LINEARS
 from llava_min.errors import UserError, escape_controls, shorten, warn
 from llava_min.layouts import FLOATS, open_file
 from llava_min.lora import LoRAConfig, add_lora, is_named, lora_layers
 from llava_min.names import path_in, to_layout, to_ours
-from llava_min.util.cli import is_quick, is_regex
 from llava_min.util.files import read_json, write_json
 from llava_min.weights import is_finite, save_tensors
 

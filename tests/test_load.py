@@ -73,7 +73,7 @@ for order in sys.argv[1:]:
         for f, name in ((llava_min.load, "load"), (llava_min.generate, "generate"), (llava_min.stream, "stream"),
                         (load, "load"), (generate, "generate"), (stream, "stream")):
             assert callable(f) and not isinstance(f, type(sys)) and f.__name__ == name, (order, f)
-        assert llava_min.UserError is sys.modules["llava_min.util.cli"].UserError
+        assert llava_min.UserError is sys.modules["llava_min.errors"].UserError
         assert all(hasattr(llava_min, name) for name in llava_min.__all__) and not hasattr(llava_min, "nonsense")
         os._exit(0)
     assert os.wait()[1] == 0, order

@@ -312,7 +312,7 @@ def test_names_of_pictures_cannot_drive_the_terminal(ask, pictures, tmp_path):
 def test_a_question_without_an_answer_is_forgotten(monkeypatch):
     from types import SimpleNamespace
 
-    monkeypatch.setattr(sample, "say", lambda *a, **k: None)
+    monkeypatch.setattr(sample, "stream_answer", lambda *a, **k: None)
     mute = SimpleNamespace(chat=lambda *a: {}, decode=lambda ids: " ")
     assert sample.turn(None, mute, None, [user("abc?")], "def?", None, {}) == [user("abc?")]
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_min.checks.regex import is_quick, is_regex
 from llava_min.errors import UserError, escape_controls
-from llava_min.util.cli import is_quick, is_regex
 from llava_min.util.files import read_json
 
 # What a resumed run may change, and a finished one may be asked for again with: how the same

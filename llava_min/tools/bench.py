@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from llava_min.checks.ranges import PositiveInt
 from llava_min.config import LlavaConfig
 from llava_min.errors import info
 from llava_min.tools.worker import (
@@ -40,7 +41,7 @@ from llava_min.tools.worker import (
     running,
     surroundings,
 )
-from llava_min.util.cli import PositiveInt, parse
+from llava_min.util.cli import parse
 from llava_min.util.files import write_json
 
 TEXT = 30  # tokens of the prompt beside the picture's
@@ -77,7 +78,7 @@ class Ours:
         from llava_min.fast.cpu_linear import prepack_linears
         from llava_min.generate import generate
         from llava_min.load import load_model
-        from llava_min.sampling import Options
+        from llava_min.options import Options
 
         self.imported = time.perf_counter() - start
         self.spec, self.version, self.device = spec, torch.__version__, torch.device(spec["device"])

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from llava_min.checks.ranges import PositiveInt
 from llava_min.config import LlavaConfig
 from llava_min.errors import UserError, info
 from llava_min.tools.worker import (
@@ -36,7 +37,7 @@ from llava_min.tools.worker import (
     running,
     surroundings,
 )
-from llava_min.util.cli import PositiveInt, parse
+from llava_min.util.cli import parse
 from llava_min.util.files import write_json
 
 LR, MAX_NORM = 1e-4, 1.0

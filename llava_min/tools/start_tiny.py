@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava_min.errors import UserError
-from llava_min.util.cli import parse, run
+from llava_min.util.cli import parse
+from llava_min.util.script import run
 
 
 @dataclass

@@ -5,8 +5,9 @@ LLaVA JSON.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from llava_min.checks.ranges import Fraction, NonNegativeInt, Seed
 from llava_min.errors import UserError, info
-from llava_min.util.cli import Fraction, NonNegativeInt, Seed, parse
+from llava_min.util.cli import parse
 
 
 @dataclass

@@ -6,7 +6,7 @@ Here as on the other pages of rules, the docstring of a rule is the reason that 
 import re
 
 from llava_min.checks.doctor.facts import Finding, Findings, Run, as_list
-from llava_min.util.cli import is_quick, is_regex
+from llava_min.checks.regex import is_quick, is_regex
 
 # CLIP-L/14-336's linear layers, as in transformers 5 -> inputs + outputs, over its 24 blocks.
 TOWER = {
