@@ -107,15 +107,13 @@ def answer(config: Config, prompt: str | None) -> None:
 
 def read_prompt(config: Config) -> str | None:
     """The question, None when none was given."""
-    prompt, source = config.prompt, "--prompt"
+    prompt = config.prompt
     if prompt is None:
         return None
     if prompt == "-":
-        source = "--prompt -"
-        data = sys.stdin.buffer.read().strip()
-    else:
-        data = os.fsencode(prompt)  # the bytes as typed, whatever the locale made of them
-    return check_prompt(data, source)
+        return check_prompt(sys.stdin.buffer.read(), "--prompt -").strip()
+    # the bytes as typed, whatever the locale made of them
+    return check_prompt(os.fsencode(prompt), "--prompt")
 
 
 def content(prompt: str) -> list[dict]:
