@@ -5,7 +5,6 @@ those of a llava-hf folder.
 """
 
 import contextlib
-import difflib
 import importlib.util
 import os
 import shutil
@@ -20,6 +19,7 @@ from typing import Any
 from llava_min.config import SIZES, LlavaConfig
 from llava_min.errors import UserError, escape_controls, info, warn
 from llava_min.tools.speed.worker import Worker, config_of
+from llava_min.util.cli import guess
 from llava_min.util.files import check_free, write_json
 
 MAX_SHARD = 1 << 30  # bytes of random weights in memory at a time
@@ -41,9 +41,8 @@ def read_size(size: str, text: int, flag: str) -> LlavaConfig:
                 "give one in the llava-hf layout"
             )
     else:
-        near = difflib.get_close_matches(size, SIZES, n=1)
-        mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(SIZES)}"
-        raise UserError(f"{escape_controls(size)}: neither a size nor a folder; {mend}")
+        fix = guess(size, SIZES, f"there are {', '.join(SIZES)}")
+        raise UserError(f"{escape_controls(size)}: neither a size nor a folder; {fix}")
     tokens, most = config.tokens_per_image + text, config.text.max_position_embeddings
     if tokens > most:
         raise UserError(
