@@ -22,8 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from llava_min.checks.ranges import PositiveInt, Seed
 from llava_min.errors import UserError, escape_controls, info, shorten
-from llava_min.util.cli import PathArg, PositiveInt, Seed, flags, parse, run
+from llava_min.util.cli import PathArg, flags, parse
+from llava_min.util.script import run
 
 # What the answers depend on. A folder holds answers of one such set of settings.
 SAME = (

@@ -16,22 +16,20 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Literal
 
+from llava_min.checks.ranges import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+)
 from llava_min.checks.settings import check_begun, check_finished, check_settings, names_of
 from llava_min.config import LINEARS
 from llava_min.errors import Interrupted, UserError, info, shorten
 from llava_min.training.signals import Signals
-from llava_min.util.cli import (
-    Fraction,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PathArg,
-    PositiveFloat,
-    PositiveInt,
-    Seed,
-    flags,
-    parse,
-    run,
-)
+from llava_min.util.cli import PathArg, flags, parse
+from llava_min.util.script import run
 
 RECIPES = Path(__file__).parent / "llava_min" / "recipes"
 

@@ -1,9 +1,7 @@
-"""LLaVA-1.5 in plain PyTorch: `load` a checkpoint, `generate` or `stream` an answer about a
-picture.
+"""LLaVA-1.5 in plain PyTorch: `load` a checkpoint, `generate` or `stream` an answer about an image.
 
-The functions share their names with the modules that hold them, and the import system puts a
-module, once it is imported, under its name into the package. Here the function always stands,
-whatever was imported first; and torch is imported only when one is used.
+The public functions are imported when they are first used, so that `import llava_min` is quick and
+comes without torch.
 """
 
 import os
@@ -14,9 +12,8 @@ from typing import Any
 
 from llava_min.errors import UserError
 
-# Large blocks in huge pages: on CPU every token reads all weights once, and small pages add an
-# address look-up for
-# each 4 KB of them. PyTorch reads the variable at its first allocation.
+# Huge pages for large blocks: on CPU every token reads all weights once, and small pages add an
+# address look-up for each 4 KB. PyTorch reads the variable at its first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __all__ = ["UserError", "generate", "load", "new_cache", "save", "stream"]
@@ -29,6 +26,9 @@ _HOMES = {
 }
 
 
+# `load` and `generate` are modules, too, and importing a submodule sets the package's attribute of
+# that name to the module. A module-level __getattr__ (PEP 562) cannot prevent that: hence a class,
+# whose __setattr__ keeps the function.
 class _Package(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name not in _HOMES:

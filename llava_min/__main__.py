@@ -1,13 +1,13 @@
-"""`python -m llava_min VERB …`: a verb is a page of tools/ whose docstring begins with its command."""
+"""`python -m llava_min VERB …`: verbs are the pages of tools/ whose docstring begins so."""
 
-import difflib
 import importlib
 import re
 import sys
 from pathlib import Path
 
 from llava_min.errors import UserError, escape_controls
-from llava_min.util.cli import run
+from llava_min.util.cli import guess
+from llava_min.util.script import run
 
 
 def verbs() -> dict[str, str]:
@@ -26,9 +26,8 @@ def main(argv: list[str]) -> int | None:
         return 0 if argv else 2
     verb = argv[0]
     if verb not in verbs():
-        near = difflib.get_close_matches(verb, verbs(), n=1)
-        mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(verbs())}"
-        raise UserError(f"{escape_controls(verb)}: no such verb; {mend}")
+        fix = guess(verb, verbs(), f"there are {', '.join(verbs())}")
+        raise UserError(f"{escape_controls(verb)}: no such verb; {fix}")
     sys.argv[0] = f"python -m llava_min {verb}"  # what --help calls the program
     return importlib.import_module(f"llava_min.tools.{verb}").main(argv[1:])
 

@@ -21,7 +21,8 @@ from llava_min.checks.options import check_cache, check_compile
 from llava_min.errors import UserError
 from llava_min.fast import cuda_graph
 from llava_min.llava import Llava
-from llava_min.sampling import LogitsProcessor, Options
+from llava_min.options import Options
+from llava_min.sampling import LogitsProcessor
 
 CHECK_EVERY = 16  # steps between two looks at whether all rows have ended, where a look waits
 NEG = -1e9  # the score of what is not there, as transformers writes it

@@ -15,7 +15,7 @@ from llava_min.cache import ChatCache
 from llava_min.decoding import beam_search, decode, left_padded
 from llava_min.errors import UserError
 from llava_min.llava import Llava
-from llava_min.sampling import read_options
+from llava_min.options import read_options
 
 new_cache = ChatCache  # the name it has in the package
 

@@ -22,13 +22,12 @@ from llava_min.checks.weights import check_entries
 from llava_min.config import LlavaConfig, VisionConfig, read_eos
 from llava_min.data.from_folder import read_processor, read_settings
 from llava_min.data.processor import Processor
-from llava_min.data.tokenizer.files import read_optional
 from llava_min.fast.cpu_linear import prepack_linears
 from llava_min.hub import CLIP_336, find_folder, find_tower
 from llava_min.llava import Llava
 from llava_min.parallel.ranks import pick_device
 from llava_min.tensors import CLIP_REST, TensorInfo, read_entries
-from llava_min.util.files import new_folder, read_json, write_json
+from llava_min.util.files import new_folder, read_json, read_optional, write_json
 from llava_min.weights import DTYPES, NAMES, load_weights, save_weights
 
 TINY = Path(__file__).parent / "tiny"

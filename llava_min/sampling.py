@@ -1,67 +1,20 @@
-"""The options of `generate`, and how they turn a step's logits into the next tokens. What each
-option means, and the order in which they act on the scores, is `generate` of Hugging Face
-transformers 5.23; given the same logits the ids are equal, sampled ones included. To compare:
+"""How the options turn a step's logits into the next tokens. The order in which they act on the
+scores is that of `generate` of Hugging Face transformers 5.23; given the same logits the ids are
+equal, sampled ones included. To compare:
 https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/generation/logits_process.py
 
 Shapes: R rows (answers or beams), V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llava_min.checks.options import (
-    check_option_names,
-    check_options,
-    check_suppressed,
-    check_token_ids,
-)
+from llava_min.checks.options import check_suppressed, check_token_ids
 from llava_min.llava import Llava
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to choose the new tokens: greedily at temperature 0, above it by sampling."""
-
-    max_new_tokens: int = 256  # tokens of an answer at the most
-    min_new_tokens: int = 0  # minimum tokens before EOS
-    num_beams: int = 1  # 1 is no beam search
-    num_return_sequences: int = 1  # answers per prompt
-    length_penalty: float = 1.0  # beams are ranked by log probability / length ** length_penalty
-    early_stopping: bool | str = (
-        False  # when to stop looking for better beams: True, False, "never"
-    )
-    temperature: float = 0.0  # 0 is greedy; higher is more random
-    top_k: int = 0  # keep the k most likely tokens; 0 = all
-    top_p: float = 1.0  # keep the fewest tokens that hold this much probability
-    repetition_penalty: float = 1.0  # above 1, less of what the prompt or the answer already has
-    seed: int | None = None  # None draws from torch's global generator
-    eos_token_id: int | Sequence[int] | None = None  # None: what the model's config says
-    suppress_tokens: int | Sequence[int] | None = None  # ids that are never chosen
-
-    def __post_init__(self):
-        self.__dict__.update(check_options(self.__dict__))
-
-    @property
-    def forks(self) -> int:
-        """Answers or beams that share a prompt."""
-        return max(self.num_beams, self.num_return_sequences)
-
-    def eos_ids(self, model: Llava) -> list[int]:
-        """The ids that end an answer."""
-        text = model.config.text
-        ids = text.eos_token_ids if self.eos_token_id is None else self.eos_token_id
-        return check_token_ids("eos_token_id", ids, text.vocab_size)
-
-
-def read_options(options: dict[str, Any]) -> Options:
-    """`Options(**options)`; UserError for a name it does not have."""
-    check_option_names(options, [field.name for field in fields(Options)])
-    return Options(**options)
+from llava_min.options import Options
 
 
 @dataclass

@@ -134,12 +134,12 @@ def pixels(n: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(n, 3, 28, 28, generator=torch.Generator().manual_seed(seed))
 
 
-def rows(*pictures: int, length: int = 20, seed: int = 0, patches: int = PATCHES) -> torch.Tensor:
-    """Ids (B, length) with the given number of pictures in each row."""
+def rows(*images: int, length: int = 20, seed: int = 0, patches: int = PATCHES) -> torch.Tensor:
+    """Ids (B, length) with the given number of images in each row."""
     ids = torch.randint(
-        3, PIECES, (len(pictures), length), generator=torch.Generator().manual_seed(seed)
+        3, PIECES, (len(images), length), generator=torch.Generator().manual_seed(seed)
     )
-    for row, n in zip(ids, pictures):
+    for row, n in zip(ids, images):
         for i in range(n):
             row[1 + i * (patches + 1) : 1 + i * (patches + 1) + patches] = IMAGE
     return ids

@@ -16,7 +16,8 @@ import torch
 from llava_min import __main__ as verbs
 from llava_min.config import SIZES, LlavaConfig, TextConfig, VisionConfig
 from llava_min.errors import UserError
-from llava_min.tools import bench, bench_train, worker
+from llava_min.tools import bench, bench_train
+from llava_min.tools.speed import answering, setup, worker
 
 TEST = LlavaConfig(
     vision=VisionConfig(
@@ -112,7 +113,7 @@ def test_figures():
         "peak_greedy_mib": 300,
         "peak_beams_mib": 400,
     }
-    assert bench.latency([10.0, 12.0, 13.0], 5) == {"first": 2, "rate": 4}
+    assert answering.latency([10.0, 12.0, 13.0], 5) == {"first": 2, "rate": 4}
 
 
 def train(tmp_path: Path, *flags: str) -> dict:
@@ -240,7 +241,7 @@ def test_too_large(tiny, monkeypatch):
         bench.main(["test", "--device", "cpu", "--new-tokens", "4"])
     assert not any((tiny / "tmp").glob("llava_min-bench-*"))
     with pytest.raises(UserError, match="--no-peer"):
-        worker.need_memory(1 << 50, "cpu", True)
+        setup.need_memory(1 << 50, "cpu", True)
 
 
 def test_terminated(tiny, monkeypatch):
@@ -249,7 +250,7 @@ def test_terminated(tiny, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(bench, "measure", measure)
-    for page in (bench, worker):
+    for page in (bench, setup):
         monkeypatch.setattr(
             page, "Worker", lambda program, spec: argparse.Namespace(close=lambda: None)
         )

@@ -23,7 +23,7 @@ from llava_min.errors import UserError
 from llava_min.evaluation import predict
 from llava_min.evaluation.predict import difference, measure_all, predict, read_answers, score
 from llava_min.load import TINY, load
-from llava_min.sampling import read_options
+from llava_min.options import read_options
 from llava_min.toy import draw as toy
 
 script = load_script("eval")

@@ -17,7 +17,8 @@ from llava_min.decoding import decode
 from llava_min.errors import UserError, warn_once
 from llava_min.generate import generate, new_cache, stream
 from llava_min.llava import Llava
-from llava_min.sampling import LogitsProcessor, Options
+from llava_min.options import Options
+from llava_min.sampling import LogitsProcessor
 
 transformers = pytest.importorskip(
     "transformers", reason="the oracle of these tests; pip install -e '.[test]'"

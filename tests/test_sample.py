@@ -74,13 +74,13 @@ def model_folder(tmp_path_factory) -> Path:
     )
     model = random_model(config, seed=1)
     for p in model.parameters():
-        p.data.mul_(2 if p.dim() > 1 else 1)  # loud enough that another picture is another answer
+        p.data.mul_(2 if p.dim() > 1 else 1)  # loud enough that another image is another answer
     save(model, processor, folder / "model", "fp32")
     return folder / "model"
 
 
 @pytest.fixture
-def pictures(tmp_path) -> list[str]:
+def images(tmp_path) -> list[str]:
     paths = [tmp_path / "red one.png", tmp_path / "blue.png"]
     for path, colour in zip(paths, ("red", "blue")):
         Image.new("RGB", (30, 20), colour).save(path)
@@ -118,49 +118,45 @@ def user(text: str) -> dict:
     return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
 
 
-def test_one_picture_streams_its_answer(ask, model_folder, pictures):
-    out, err = ask(pictures[0], "--prompt", "abc?")
-    assert out == expected(model_folder, [user("abc?")], pictures[0]) + "\n" != "\n"
+def test_one_image_streams_its_answer(ask, model_folder, images):
+    out, err = ask(images[0], "--prompt", "abc?")
+    assert out == expected(model_folder, [user("abc?")], images[0]) + "\n" != "\n"
     assert "tokens in" in err and "loaded" in err and "--max-new-tokens 9" in err
-    assert ask(pictures[0], "--prompt", "-", stdin="abc?\n")[0] == out
-    assert ask(pictures[0], "--prompt", "<image>\nabc?")[0] == out
+    assert ask(images[0], "--prompt", "-", stdin="abc?\n")[0] == out
+    assert ask(images[0], "--prompt", "<image>\nabc?")[0] == out
     assert (
-        ask(pictures[0])[0]
-        == expected(model_folder, [user("Describe this image in detail.")], pictures[0]) + "\n"
+        ask(images[0])[0]
+        == expected(model_folder, [user("Describe this image in detail.")], images[0]) + "\n"
     )
 
 
-def test_several_pictures_and_json(ask, model_folder, pictures):
-    out, _ = ask(*pictures, "--prompt", "abc?")
-    want = [expected(model_folder, [user("abc?")], path).strip() for path in pictures]
-    assert out == "".join(f"{path}: {text}\n" for path, text in zip(pictures, want))
-    rows = [
-        json.loads(line) for line in ask(*pictures, "--prompt", "abc?", "--json")[0].splitlines()
-    ]
+def test_several_images_and_json(ask, model_folder, images):
+    out, _ = ask(*images, "--prompt", "abc?")
+    want = [expected(model_folder, [user("abc?")], path).strip() for path in images]
+    assert out == "".join(f"{path}: {text}\n" for path, text in zip(images, want))
+    rows = [json.loads(line) for line in ask(*images, "--prompt", "abc?", "--json")[0].splitlines()]
     assert [(r["image"], r["prompt"], r["answer"]) for r in rows] == [
-        (p, "abc?", w) for p, w in zip(pictures, want)
+        (p, "abc?", w) for p, w in zip(images, want)
     ]
     assert all(r["new_tokens"] == 9 and r["stopped"] == "limit" for r in rows)
-    beams = ask(pictures[0], "--prompt", "abc?", "--num-beams", "3", "--num-return-sequences", "2")[
-        0
-    ]
+    beams = ask(images[0], "--prompt", "abc?", "--num-beams", "3", "--num-return-sequences", "2")[0]
     assert (
         beams.startswith(
-            expected(model_folder, [user("abc?")], pictures[0], num_beams=3).strip() + "\n"
+            expected(model_folder, [user("abc?")], images[0], num_beams=3).strip() + "\n"
         )
         and beams.count("\n") == 2
     )
-    warm = [ask(pictures[0], "--temperature", "2", "--seed", str(seed))[0] for seed in (1, 1, 2)]
+    warm = [ask(images[0], "--temperature", "2", "--seed", str(seed))[0] for seed in (1, 1, 2)]
     assert warm[0] == warm[1] != warm[2]
 
 
-def test_more_pictures_than_one_batch(ask, pictures):
-    many = [pictures[i % 2] for i in range(sample.BATCH + 3)]
+def test_more_images_than_one_batch(ask, images):
+    many = [images[i % 2] for i in range(sample.BATCH + 3)]
     rows = [json.loads(line) for line in ask(*many, "--prompt", "abc?", "--json")[0].splitlines()]
     assert [r["image"] for r in rows] == many and len({r["answer"] for r in rows}) == 2
 
 
-def test_a_conversation_reads_the_picture_once(ask, model_folder, pictures, monkeypatch):
+def test_a_conversation_reads_the_image_once(ask, model_folder, images, monkeypatch):
     from llava_min.clip import VisionTower
 
     seen, forward = [], VisionTower.forward
@@ -168,18 +164,18 @@ def test_a_conversation_reads_the_picture_once(ask, model_folder, pictures, monk
         VisionTower, "forward", lambda self, x: seen.append(len(x)) or forward(self, x)
     )
     out, err = ask(
-        pictures[0],
+        images[0],
         "--chat",
-        stdin=f"abc?\ndef?\n\n/help\n/nothing\n/reset\ndef?\n/image {pictures[1]}\nabc?\n/image none.png\nabc?\n/quit\nabc?\n",
+        stdin=f"abc?\ndef?\n\n/help\n/nothing\n/reset\ndef?\n/image {images[1]}\nabc?\n/image none.png\nabc?\n/quit\nabc?\n",
     )
-    assert seen == [1, 1]  # two pictures, five questions
-    first = expected(model_folder, [user("abc?")], pictures[0])
+    assert seen == [1, 1]  # two images, five questions
+    first = expected(model_folder, [user("abc?")], images[0])
     talk = [
         user("abc?"),
         {"role": "assistant", "content": first.strip()},
         {"role": "user", "content": "def?"},
     ]
-    other = expected(model_folder, [user("abc?")], pictures[1])
+    other = expected(model_folder, [user("abc?")], images[1])
     talk_2 = [
         user("abc?"),
         {"role": "assistant", "content": other.strip()},
@@ -187,16 +183,16 @@ def test_a_conversation_reads_the_picture_once(ask, model_folder, pictures, monk
     ]
     want = [
         first,
-        expected(model_folder, talk, pictures[0]),
-        expected(model_folder, [user("def?")], pictures[0]),
+        expected(model_folder, talk, images[0]),
+        expected(model_folder, [user("def?")], images[0]),
         other,
-        expected(model_folder, talk_2, pictures[1]),
+        expected(model_folder, talk_2, images[1]),
     ]
     assert out == "".join(text + "\n" for text in want) and first != other
     assert "/nothing: no such command" in err and "none.png: no such file" in err
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_conversation(ask, model_folder, pictures, monkeypatch):
+def test_ctrl_c_stops_the_answer_and_not_the_conversation(ask, model_folder, images, monkeypatch):
     shown, show = [], sample.show
 
     def interrupted(text: str) -> None:
@@ -206,7 +202,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(ask, model_folder, pic
             raise KeyboardInterrupt
 
     monkeypatch.setattr(sample, "show", interrupted)
-    out, err = ask(pictures[0], "--chat", stdin="abc?\ndef?\n")
+    out, err = ask(images[0], "--chat", stdin="abc?\ndef?\n")
     kept = "".join(shown[:2])
     assert "stopped" in err and out.startswith(kept)
     talk = [
@@ -214,11 +210,11 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(ask, model_folder, pic
         {"role": "assistant", "content": kept.strip()},
         {"role": "user", "content": "def?"},
     ]
-    assert out == kept + "\n" + expected(model_folder, talk, pictures[0]) + "\n"
+    assert out == kept + "\n" + expected(model_folder, talk, images[0]) + "\n"
 
 
-def test_a_full_context_ends_an_answer_and_not_the_conversation(ask, pictures):
-    out, err = ask(pictures[0], "--chat", stdin=f"{'abc ' * 1000}\n\udcff\nabc?\n")
+def test_a_full_context_ends_an_answer_and_not_the_conversation(ask, images):
+    out, err = ask(images[0], "--chat", stdin=f"{'abc ' * 1000}\n\udcff\nabc?\n")
     assert err.count("error:") == 2 and "context is 1024" in err and "surrogate" in err
     assert out.count("\n") == 1
 
@@ -234,7 +230,7 @@ def test_a_terminal_gets_no_control_characters(monkeypatch):
         assert stream.getvalue() == want
 
 
-def test_an_adapter_changes_the_answer(ask, model_folder, pictures, tmp_path):
+def test_an_adapter_changes_the_answer(ask, model_folder, images, tmp_path):
     from llava_min.adapter import save_adapter
     from llava_min.lora import LoRAConfig
     from llava_min.training.targets import add_lora
@@ -248,19 +244,19 @@ def test_an_adapter_changes_the_answer(ask, model_folder, pictures, tmp_path):
             p.data.normal_()
     (tmp_path / "adapter").mkdir()
     save_adapter(model, config, tmp_path / "adapter", str(model_folder))
-    plain, tuned = ask(pictures[0])[0], ask(pictures[0], "--adapter", str(tmp_path / "adapter"))[0]
+    plain, tuned = ask(images[0])[0], ask(images[0], "--adapter", str(tmp_path / "adapter"))[0]
     assert plain != tuned
     for folder in ("adapter", "."):  # a run's folder has one
         with pytest.raises(
             UserError, match="holds no config.json.* give the base model, and .*adapter as adapter"
         ):
-            sample.main([pictures[0], "--model", str(tmp_path / folder)])
+            sample.main([images[0], "--model", str(tmp_path / folder)])
     with pytest.raises(UserError, match=f"another rank or base, made for {model_folder}"):
         # the model was forgotten
-        sample.main([pictures[0], "--adapter", str(tmp_path / "adapter")])
+        sample.main([images[0], "--adapter", str(tmp_path / "adapter")])
 
 
-def test_every_flag_of_the_answer_reaches_it(ask, pictures, monkeypatch):
+def test_every_flag_of_the_answer_reaches_it(ask, images, monkeypatch):
     seen = []
     monkeypatch.setattr(
         sys.modules["llava_min.generate"],
@@ -279,7 +275,7 @@ def test_every_flag_of_the_answer_reaches_it(ask, pictures, monkeypatch):
         "seed": 4,
     }
     argv = [x for name, value in flags.items() for x in ("--" + name.replace("_", "-"), str(value))]
-    out, _ = ask(pictures[0], "--json", "--dtype", "bf16", *argv)
+    out, _ = ask(images[0], "--json", "--dtype", "bf16", *argv)
     ((dtype, options),) = seen
     assert (
         dtype == torch.bfloat16
@@ -288,13 +284,13 @@ def test_every_flag_of_the_answer_reaches_it(ask, pictures, monkeypatch):
     assert [json.loads(line)["stopped"] for line in out.splitlines()] == ["end", "limit"]
 
 
-def test_the_tiny_model_is_asked_its_own_question_and_says_what_it_is(pictures, capsys):
-    sample.main([pictures[0], "--max-new-tokens", "4", "--json"])
+def test_the_tiny_model_is_asked_its_own_question_and_says_what_it_is(images, capsys):
+    sample.main([images[0], "--max-new-tokens", "4", "--json"])
     out, err = capsys.readouterr()
     assert json.loads(out)["prompt"] == sample.TINY_QUESTION and sample.TINY_NOTE in err
 
 
-def test_a_picture_is_turned_as_its_tag_says(ask, tmp_path):
+def test_a_image_is_turned_as_its_tag_says(ask, tmp_path):
     im, tag = Image.new("RGB", (30, 30), "red"), Image.Exif()
     im.paste("blue", (0, 0, 30, 10))
     tag[0x0112] = 3  # upside down
@@ -303,17 +299,17 @@ def test_a_picture_is_turned_as_its_tag_says(ask, tmp_path):
     assert ask(str(tmp_path / "tagged.png"), "--exif")[0] == turned != tagged
 
 
-def test_names_of_pictures_cannot_drive_the_terminal(ask, pictures, tmp_path):
+def test_names_of_images_cannot_drive_the_terminal(ask, images, tmp_path):
     path = tmp_path / "a\x1b[2J.png"
-    path.write_bytes(Path(pictures[0]).read_bytes())
-    out, _ = ask(str(path), pictures[1])
+    path.write_bytes(Path(images[0]).read_bytes())
+    out, _ = ask(str(path), images[1])
     assert "a\\x1b[2J.png: " in out and "\x1b" not in out
 
 
 def test_a_question_without_an_answer_is_forgotten(monkeypatch):
     from types import SimpleNamespace
 
-    monkeypatch.setattr(sample, "say", lambda *a, **k: None)
+    monkeypatch.setattr(sample, "stream_answer", lambda *a, **k: None)
     mute = SimpleNamespace(chat=lambda *a: {}, decode=lambda ids: " ")
     assert sample.turn(None, mute, None, [user("abc?")], "def?", None, {}) == [user("abc?")]
 
@@ -369,12 +365,12 @@ def test_mistakes_are_named_before_weights_are_read(argv, names, monkeypatch, tm
     assert "\n" not in str(e.value)
 
 
-def test_what_has_no_effect_is_told_once(ask, pictures):
+def test_what_has_no_effect_is_told_once(ask, images):
     from llava_min.errors import warn_once
 
     warn_once.cache_clear()
     assert (
-        ask(pictures[0], "--top-k", "3", "--chat", stdin="abc?\ndef?\n")[1].count(
+        ask(images[0], "--top-k", "3", "--chat", stdin="abc?\ndef?\n")[1].count(
             "warning: --top-k: has no effect"
         )
         == 1

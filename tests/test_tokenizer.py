@@ -727,7 +727,7 @@ def test_a_pair_that_changed_waits_for_its_own_rank():
 
 
 def test_words_that_are_remembered_have_a_bound():
-    words = bpe.Words(len)
+    words = bpe.WordCache(len)
     assert [words[str(i)] for i in range(70_000)] == [len(str(i)) for i in range(70_000)] and len(
         words
     ) <= 1 << 16

@@ -1,46 +1,17 @@
-"""What may be asked of `generate`: the range of each option, and which of them go together."""
+"""Which options of `generate` go together, and which token ids they may name."""
 
 import difflib
-import math
 import operator
-from collections.abc import Callable, Iterable
-from numbers import Integral, Real
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 from llava_min.errors import UserError, escape_controls, warn_once
-
-MAX_FORKS = 1024  # answers or beams of one prompt: each has keys and values of its own
 
 # transformers' names for what `Options` has under another
 SYNONYMS = {
     "do_sample": "temperature",
     "max_length": "max_new_tokens",
     "min_length": "min_new_tokens",
-}
-
-
-class Range(NamedTuple):
-    kind: type
-    fits: Callable[[Any], bool]
-    expected: str
-
-
-FORKS = Range(int, lambda n: 1 <= n <= MAX_FORKS, f"an integer from 1 to {MAX_FORKS}")
-RANGES = {
-    "max_new_tokens": Range(int, lambda n: n >= 1, "an integer of at least 1"),
-    "min_new_tokens": Range(int, lambda n: n >= 0, "an integer of at least 0"),
-    "num_beams": FORKS,
-    "num_return_sequences": FORKS,
-    "length_penalty": Range(float, lambda x: abs(x) <= 50, "a number from -50 to 50"),
-    "temperature": Range(
-        float, lambda x: x == 0 or x >= 1e-5, "0 (greedy) or a number of at least 1e-5"
-    ),
-    "top_k": Range(int, lambda n: n >= 0, "an integer of at least 0 (0 is all tokens)"),
-    "top_p": Range(float, lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
-    "repetition_penalty": Range(
-        float, lambda x: 1e-3 <= x <= 1e3, "a number from 0.001 to 1000 (1 is no penalty)"
-    ),
-    "seed": Range(int, lambda n: 0 <= n < 2**63, "an integer from 0 to 2**63 - 1"),
 }
 
 
@@ -54,40 +25,21 @@ def check_option_names(names: Iterable[str], known: list[str]) -> None:
         raise UserError(f"no option of generate; {fix}", escape_controls(name)[:100])
 
 
-def check_options(options: dict[str, Any]) -> dict[str, Any]:
-    """All fields of `Options`, numbers as Python's own, in their ranges and going together, or
-    UserError.
-    """
-    o = {
-        name: check_number(name, value, RANGES[name])
-        if name in RANGES and not (name == "seed" and value is None)
-        else value
-        for name, value in options.items()
-    }
-    stop = o["early_stopping"]
+def check_together(o: Any) -> None:
+    """The fields of `Options`, each in its range, go together, or UserError."""
+    stop = getattr(o, "early_stopping", False)
     if type(stop) is not bool and stop != "never":
         raise UserError(
             f"{stop!r:.40} was given, expected True, False or 'never'", "early_stopping"
         )
-    if o["min_new_tokens"] > o["max_new_tokens"]:
-        most = o["max_new_tokens"]
+    if o.min_new_tokens > o.max_new_tokens:
         raise UserError(
-            f"{o['min_new_tokens']} was given, expected an integer from 0 to max_new_tokens "
-            f"{most}; "
-            "correct it",
+            f"{o.min_new_tokens} was given, expected an integer from 0 to max_new_tokens "
+            f"{o.max_new_tokens}; correct it",
             "min_new_tokens",
         )
-    check_answers(o["num_return_sequences"], o["num_beams"], o["temperature"])
-    warn_of_idle(o)
-    return o
-
-
-def check_number(name: str, value: Any, allowed: Range) -> int | float:
-    """`value` as int or float: Python's, or numpy's."""
-    is_number = isinstance(value, Integral if allowed.kind is int else Real)
-    if is_number and not isinstance(value, bool) and math.isfinite(value) and allowed.fits(value):
-        return int(value) if isinstance(value, Integral) else float(value)
-    raise UserError(f"{value!r:.40} was given, expected {allowed.expected}; correct it", name)
+    check_answers(o.num_return_sequences, o.num_beams, o.temperature)
+    warn_of_idle(o, stop)
 
 
 def check_answers(answers: int, beams: int, temperature: float) -> None:
@@ -105,14 +57,14 @@ def check_answers(answers: int, beams: int, temperature: float) -> None:
         )
 
 
-def warn_of_idle(o: dict[str, Any]) -> None:
-    greedy, beamless = not o["temperature"], o["num_beams"] == 1
+def warn_of_idle(o: Any, early_stopping: bool | str) -> None:
+    greedy, beamless = not o.temperature, o.num_beams == 1
     sampling, beams = "temperature above 0 (0 is greedy)", "num_beams above 1"
     for name, idle, without in (
-        ("top_k", greedy and o["top_k"], sampling),
-        ("top_p", greedy and o["top_p"] < 1, sampling),
-        ("length_penalty", beamless and o["length_penalty"] != 1, beams),
-        ("early_stopping", beamless and o["early_stopping"], beams),
+        ("top_k", greedy and o.top_k, sampling),
+        ("top_p", greedy and o.top_p < 1, sampling),
+        ("length_penalty", beamless and o.length_penalty != 1, beams),
+        ("early_stopping", beamless and early_stopping, beams),
     ):
         if idle:
             warn_once(f"has no effect without {without}", name)

@@ -1,4 +1,4 @@
-"""Regexes from untrusted files and from flags: valid, and safe from catastrophic backtracking."""
+"""Whether a regex that a stranger wrote is one, and safe from catastrophic backtracking."""
 
 import re
 
@@ -12,8 +12,8 @@ def is_regex(text: str) -> bool:
 
 
 def is_quick(text: str, repetitions: int, length: int = 200) -> bool:
-    """Whether a regex matches in reasonable time: at most `length` characters and so many
-    repetitions, none of them of a group.
-    """
-    many = len(re.findall(r"[*+{]|(?<![*+}(])\?", text))  # the ? of *? and of (?: repeats nothing
-    return len(text) <= length and many <= repetitions and not re.search(r"\)[*+?{]", text)
+    """At most `length` characters and so many repetitions, none of them of a group."""
+    # the ? of *? and of (?: repeats nothing
+    found = len(re.findall(r"[*+{]|(?<![*+}(])\?", text))
+    repeats_group = re.search(r"\)[*+?{]", text)
+    return len(text) <= length and found <= repetitions and not repeats_group

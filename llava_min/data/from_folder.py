@@ -16,9 +16,8 @@ from llava_min.data.image import ASPECTS, ImageConfig
 from llava_min.data.processor import MARK, Processor
 from llava_min.data.recognise import choose
 from llava_min.data.tokenizer import Tokenizer
-from llava_min.data.tokenizer.files import read_optional
 from llava_min.errors import UserError, escape_controls, info, shorten
-from llava_min.util.files import check_file, read_json
+from llava_min.util.files import check_file, read_json, read_optional
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 

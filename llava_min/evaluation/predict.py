@@ -35,9 +35,9 @@ from llava_min.errors import UserError, escape_controls, shorten, warn
 from llava_min.evaluation.metrics import Rule, blind, find, interval, measure, resampled
 from llava_min.generate import generate
 from llava_min.llava import Llava
+from llava_min.options import Options
 from llava_min.parallel.fsdp import uneven_forwards
 from llava_min.parallel.ranks import World, all_gather, all_reduce_sum
-from llava_min.sampling import Options
 from llava_min.training.batch_size import count_supervised
 from llava_min.training.log import clock
 

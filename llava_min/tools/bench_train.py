@@ -8,53 +8,39 @@ losses, so those of all steps are compared.
 
 A step costs floating-point operations, so it is also set against the matrix products of the same
 machine, measured in the same rounds over the model's own weights, and on a GPU against its
-published peak (Chowdhery et al. 2022, appendix B, https://arxiv.org/abs/2204.02311: what is
-computed again for checkpointing does not count).
+published peak (Chowdhery et al. 2022, appendix B, https://arxiv.org/abs/2204.02311: recomputation
+for checkpointing does not count).
 """
 
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from llava_min.checks.ranges import PositiveInt
 from llava_min.config import LlavaConfig
 from llava_min.errors import UserError, info
-from llava_min.tools.worker import (
-    DTYPES,
-    Rows,
-    Worker,
-    as_users_have_it,
-    config_of,
-    lines,
-    now,
-    place,
-    prepare,
-    prompt,
-    quiet,
-    ratios,
-    read_size,
-    running,
-    surroundings,
-)
-from llava_min.util.cli import PositiveInt, parse
+from llava_min.tools.speed.setup import DTYPES, prepare, read_size, running
+from llava_min.tools.speed.table import Rows, lines, place, ratios, surroundings
+from llava_min.tools.speed.training import Ours, Transformers
+from llava_min.tools.speed.worker import Worker
+from llava_min.util.cli import parse
 from llava_min.util.files import write_json
 
-LR, MAX_NORM = 1e-4, 1.0
 CLOSE = {"bf16": 1e-2, "fp32": 1e-4}  # losses of the two differ by less, relatively
 # TFLOP/s, dense bf16, as published
 PEAK = {"NVIDIA H200": 989, "NVIDIA H100 80GB HBM3": 989, "NVIDIA A100": 312}
 
 
 @dataclass
-class Knobs:
+class Args:
     sizes: list[str] = field(default_factory=lambda: ["300m"])  # 300m, 1b, 7b …, or a folder (300m)
     dtype: Literal["bf16", "fp32"] = (
         "bf16"  # of frozen weights and of the computation; what is trained is fp32
     )
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    rounds: PositiveInt = 3  # every figure is the median of so many steps
-    batch_size: PositiveInt = 2  # rows of a step, a picture in each
-    text: PositiveInt = 96  # tokens of a row beside the picture's
+    rounds: PositiveInt = 3  # every figure is the median over the rounds, a step each
+    batch_size: PositiveInt = 2  # rows of a step, an image in each
+    text: PositiveInt = 96  # tokens of a row beside the image's
     answer: PositiveInt = 64  # of them supervised, the last ones
     lora_r: PositiveInt = 16  # rank
     checkpointing: bool = False  # activation checkpointing, in both
@@ -63,187 +49,49 @@ class Knobs:
     json: str | None = None  # write the figures to this file too
 
 
-# A program, in its own process
-
-
-class Program:
-    """What is the same on both sides: the rows, the first values of the adapter, the step."""
-
-    def ready(self, model: Any, config: LlavaConfig, spec: dict) -> None:
-        import torch
-
-        self.model, self.autocast = model.train(), spec["dtype"] == "bfloat16"
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        generator = torch.Generator().manual_seed(0)
-        for name, p in model.named_parameters():
-            if ".lora_A." in name:  # in the order of the layers, the same on both sides; B is zero
-                p.data.copy_(torch.randn(p.shape, generator=generator) * p.shape[1] ** -0.5)
-        self.optimizer = torch.optim.AdamW(self.trained, lr=LR, weight_decay=0.0, fused=True)
-        ids, pixels = (x.to(self.device) for x in prompt(config, spec["rows"], spec["text"]))
-        labels = ids.clone()
-        labels[:, : -spec["answer"]] = -100
-        self.batch = {"input_ids": ids, "labels": labels, "pixel_values": pixels}
-
-    def step(self) -> dict:
-        import torch
-
-        start = now(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            loss = self.loss()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.trained, MAX_NORM)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return {"seconds": now(self.device) - start, "loss": float(loss.detach())}
-
-
-class Ours(Program):
-    """This package, through the rooms that train.py goes through."""
-
-    def __init__(self, spec: dict):
-        start = time.perf_counter()
-        import torch
-
-        from llava_min.fast.cpu_linear import upcast_linears
-        from llava_min.load import load_model
-        from llava_min.lora import LoRAConfig
-        from llava_min.training.targets import add_lora
-        from llava_min.training.trainable import set_trainable
-        from llava_min.training.wrap import compile_blocks, enable_gradient_checkpointing
-
-        self.imported = time.perf_counter() - start
-        self.version, self.device = torch.__version__, torch.device(spec["device"])
-        start = time.perf_counter()
-        model = load_model(Path(spec["folder"]), getattr(torch, spec["dtype"]), self.device)
-        add_lora(model, LoRAConfig(spec["lora_r"], 2.0 * spec["lora_r"]))
-        set_trainable(model, "lora", train_projector=False)
-        upcast_linears(model)
-        if spec["checkpointing"]:
-            enable_gradient_checkpointing(model, dropout=False)
-        if spec["compile"]:
-            compile_blocks(model)
-        self.ready(model, model.config, spec)
-        self.loaded = now(self.device) - start
-
-    def loss(self) -> Any:
-        return self.model.loss(**self.batch) / (self.batch["labels"][:, 1:] != -100).sum()
-
-    def products(self) -> dict:
-        """TFLOP/s of bare matrix products of the step's tokens with the decoder's weights."""
-        import torch
-        import torch.nn.functional as F
-
-        layers = [
-            m
-            for m in self.model.language_model.modules()
-            if hasattr(m, "in_features") and hasattr(m, "weight")
-        ]
-        weights = [m.weight for m in layers if not m.weight.requires_grad]
-        tokens = self.batch["input_ids"].numel()
-        rows = {
-            w.shape[1]: torch.randn(tokens, w.shape[1], device=self.device).to(w.dtype)
-            for w in weights
-        }
-        with torch.inference_mode():
-            start = now(self.device)
-            for w in weights:
-                F.linear(rows[w.shape[1]], w)
-            return {
-                "tflop_s": 2
-                * tokens
-                * sum(w.numel() for w in weights)
-                / (now(self.device) - start)
-                / 1e12
-            }
-
-
-class Transformers(Program):
-    """transformers + peft as Trainer runs them."""
-
-    def __init__(self, spec: dict):
-        as_users_have_it()
-        start = time.perf_counter()
-        import peft
-        import torch
-        import transformers
-        from transformers import LlavaForConditionalGeneration
-
-        self.imported = time.perf_counter() - start
-        from llava_min.config import LINEARS
-
-        quiet()
-        self.version = f"{transformers.__version__} + peft {peft.__version__}"
-        self.device = torch.device(spec["device"])
-        start = time.perf_counter()
-        model = LlavaForConditionalGeneration.from_pretrained(spec["folder"], dtype=spec["dtype"])
-        targets = rf".*language_model\..*\.({'|'.join(LINEARS)})"
-        lora = peft.LoraConfig(
-            r=spec["lora_r"], lora_alpha=2 * spec["lora_r"], target_modules=targets
-        )
-        model = peft.get_peft_model(model.to(self.device), lora)
-        if spec["checkpointing"]:
-            enable = (
-                getattr(model, "activation_checkpointing_enable", None)
-                or model.gradient_checkpointing_enable
-            )
-            enable({"use_reentrant": False})
-        self.ready(model, config_of(spec["folder"]), spec)
-        self.batch["attention_mask"] = self.batch["input_ids"].new_ones(
-            self.batch["input_ids"].shape
-        )
-        self.loaded = now(self.device) - start
-
-    def loss(self) -> Any:
-        return self.model(**self.batch, use_cache=False).loss
-
-
-# The bench
-
-
 def main(argv: list[str]) -> None:
-    about = "Measure a LoRA training step on random weights, beside transformers + peft where they are installed."
-    knobs = parse(Knobs, argv, about, positional="sizes")
-    if knobs.answer > knobs.text:
+    about = (
+        "Measure a LoRA training step on random weights, beside transformers + peft if installed."
+    )
+    args = parse(Args, argv, about, positional="sizes")
+    if args.answer > args.text:
         raise UserError(
-            f"--answer: {knobs.answer} of {knobs.text} text tokens cannot be supervised; give fewer"
+            f"--answer: {args.answer} of {args.text} text tokens cannot be supervised; give fewer"
         )
-    configs = {size: read_size(size, knobs.text, "--text") for size in knobs.sizes}
-    device, peer = prepare(knobs, ("transformers", "peft"))
-    results = [bench(size, config, knobs, device, peer) for size, config in configs.items()]
-    if knobs.json:
-        write_json(Path(knobs.json), results)
+    configs = {size: read_size(size, args.text, "--text") for size in args.sizes}
+    device, peer = prepare(args, ("transformers", "peft"))
+    results = [bench(size, config, args, device, peer) for size, config in configs.items()]
+    if args.json:
+        write_json(Path(args.json), results)
 
 
-def bench(size: str, config: LlavaConfig, knobs: Knobs, device: str, peer: bool) -> dict:
+def bench(size: str, config: LlavaConfig, args: Args, device: str, peer: bool) -> dict:
     """Measure one size, print its table, return its figures."""
     spec = {
-        "dtype": DTYPES[knobs.dtype],
+        "dtype": DTYPES[args.dtype],
         "device": device,
-        "rows": knobs.batch_size,
-        "text": knobs.text,
-        "answer": knobs.answer,
-        "lora_r": knobs.lora_r,
-        "checkpointing": knobs.checkpointing,
-        "compile": knobs.compile,
+        "rows": args.batch_size,
+        "text": args.text,
+        "answer": args.answer,
+        "lora_r": args.lora_r,
+        "checkpointing": args.checkpointing,
+        "compile": args.compile,
     }
     with running(size, config, (Ours, Transformers)[: 1 + peer], spec) as workers:
-        measure(workers, knobs)
-    result = summarize(size, config, knobs, device, workers)
+        measure(workers, args)
+    result = summarize(size, config, args, device, workers)
     print("\n".join(table(result)), flush=True)
     return result
 
 
-def measure(workers: list[Worker], knobs: Knobs) -> None:
+def measure(workers: list[Worker], args: Args) -> None:
     for worker in workers:
         worker.do("step", record="warm")
-    for i in range(knobs.rounds):
-        info(f"step {i + 1} of {knobs.rounds}")
+    for i in range(args.rounds):
+        info(f"step {i + 1} of {args.rounds}")
         workers[0].do("products")
         for worker in workers:
             worker.do("step")
-
-
-# What comes out
 
 
 ROWS: Rows = [
@@ -251,7 +99,7 @@ ROWS: Rows = [
     ("load_s", "load", "s", 1, "less"),
     ("start_to_first_step_s", "start to first step done", "s", 1, "less"),
     ("step_s", "step", "s", 2, "share"),
-    ("tokens_s", "tokens, pictures' too", "tokens/s", 0, "more"),
+    ("tokens_s", "tokens, images' too", "tokens/s", 0, "more"),
     ("peak_mib", "peak memory", "MiB", 0, "share"),
 ]
 
@@ -266,8 +114,8 @@ def flop(config: LlavaConfig, rows: int, text: int, answer: int, rank: int) -> f
     v, t = config.vision, config.text
     tokens, patches = config.tokens_per_image + text, v.num_patches + 1
     tower = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
-    pictures = 3 * v.num_patches * v.patch_size**2 * v.hidden_size
-    pictures += config.vision_layers_used * patches * (tower + 2 * patches * v.hidden_size)
+    images = 3 * v.num_patches * v.patch_size**2 * v.hidden_size
+    images += config.vision_layers_used * patches * (tower + 2 * patches * v.hidden_size)
     projector = config.tokens_per_image * (v.hidden_size + t.hidden_size) * t.hidden_size
     q, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
     shapes = [
@@ -279,7 +127,7 @@ def flop(config: LlavaConfig, rows: int, text: int, answer: int, rank: int) -> f
     frozen, lora = sum(i * o for i, o in shapes), rank * sum(i + o for i, o in shapes)
     decoder = t.num_hidden_layers * tokens * (2 * frozen + 3 * lora + 3 * tokens * q)
     head = 2 * answer * t.hidden_size * t.vocab_size
-    return 2.0 * rows * (pictures + projector + decoder + head)
+    return 2.0 * rows * (images + projector + decoder + head)
 
 
 def figures(worker: Worker, tokens: int) -> dict:
@@ -294,24 +142,24 @@ def figures(worker: Worker, tokens: int) -> dict:
 
 
 def summarize(
-    size: str, config: LlavaConfig, knobs: Knobs, device: str, workers: list[Worker]
+    size: str, config: LlavaConfig, args: Args, device: str, workers: list[Worker]
 ) -> dict:
-    tokens = config.tokens_per_image + knobs.text
+    tokens = config.tokens_per_image + args.text
     result = {
         "size": size,
-        "dtype": knobs.dtype,
-        "checkpointing": knobs.checkpointing,
-        "compile": knobs.compile,
-        "lora_r": knobs.lora_r,
-        "batch_size": knobs.batch_size,
+        "dtype": args.dtype,
+        "checkpointing": args.checkpointing,
+        "compile": args.compile,
+        "lora_r": args.lora_r,
+        "batch_size": args.batch_size,
         "row_tokens": tokens,
-        "text": knobs.text,
-        "answer": knobs.answer,
-        "rounds": knobs.rounds,
+        "text": args.text,
+        "answer": args.answer,
+        "rounds": args.rounds,
         **surroundings(device, workers),
     }
-    result |= {w.name: figures(w, knobs.batch_size * tokens) for w in workers}
-    needed = flop(config, knobs.batch_size, knobs.text, knobs.answer, knobs.lora_r) / 1e12
+    result |= {w.name: figures(w, args.batch_size * tokens) for w in workers}
+    needed = flop(config, args.batch_size, args.text, args.answer, args.lora_r) / 1e12
     reached, products = needed / result["ours"]["step_s"], workers[0].median("products", "tflop_s")
     result["flop"] = {
         "step_tflop": needed,
@@ -320,28 +168,26 @@ def summarize(
         "share_of_products": reached / products,
     }
     gpu = result["machine"]["gpu"] or ""
-    if peak := next(
-        (peak for name, peak in PEAK.items() if gpu.startswith(name) and knobs.dtype == "bf16"),
-        None,
-    ):
-        result["flop"] |= {"peak_tflop_s": peak, "utilisation": reached / peak}
+    peaks = [peak for name, peak in PEAK.items() if gpu.startswith(name)]
+    if peaks and args.dtype == "bf16":
+        result["flop"] |= {"peak_tflop_s": peaks[0], "utilisation": reached / peaks[0]}
     if len(workers) == 2:
         a, b = (result[w.name] for w in workers)
         result["ratio"] = ratios(ROWS, a, b)
-        result["loss_difference"] = max(
-            abs(x - y) / abs(y) for x, y in zip(a["losses"], b["losses"])
-        )
+        losses = zip(a["losses"], b["losses"])
+        result["loss_difference"] = max(abs(x - y) / abs(y) for x, y in losses)
     return result
 
 
 def table(r: dict) -> list[str]:
     """The figures of one size, in lines of at most 80 columns."""
     f, (where, releases) = r["flop"], place(r)
-    how = f"LoRA rank {r['lora_r']}{', checkpointing' * r['checkpointing']}{', ours compiled' * r['compile']}"
+    how = f"LoRA rank {r['lora_r']}{', checkpointing' * r['checkpointing']}"
+    how += ", ours compiled" * r["compile"]
     out = [
         f"{r['size']} {r['dtype']}, {how}, on {where}",
         releases,
-        f"{r['batch_size']} rows of 1 picture + {r['text']} tokens ({r['row_tokens']} in all), "
+        f"{r['batch_size']} rows of 1 image + {r['text']} tokens ({r['row_tokens']} in all), "
         f"{r['answer']} supervised; medians of {r['rounds']}",
         "",
         *lines(ROWS, r),

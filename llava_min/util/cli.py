@@ -1,55 +1,48 @@
-"""What every script shares: flags from a dataclass, errors a user can act on, text that is safe to
-print.
+"""Flags from a dataclass: a field's name is the flag, its annotation the kind, its trailing comment
+the help. Recipes are .toml files with the same names.
 
-A script's knobs are the fields of a dataclass: the name is the flag, the annotation its kind, the
-trailing comment its help. Nothing heavy is imported here, so `--help` and a mistyped flag answer at
-once.
+Nothing heavy is imported, so `--help` and a mistyped flag answer at once.
 """
 
 import argparse
-import atexit
 import dataclasses
 import difflib
-import errno
 import inspect
-import io
-import math
 import os
 import re
 import shutil
-import sys
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from llava_min.errors import UserError, escape_controls, info, set_labels, shorten
+from llava_min.checks.ranges import check_number, not_none, range_of
+from llava_min.errors import UserError, escape_controls, set_labels, shorten
 
-UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+# a path, or several with commas between; the shell does not expand ~ in --name=~/x
+PathArg = Annotated[str, "~"]
+
+
+def flag_of(field: str) -> str:
+    return "--" + field.replace("_", "-")
 
 
 @contextmanager
-def flags(knobs: Any) -> Iterator[None]:
-    """Within, the library's lines that begin with a keyword, `device: …`, begin with the flag that
-    was typed, `--device: …`.
+def flags(config: Any) -> Iterator[None]:
+    """Within, messages about a field of `config` name its flag: `--device: …` for `device: …`.
 
-    The flags are the fields of `knobs` that have a value; `--eval-x` stands for the keyword x, too,
-    where there is no --x.
+    `--eval-x` is the flag of the library's argument x, where there is no --x.
     """
     given = {
         name: value
-        for name, value in vars(knobs).items()
+        for name, value in vars(config).items()
         if value is not None and not isinstance(value, list)
     }
-    # a file may be called so
-    named = {
-        name: "--" + name.replace("_", "-")
-        for name in given
-        if name not in map(str, given.values())
-    }
+    # a message may also begin with a file that is called like a field
+    named = {name: flag_of(name) for name in given if name not in map(str, given.values())}
     set_labels({name.removeprefix("eval_"): flag for name, flag in named.items()} | named)
     try:
         yield
@@ -57,146 +50,67 @@ def flags(knobs: Any) -> Iterator[None]:
         set_labels({})
 
 
-class BestEffortStream(io.FileIO):
-    """A stream that nobody need read: what was lost with the terminal or the pipe is no reason to
-    stop.
-    """
+# ---- a value
 
-    def write(self, data) -> int:
+
+def expand(flag: str, value: str) -> str:
+    """Paths with ~ expanded; what exists must be reachable."""
+    places = [os.path.expanduser(place) for place in value.split(",")]
+    for place in places:
         try:
-            return super().write(data)
-        except OSError:
-            return len(data)
+            os.stat(place)
+        except (FileNotFoundError, NotADirectoryError):  # a hub id, or a file still to be written
+            continue
+        except (OSError, ValueError) as e:
+            why = getattr(e, "strerror", None) or escape_controls(e)
+            raise UserError(
+                f"{flag}: {shorten(place, 400)} cannot be reached ({why}); check the path and its "
+                "permissions"
+            ) from None
+    return ",".join(places)
 
 
-def run(main: Callable[[list[str]], int | None]) -> None:
-    """Run a script's main: a user's mistake becomes one line and exit code 2, Ctrl-C 130, a closed
-    pipe a quiet end.
-    """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # the shell closed it
-            setattr(sys, name, open(os.devnull, "w"))
-        # a terminal that cannot show a character is no reason to stop
-        getattr(sys, name).reconfigure(errors="backslashreplace")
-    if sys.stderr is sys.__stderr__:
-        sys.stderr = io.TextIOWrapper(
-            BestEffortStream(2, "w", closefd=False),
-            sys.stderr.encoding,
-            "backslashreplace",
-            write_through=True,
-        )
+def to_number(flag: str, kind: Any, value: Any) -> int | float:
+    base, _ = range_of(kind)
     try:
-        code = main(sys.argv[1:]) or 0
-        print(end="", flush=True)
-    except UserError as e:
-        info(f"error: {e}")
-        code = 2
-    except KeyboardInterrupt:
-        info("stopped")
-        code = 130
-    except OSError as e:
-        code = 2
-        if e.filename is not None and e.errno in UNREACHABLE:
-            info(
-                f"error: {shorten(e.filename, 400)}: cannot be reached ({e.strerror}); check the "
-                "path and its permissions"
-            )
-        elif e.filename is None and e.errno in (
-            errno.EPIPE,
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EFBIG,
-            errno.EIO,
-        ):
-            # the interpreter flushes once more on its way out
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if e.errno == errno.EPIPE:
-                code = 141
-            else:
-                info(f"error: the output cannot be written ({e.strerror}); free space")
-        else:
-            raise
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        # gloo's threads may hold a tensor still, and the end of the interpreter would abort them
-        # (pytorch#179291, #190489)
-        atexit._run_exitfuncs()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
-# Kinds of numbers: the annotation of a knob says what it may be.
-PositiveInt = Annotated[int, 1, 1 << 31]
-NonNegativeInt = Annotated[int, 0, 1 << 31]
-Seed = Annotated[int, 0, (1 << 63) - 1]
-PositiveFloat = Annotated[float, 1e-30, 1e30]
-NonNegativeFloat = Annotated[float, 0.0, 1e30]
-Fraction = Annotated[float, 0.0, 1.0]
-# a path, or several with commas between; of --name=~/x the shell leaves the ~ to us
-PathArg = Annotated[str, "~"]
+        # neither true nor 1.5 is an integer
+        exact = not isinstance(value, bool) and not (base is int and isinstance(value, float))
+        number = base(value) if exact else None
+    except (ValueError, TypeError, OverflowError):
+        number = None
+    if number is None:
+        noun = {int: "a whole number", float: "a number"}[base]
+        raise UserError(f"{flag}: {value!r} is not {noun}; give one")
+    return check_number(number, kind, flag)
 
 
 def convert(flag: str, kind: Any, value: Any) -> Any:
     """A flag's text or a recipe's value as `kind`, or UserError."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):  # X | None
-        if value is None:
-            return None
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    if value is None and not_none(kind) is not kind:
+        return None
+    kind = not_none(kind)
     if typing.get_origin(kind) is tuple:
         items = value if isinstance(value, (list, tuple)) else str(value).split(",")
         return tuple(convert(flag, typing.get_args(kind)[0], item) for item in items)
     if typing.get_origin(kind) is Literal:
-        if value not in typing.get_args(kind):
-            raise UserError(
-                f"{flag}: {value!r} is not one of {', '.join(map(str, typing.get_args(kind)))}; "
-                "choose one"
-            )
+        choices = typing.get_args(kind)
+        if value not in choices:
+            names = ", ".join(map(str, choices))
+            raise UserError(f"{flag}: {value!r} is not one of {names}; choose one")
         return value
     if kind == PathArg:
-        places = [os.path.expanduser(place) for place in convert(flag, str, value).split(",")]
-        for place in places:
-            try:
-                os.stat(place)
-            except (
-                FileNotFoundError,
-                NotADirectoryError,
-            ):  # as a hub id, or what is still to be written
-                continue
-            except (OSError, ValueError) as e:
-                why = getattr(e, "strerror", None) or escape_controls(e)
-                raise UserError(
-                    f"{flag}: {shorten(place, 400)} cannot be reached ({why}); check the path and "
-                    "its permissions"
-                ) from None
-        return ",".join(places)
-    low, high = -math.inf, math.inf
-    if typing.get_origin(kind) is Annotated:
-        kind, low, high = typing.get_args(kind)
-    if kind in (int, float):
-        try:
-            number = (
-                kind(value)
-                if not isinstance(value, bool) and not (kind is int and isinstance(value, float))
-                else None
-            )
-        except (ValueError, TypeError, OverflowError):
-            number = None
-        name = {int: "a whole number", float: "a number"}[kind]
-        if number is None or not low <= number <= high or not math.isfinite(number):
-            bounds = ""
-            if low > -math.inf:
-                bounds = (
-                    f" from {low:g} up" if high in (1 << 31, 1e30) else f" from {low:g} to {high:g}"
-                )
-            raise UserError(f"{flag}: {value!r} is not {name}{bounds}; give one")
-        return number
+        return expand(flag, convert(flag, str, value))
+    if range_of(kind):
+        return to_number(flag, kind, value)
     if not isinstance(value, kind):
-        raise UserError(
-            f"{flag}: {value!r} is not {'true or false' if kind is bool else 'text'}; correct it"
-        )
+        noun = "true or false" if kind is bool else "text"
+        raise UserError(f"{flag}: {value!r} is not {noun}; correct it")
     if kind is str and not value.strip():
         raise UserError(f"{flag}: is empty; give a value, or leave it out")
     return value
+
+
+# ---- the command line
 
 
 class Once(argparse.Action):
@@ -219,10 +133,9 @@ class Parser(argparse.ArgumentParser):
         layout = lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=width)
         super().__init__(allow_abbrev=False, formatter_class=layout, **other)
         self.seen: set[str] = set()
-        # argparse's own lacks the exponent
-        self._negative_number_matcher = re.compile(
-            r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE
-        )
+        # argparse's own has no exponent
+        number = r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$"
+        self._negative_number_matcher = re.compile(number, re.IGNORECASE)
 
     def once(self, name: str, option: str | None) -> None:
         if name in self.seen:
@@ -231,89 +144,89 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         if unknown := re.search(r"unrecognized arguments: (--?[^\s=]+)", message):
-            near = difflib.get_close_matches(
-                unknown[1], self._option_string_actions, n=1, cutoff=0.7
+            fix = guess(unknown[1], self._option_string_actions, "see --help", cutoff=0.7)
+            raise UserError(f"{unknown[1]}: no such option; {fix}")
+        if stray := re.match(r"unrecognized arguments: (\S+)", message):
+            raise UserError(
+                f"{stray[1]}: belongs to no option; a switch takes no value (--name or --no-name), "
+                "see --help"
             )
-            message = f"{unknown[1]}: no such option; " + (
-                f"did you mean {near[0]}?" if near else "see --help"
-            )
-        elif stray := re.match(r"unrecognized arguments: (\S+)", message):
-            message = f"{stray[1]}: belongs to no option; a switch takes no value (--name or --no-name), see --help"
-        else:
-            message = message.removeprefix("argument ") + "; see --help"
-        raise UserError(message)
+        raise UserError(message.removeprefix("argument ") + "; see --help")
 
 
-def comments(knobs: type) -> dict[str, str]:
-    """The trailing comment of each field of a dataclass."""
-    return {
-        m[1]: m[2]
-        for line in inspect.getsource(knobs).splitlines()
-        if (m := re.match(r"    (\w+):[^#]*#\s*(.*)", line))
-    }
+def guess(name: str, known: typing.Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:
+    """What to do about an unknown name: the nearest of the `known` ones, or `otherwise`."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f"did you mean {near[0]}?" if near else otherwise
+
+
+def comments(config: type) -> dict[str, str]:
+    """The trailing comment of each field of a dataclass, inherited ones too."""
+    found = {}
+    for cls in reversed(config.__mro__[:-1]):
+        for line in inspect.getsource(cls).splitlines():
+            if m := re.match(r"    (\w+):[^#]*#\s*(.*)", line):
+                found[m[1]] = m[2]
+    return found
+
+
+def add_flag(parser: Parser, f: dataclasses.Field, kind: Any, text: str) -> None:
+    default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+    kind = not_none(kind)
+    if kind is bool:
+        parser.add_argument(flag_of(f.name), action=Switch, default=None, help=text)
+        return
+    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else None
+    metavar = "{" + ",".join(map(str, choices)) + "}" if choices else "X"
+    if default not in (None, "", dataclasses.MISSING):
+        text += f" ({default})"
+    parser.add_argument(flag_of(f.name), action="once", default=None, metavar=metavar, help=text)
 
 
 def parse(
-    knobs: type,
+    config: type,
     argv: list[str],
     description: str,
     positional: str | None = None,
     recipes: Path | None = None,
 ) -> Any:
-    """`argv` as an instance of the dataclass `knobs`; flags win over the recipe, the recipe over
-    the defaults.
+    """`argv` as an instance of the dataclass `config`; flags win over the recipe, the recipe over
+    the defaults. Raises UserError for whatever does not fit.
 
-    `positional` names a field of type list that takes what is not a flag. Raises UserError for
-    whatever does not fit.
+    positional: a field of type list that takes the arguments that are not flags. recipes: the
+    folder of the recipes that --recipe names.
     """
-    help_of, kinds = comments(knobs), typing.get_type_hints(knobs, include_extras=True)
+    help_of, kinds = comments(config), typing.get_type_hints(config, include_extras=True)
     parser = Parser(description=description)
     parser.register("action", "once", Once)
     if positional:
-        parser.add_argument(
-            positional,
-            nargs="*",
-            metavar=positional.upper().rstrip("S"),
-            help=help_of.get(positional),
-        )
-    for f in dataclasses.fields(knobs):
-        if f.name == positional:
-            continue
-        flag, text = "--" + f.name.replace("_", "-"), help_of.get(f.name, "").replace("%", "%%")
-        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        default = "" if f.default in (None, "", dataclasses.MISSING) else f" ({default})"
-        if kinds[f.name] is bool or kinds[f.name] == bool | None:
-            parser.add_argument(flag, action=Switch, default=None, help=text)
-        else:
-            choices = (
-                typing.get_args(kinds[f.name])
-                if typing.get_origin(kinds[f.name]) is Literal
-                else None
-            )
-            meta = "{" + ",".join(map(str, choices)) + "}" if choices else "X"
-            parser.add_argument(
-                flag, action="once", default=None, metavar=meta, help=text + default
-            )
-    # what follows -- may begin with a dash
-    cut = argv.index("--") if positional and "--" in argv else len(argv)
-    given = {
-        k: v
-        for k, v in vars(parser.parse_intermixed_args(argv[:cut])).items()
-        if v is not None and v != []
-    }
-    if cut < len(argv):
-        given[positional] = given.get(positional, []) + argv[cut + 1 :]
-    if recipes is not None and (name := given.get("recipe", getattr(knobs, "recipe", None))):
+        name = positional.upper().rstrip("S")
+        parser.add_argument(positional, nargs="*", metavar=name, help=help_of.get(positional))
+    # a class's own flags before those it inherits
+    own = inspect.get_annotations(config)
+    for f in sorted(dataclasses.fields(config), key=lambda f: f.name not in own):
+        if f.name != positional:
+            text = help_of.get(f.name, "").replace("%", "%%")
+            add_flag(parser, f, kinds[f.name], text)
+
+    # arguments after -- may begin with a dash
+    end = argv.index("--") if positional and "--" in argv else len(argv)
+    typed = vars(parser.parse_intermixed_args(argv[:end]))
+    given = {name: value for name, value in typed.items() if value is not None and value != []}
+    if end < len(argv):
+        given[positional] = given.get(positional, []) + argv[end + 1 :]
+
+    if recipes is not None and (name := given.get("recipe", getattr(config, "recipe", None))):
         recipe = read_recipe(name, recipes, kinds)
-        if "data" in given:  # what goes with the recipe's own data does not go with another
+        if "data" in given:  # the companions of the recipe's own data do not fit another file
             recipe = {k: v for k, v in recipe.items() if k not in ("image_folder", "eval_data")}
-        given = {**recipe, **given}
-    return knobs(
-        **{
-            k: v if k == positional else convert("--" + k.replace("_", "-"), kinds[k], v)
-            for k, v in given.items()
-        }
-    )
+        given = recipe | given
+    for name, value in given.items():
+        if name != positional:
+            given[name] = convert(flag_of(name), kinds[name], value)
+    # the checks of the dataclass itself name the flags, too
+    with flags(types.SimpleNamespace(**dict.fromkeys(kinds, ""))):
+        return config(**given)
 
 
 def read_recipe(name: str, folder: Path, kinds: dict[str, Any]) -> dict[str, Any]:
@@ -321,22 +234,15 @@ def read_recipe(name: str, folder: Path, kinds: dict[str, Any]) -> dict[str, Any
     path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
     if not path.is_file():
         names = sorted(p.stem for p in folder.glob("*.toml"))
-        near = difflib.get_close_matches(name, names, n=1)
-        mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-        raise UserError(f"--recipe {escape_controls(name)}: no such recipe or .toml file; {mend}")
+        fix = guess(name, names, f"there are {', '.join(names)}")
+        raise UserError(f"--recipe {escape_controls(name)}: no such recipe or .toml file; {fix}")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (
-        ValueError,
-        RecursionError,
-        OSError,
-    ) as e:  # not TOML, not UTF-8, a number of 5000 digits
+    # not TOML, not UTF-8, a number of 5000 digits
+    except (ValueError, RecursionError, OSError) as e:
         raise UserError(f"{path}: {escape_controls(e)}; correct the file") from None
     for key in data:
         if key not in kinds or key == "recipe":
-            near = difflib.get_close_matches(key, kinds, n=1)
-            raise UserError(
-                f"{path}: {escape_controls(key)} is not a setting; "
-                + (f"did you mean {near[0]}?" if near else "see --help")
-            )
+            fix = guess(key, kinds, "see --help")
+            raise UserError(f"{path}: {escape_controls(key)} is not a setting; {fix}")
     return data

@@ -1,6 +1,4 @@
-"""Files in and out, one careful way each: JSON that errors by name, folders that are there whole or
-not.
-"""
+"""Files: JSON read with errors that name the place; files and folders written atomically."""
 
 import json
 import os
@@ -17,17 +15,16 @@ LFS = b"version https://git-lfs"
 
 def check_file(path: Path) -> None:
     """`path` is a readable regular file and not a git-lfs pointer, or UserError."""
+    name = shorten(path, 400)
     try:
         if not path.is_file():
             what = "not a regular file" if path.exists() else "no such file"
-            raise UserError(f"{shorten(path, 400)}: {what}; check the path")
+            raise UserError(f"{name}: {what}; check the path")
         with open(path, "rb") as f:
             head = f.read(len(LFS))
     except OSError as e:
-        raise UserError(
-            f"{shorten(path, 400)}: cannot be read ({e.strerror}); check the path and its "
-            "permissions"
-        ) from None
+        fix = "check the path and its permissions"
+        raise UserError(f"{name}: cannot be read ({e.strerror}); {fix}") from None
     if head == LFS:
         raise UserError(
             f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` in its folder"
@@ -40,28 +37,25 @@ def read_json(path: Path) -> dict:
     try:
         data = json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as e:
-        raise UserError(
-            f"{path}: byte {e.start} is not UTF-8; download it again, or save it as UTF-8"
-        ) from None
+        what = f"byte {e.start} is not UTF-8; download it again, or save it as UTF-8"
     except json.JSONDecodeError as e:
-        raise UserError(
-            f"{path}: line {e.lineno} column {e.colno}: {e.msg}; the file must be JSON"
-        ) from None
-    except (ValueError, RecursionError) as e:  # not text, a number of 5000 digits, 1000 brackets
-        raise UserError(
-            f"{path}: not readable as JSON ({type(e).__name__}); download it again"
-        ) from None
-    if not isinstance(data, dict):
-        raise UserError(
-            f"{path}: a JSON {type(data).__name__}, expected an object; is it the right file?"
-        )
-    return data
+        what = f"line {e.lineno} column {e.colno}: {e.msg}; the file must be JSON"
+    except (ValueError, RecursionError) as e:  # a number of 5000 digits, 1000 brackets
+        what = f"not readable as JSON ({type(e).__name__}); download it again"
+    else:
+        if isinstance(data, dict):
+            return data
+        what = f"a JSON {type(data).__name__}, expected an object; is it the right file?"
+    raise UserError(f"{path}: {what}")
+
+
+def read_optional(path: Path) -> dict:
+    """The JSON object in `path`, {} where there is no such file."""
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def replace(path: Path, text: str, errors: str = "strict") -> None:
-    """`path` is the old file or the new one, never half of it: written aside, synced, renamed.
-    OSError when it cannot be.
-    """
+    """Write `text` to `path` atomically: aside, synced, renamed. Raises OSError."""
     aside = path.with_name(f".tmp-{path.name}")
     try:
         aside.write_text(text, encoding="utf-8", errors=errors)
@@ -86,31 +80,39 @@ def check_free(target: Path) -> None:
 
 
 @contextmanager
+def writing(
+    target: Path, fix: str = "free space or give another path", field: str | None = None
+) -> Iterator[None]:
+    """Within, an OSError becomes a UserError: `target` cannot be written, and the fix."""
+    try:
+        yield
+    except OSError as e:
+        why = e.strerror or escape_controls(e)
+        raise UserError(f"{target}: cannot be written ({why}); {fix}", field) from None
+
+
+@contextmanager
 def new_folder(target: Path, durable: bool = True) -> Iterator[Path]:
-    """A folder to fill that is named `target` only when the block ends well: written aside, synced,
+    """A folder to fill that becomes `target` only when the block succeeds: written aside, synced,
     renamed.
 
-    Not `durable`: the system syncs when it likes, as is enough for thousands of small files that
-    are soon remade. Raises UserError when `target` exists, or the disk is full or not writable;
+    durable: False leaves syncing to the system, enough for thousands of small files that are
+    quickly made again. Raises UserError when `target` exists, or the disk is full or not writable;
     then nothing is left behind.
     """
     aside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     try:
-        check_free(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside.mkdir()
-        yield aside
-        for path in (*aside.rglob("*"), aside) if durable else ():
-            sync(path)
-        if target.is_dir():
-            target.rmdir()
-        os.rename(aside, target)
-        sync(target.parent)
-    except OSError as e:
-        raise UserError(
-            f"{target}: cannot be written ({e.strerror or escape_controls(e)}); "
-            "free space or give another path"
-        ) from None
+        with writing(target):
+            check_free(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside.mkdir()
+            yield aside
+            for path in (*aside.rglob("*"), aside) if durable else ():
+                sync(path)
+            if target.is_dir():
+                target.rmdir()
+            os.rename(aside, target)
+            sync(target.parent)
     finally:
         if aside.exists():
             shutil.rmtree(aside)

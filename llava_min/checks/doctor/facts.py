@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-MOST = 1e15  # no setting is larger
+MAX_NUMBER = 1e15  # no setting is larger
 SILENT = object()  # no documented default, or one that depends on what an input does not say
 
 
@@ -158,7 +158,7 @@ OURS = {name for entry in DIALECTS["train.py"].values() for name in entry.names}
 
 @dataclass(frozen=True)
 class Setting:
-    """A value and where it stands; `text` is how it was written, or that it was not."""
+    """A value and its place; `text` is how it was written, or that it was not."""
 
     value: Any
     where: str
@@ -211,7 +211,7 @@ class Run:
         """None also for text, as a shell variable that nothing sets."""
         value = self.value(fact)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return value if number and -MOST < value < MOST else None  # nor NaN
+        return value if number and -MAX_NUMBER < value < MAX_NUMBER else None  # nor NaN
 
     def text(self, fact: str) -> str:
         value = self.value(fact)

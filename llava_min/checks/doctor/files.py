@@ -11,10 +11,10 @@ from llava_min.checks.doctor.shell import HF, read_commands
 from llava_min.errors import UserError, escape_controls, shorten
 from llava_min.util.files import check_file, read_json
 
-MOST = 1 << 20  # bytes of a file of settings; what is larger is something else
-MOST_SCRIPT = 1 << 16  # and of a launch script
+MAX_BYTES = 1 << 20  # bytes of a file of settings; what is larger is something else
+MAX_SCRIPT_BYTES = 1 << 16  # and of a launch script
 DEEPEST = 20  # tables within tables
-MOST_HEADER = 1 << 24  # of a safetensors file
+MAX_HEADER_BYTES = 1 << 24  # of a safetensors file
 RECIPES = Path(__file__).parents[2] / "recipes"
 PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 GIVE = (
@@ -23,7 +23,7 @@ GIVE = (
 )
 
 
-def read_text(path: Path, most: int = MOST) -> str:
+def read_text(path: Path, most: int = MAX_BYTES) -> str:
     check_file(path)
     if path.stat().st_size > most:
         size = path.stat().st_size
@@ -127,7 +127,7 @@ def tensor_names(path: Path) -> list[str]:
     check_file(path)
     with open(path, "rb") as f:
         size = int.from_bytes(f.read(8), "little")
-        raw = f.read(size) if 2 <= size <= MOST_HEADER else b""
+        raw = f.read(size) if 2 <= size <= MAX_HEADER_BYTES else b""
     try:
         header = json.loads(raw)
         return sorted(name for name in header.keys() if name != "__metadata__")
@@ -151,13 +151,13 @@ def read_adapter(folder: Path, source: str) -> Run:
     )
     if original or "non_lora_trainables.bin" in files:
         run.adapter, run.what = "llava", "an adapter folder of the original LLaVA"
-    for name in (*PROCESSOR, "config.json"):  # how pictures are prepared where it is served
+    for name in (*PROCESSOR, "config.json"):  # how images are prepared where it is served
         if name in files and name not in run.settings:
-            read_pictures(folder / name, f"{source}/{name}", run)
+            read_image_settings(folder / name, f"{source}/{name}", run)
     return run
 
 
-def read_pictures(path: Path, source: str, run: Run) -> None:
+def read_image_settings(path: Path, source: str, run: Run) -> None:
     """`image_aspect_ratio`, `do_pad` and `padding_side` of a processor's file, also where it is
     nested."""
     found = Run(source, "hf", "")
@@ -173,7 +173,7 @@ def read_folder(folder: Path, source: str) -> Run:
     run = Run(source, "hf", "a model folder")
     for name in (*PROCESSOR, "tokenizer_config.json", "config.json"):
         if (folder / name).exists():
-            read_pictures(folder / name, f"{source}/{name}", run)
+            read_image_settings(folder / name, f"{source}/{name}", run)
     if not run.settings:
         raise UserError(
             f"{source}: no adapter_config.json, and no image_aspect_ratio or do_pad "
@@ -208,7 +208,7 @@ def read_input(given: str) -> list[Run]:
         return [read_adapter(path.parent, shorten(path.parent.resolve().name, 200))]
     if path.suffix in (".json", ".toml"):
         return [read_table(path, source)]
-    runs = read_commands(read_text(path, MOST_SCRIPT), source)
+    runs = read_commands(read_text(path, MAX_SCRIPT_BYTES), source)
     if not runs:
         raise UserError(f"{shorten(given, 200)}: no training command found in it; {GIVE}")
     return [with_recipe(run) if run.kind == "train.py" else run for run in runs]

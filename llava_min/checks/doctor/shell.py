@@ -24,9 +24,9 @@ HF = (
     | TRL
     | {"output_dir", "num_train_epochs", "lora_dropout"}
 )
-MOST = 1 << 16  # characters of a variable
+MAX_VALUE_LENGTH = 1 << 16  # characters of a variable
 ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
-QUOTED, LITERAL = "\ue000", "\ue001"  # what stands for a $ between double and between single quotes
+QUOTED, LITERAL = "\ue000", "\ue001"  # a $ between double and between single quotes
 VARIABLE = re.compile(rf"[${QUOTED}](?:(\w+)|{{(\w+)(\[@\])?(?::?-([^}}$]{{0,200}}))?}})")
 
 
@@ -107,10 +107,10 @@ def fill(word: str, variables: dict[str, str], where: str) -> str:
     """`word` with the variables that are known; the others stay as they are written."""
     known = lambda m: variables.get(m[1] or m[2], m[0] if m[4] is None else m[4])
     filled = VARIABLE.sub(known, word).replace(QUOTED, "$").replace(LITERAL, "$")
-    if len(filled) > MOST:  # A=$B$B, B=$C$C, and so on
+    if len(filled) > MAX_VALUE_LENGTH:  # A=$B$B, B=$C$C, and so on
         raise UserError(
             f"{where}: a variable of {len(filled):,} characters, expected at most "
-            f"{MOST:,}; is it a launch script?"
+            f"{MAX_VALUE_LENGTH:,}; is it a launch script?"
         )
     return filled
 

@@ -1,10 +1,10 @@
-"""Text ↔ ids, as the checkpoint's own tokenizer does it: SentencePiece and byte-level BPE behind
-one surface.
+"""Text <-> ids, as the checkpoint's own tokenizer does it: one `Tokenizer` for SentencePiece and
+byte-level BPE.
 
-Between chat templates and the processor; the files are read in data/tokenizer_files.py, the merges
-done in data/bpe.py. The reference is transformers on the whole folder; for a tokenizer.model alone,
-and for `encode_prefixed`, SentencePiece itself. Text never becomes a special token unless asked:
-BOS and `<image>` come by id.
+files.py reads the folder, bpe.py merges, added_tokens.py finds words such as `<image>`. The
+reference is transformers on the whole folder; for a tokenizer.model alone, and for
+`encode_prefixed`, SentencePiece itself. Text never becomes a special token unless asked: BOS and
+`<image>` come by id.
 """
 
 import json
@@ -14,11 +14,12 @@ from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
+from llava_min.checks.tokenizer import check_clash, check_text
 from llava_min.data.tokenizer.added_tokens import AddedToken, Matcher
 from llava_min.data.tokenizer.files import LLAMA, read_folder
-from llava_min.data.tokenizer.from_json import write_spaces
-from llava_min.data.tokenizer.from_sentencepiece import as_tokenizer_json
-from llava_min.data.tokenizer.source import IDS, SURROGATE, Source, fault
+from llava_min.data.tokenizer.sentencepiece_model import as_tokenizer_json
+from llava_min.data.tokenizer.source import SPECIAL_NAMES, Source
+from llava_min.data.tokenizer.tokenizer_json import write_spaces
 from llava_min.errors import UserError, warn
 
 # the class for which transformers obeys tokenizer.json
@@ -48,7 +49,7 @@ class Tokenizer:
             self.declare(token, path)
         for content in source.special:
             self.declare(AddedToken(content, self.free_id(content)))
-        named = [source.named.get(f"{name}_token") for name in IDS]
+        named = [source.named.get(f"{name}_token") for name in SPECIAL_NAMES]
         self.bos_id, self.eos_id, self.unk_id, self.pad_id = (
             self.token_id(t) if t else None for t in named
         )
@@ -76,27 +77,21 @@ class Tokenizer:
         return len(self) if known is None else known
 
     def declare(self, token: AddedToken, path: Path | str = "add_special") -> None:
-        """The first declaration of a content stands; any may make it special (as in `tokenizers`)."""
-        known, other = self.token_id(token.content), self.token(token.id)
-        if known not in (None, token.id) or other not in (None, token.content):
-            taken = f"the id is taken by {other}"[:100]
-            clash = taken if known in (None, token.id) else f"it has id {known}"
-            raise fault(
-                path,
-                f"added token {token.content[:100]} with id {token.id}: {clash}",
-                "correct the tokenizer files so that they agree",
-            )
+        """Add `token`. The first declaration of a content counts; a later one may only make it
+        special (as in `tokenizers`). `path`: the file that declares it, for the error.
+        """
+        check_clash(token, self.token_id(token.content), self.token(token.id), path)
         if first := self.added.get(token.content):
             first.special |= token.special
         else:
             self.added[token.content] = token
             self.tokens[token.id] = token.content
-        self.__dict__.pop("matchers", None)  # they are made again, with this token
+        self.__dict__.pop("matchers", None)  # drop the cached ones
 
     def add_special(self, content: str, id: int | None = None) -> int:
-        """Makes `content` a special token, with the next free id unless it has one or one is given."""
+        """Makes `content` a special token: with `id`, the id it has, or the next free one."""
         if not content:
-            raise UserError("add_special: the token is empty; give its text, e.g. <image>")
+            raise UserError("the token is empty; give its text, e.g. <image>", "add_special")
         check_text(content)
         token = AddedToken(content, self.free_id(content) if id is None else id)
         self.declare(token)
@@ -104,7 +99,7 @@ class Tokenizer:
         return token.id
 
     def seal(self) -> None:
-        """No text may spell its way to a special token through the merges."""
+        """Drop merges that produce special tokens, so that plain text never encodes to one."""
         self.bpe.forget({token.id for token in self.added.values() if token.special})
 
     # ---- text → ids
@@ -124,21 +119,23 @@ class Tokenizer:
         raw, normalized = self.matchers
         ids = []
         for part in raw.cut(text, parse_special):
-            pieces = (
-                [part]
-                if isinstance(part, int)
-                else normalized.cut(self.normalize(part, at), parse_special)
-            )
+            pieces = [part]
+            if isinstance(part, str):
+                pieces = normalized.cut(self.normalize(part, at), parse_special)
             for piece in pieces:
-                ids += [piece] if isinstance(piece, int) else self.bpe.encode(self.dummy(piece, at))
+                if isinstance(piece, str):
+                    ids += self.bpe.encode(self.pre_tokenize(piece, at))
+                else:  # an added token
+                    ids.append(piece)
                 at = "special"
         return ids
 
     def encode_prefixed(self, text: str, *, at: str = "start") -> list[int]:
-        """Ids of `text` as the original LLaVA has them: each chunk between pictures is encoded by
-        itself and has its dummy space, whatever `legacy` says (mm_utils.py tokenizer_image_token).
-        `at` as in `encode`: after `</s>` in a chunk `legacy` decides. SentencePiece itself where
-        there is a tokenizer.model.
+        """Ids of `text` as the original LLaVA has them: each chunk between images is encoded on its
+        own and has its dummy space, whatever `legacy` says. `at` as in `encode`: after `</s>` in a
+        chunk `legacy` decides. Where there is a tokenizer.model, SentencePiece itself encodes.
+
+        https://github.com/haotian-liu/LLaVA/blob/v1.2.2.post1/llava/mm_utils.py
         """
         check_text(text)
         prefixed = at == "start" or self.prefixed(at)
@@ -149,22 +146,19 @@ class Tokenizer:
         return self.bpe.encode("▁" * prefixed + text.replace(" ", "▁")) if text else []
 
     def prefixed(self, at: str) -> bool:
-        return (
-            at == "start" and self.scheme != "never" or at == "special" and self.scheme == "always"
-        )
+        """Whether a text there has the dummy space in front."""
+        return self.scheme in {"start": ("always", "first"), "special": ("always",)}.get(at, ())
 
     def normalize(self, text: str, at: str) -> str:
-        """What the normalizer does, before the added tokens marked `normalized` are sought."""
+        """The normalizer; added tokens marked `normalized` are sought in its result."""
         if self.nfc:
             return unicodedata.normalize("NFC", text)
         if self.prepend and text:
             return "▁" * (self.scheme == "always" and at != "inside") + text.replace(" ", "▁")
         return text
 
-    def dummy(self, text: str, at: str) -> str:
-        """What the pre-tokenizer does; Metaspace: ▁ for each space, and one in front unless the
-        text begins with one.
-        """
+    def pre_tokenize(self, text: str, at: str) -> str:
+        """The pre-tokenizer; Metaspace: ▁ for each space, and one in front unless there is one."""
         if self.kind == "byte-level":
             return text
         if self.prepend:
@@ -174,7 +168,7 @@ class Tokenizer:
 
     @cached_property
     def matchers(self) -> tuple[Matcher, Matcher]:
-        """The added tokens sought in the text as it came, and those sought in the normalized text."""
+        """Of the added tokens sought in the text as it came, and in the normalized text."""
         added = self.added.values()
         return (
             Matcher({t.content: t for t in added if not t.normalized}),
@@ -184,7 +178,7 @@ class Tokenizer:
     # ---- ids → text
 
     def decode(self, ids: list[int], *, skip_special: bool = True) -> str:
-        """Text of `ids`; ids that no token has (padding rows of the head) are skipped."""
+        """Text of `ids`; ids without a token (padding rows of the head) are skipped."""
         stream = self.stream(skip_special=skip_special)
         return "".join([stream.push(int(id)) for id in ids] + [stream.flush()])
 
@@ -194,44 +188,48 @@ class Tokenizer:
     # ---- writing
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the source file(s) and tokenizer_config.json; both transformers and `load` agree
-        with it.
+        """Writes the source file(s) and tokenizer_config.json; transformers and `load` read the
+        same tokenizer from them.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {k: v for k, v in self.config.items() if k != "auto_map"}
-        added = [asdict(t) for t in sorted(self.added.values(), key=lambda t: t.id)]
-        files = self.files | {"tokenizer.json": self.tokenizer_json(added)}
-        if self.kind == "byte-level":
-            config.setdefault("tokenizer_class", AS_WRITTEN)
-        elif self.prepend or config.get("tokenizer_class") not in LLAMA:
-            config["tokenizer_class"] = AS_WRITTEN
-        # true would have transformers 4 look for a tokenizer.model
-        if config["tokenizer_class"] in LLAMA:
-            config |= {
-                "legacy": self.legacy,
-                "add_prefix_space": False if self.scheme == "never" else None,
-            }
-        config |= {"add_bos_token": self.add_bos, "add_eos_token": False}
-        for name in IDS:
-            id = getattr(self, f"{name}_id")
-            config[f"{name}_token"] = None if id is None else self.token(id)
-        config["added_tokens_decoder"] = {
-            str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in added
-        }
-        files["tokenizer_config.json"] = (json.dumps(config, indent=2) + "\n").encode()
         if len(self) != len(self.tokens):
             warn(
                 f"{folder}: some ids below {len(self)} have no token; transformers will number "
                 "without gaps"
             )
-        for name, data in files.items():
+        added = [asdict(t) for t in sorted(self.added.values(), key=lambda t: t.id)]
+        config = json.dumps(self.tokenizer_config(added), indent=2) + "\n"
+        files = {
+            "tokenizer.json": self.tokenizer_json(added),
+            "tokenizer_config.json": config.encode(),
+        }
+        for name, data in (self.files | files).items():
             (folder / name).write_bytes(data)
 
+    def tokenizer_config(self, added: list[dict]) -> dict:
+        """The settings as they were read, with what this tokenizer does."""
+        config = {k: v for k, v in self.config.items() if k != "auto_map"}
+        if self.kind == "byte-level":
+            config.setdefault("tokenizer_class", AS_WRITTEN)
+        elif self.prepend or config.get("tokenizer_class") not in LLAMA:
+            config["tokenizer_class"] = AS_WRITTEN
+        if config["tokenizer_class"] in LLAMA:
+            # add_prefix_space true would make transformers 4 look for a tokenizer.model
+            prefix_space = False if self.scheme == "never" else None
+            config |= {"legacy": self.legacy, "add_prefix_space": prefix_space}
+        config |= {"add_bos_token": self.add_bos, "add_eos_token": False}
+        for name in SPECIAL_NAMES:
+            id = getattr(self, f"{name}_id")
+            config[f"{name}_token"] = None if id is None else self.token(id)
+        without_id = lambda t: {k: v for k, v in t.items() if k != "id"}
+        config["added_tokens_decoder"] = {str(t["id"]): without_id(t) for t in added}
+        return config
+
     def tokenizer_json(self, added: list[dict]) -> bytes:
-        """The file as it was read, unless it says something else than this tokenizer does. A lone
-        tokenizer.model gets one, too: beside a LLaVA's config.json transformers 5 reads that
-        without its dummy space.
+        """The file as it was read, unless it differs from this tokenizer. A lone tokenizer.model
+        gets one, too: beside a LLaVA's config.json transformers 5 reads that without its dummy
+        space.
         """
         if data := self.files.get("tokenizer.json"):
             spec = known = json.loads(data)
@@ -242,32 +240,17 @@ class Tokenizer:
             spaces = self.scheme, self.prepend, self.bpe.strip
             spec = write_spaces(spec, spaces, Path("tokenizer.json"))
         spec = spec | {"added_tokens": added}
-        return (
-            data
-            if spec == known
-            else json.dumps(spec, ensure_ascii=False, indent=2 if known else None).encode()
-        )
-
-
-def check_text(text: str) -> None:
-    if surrogate := SURROGATE.search(text):
-        code, at = ord(surrogate[0]), surrogate.start()
-        raise UserError(
-            f"text: lone surrogate U+{code:04X} at character {at}, which is no text; use UTF-8"
-        )
+        if spec == known:
+            return data
+        return json.dumps(spec, ensure_ascii=False, indent=2 if known else None).encode()
 
 
 class Stream:
-    """Ids one by one → the text that each completes; pushes and flush together are `decode` of the
-    ids.
-    """
+    """Ids one by one -> the text that each completes; all pushes and the flush give `decode`."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool):
-        self.tokenizer, self.skip_special, self.decoder = (
-            tokenizer,
-            skip_special,
-            tokenizer.bpe.decoder(),
-        )
+        self.tokenizer, self.skip_special = tokenizer, skip_special
+        self.decoder = tokenizer.bpe.decoder()
 
     def push(self, id: int) -> str:
         token = self.tokenizer.token(id)

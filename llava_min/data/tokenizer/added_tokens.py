@@ -1,8 +1,7 @@
-"""Added tokens: words sought in a text before BPE cuts it, such as `</s>`, `<image>` and
-`<|im_end|>`.
+"""Added tokens: words found in a text before BPE, such as `</s>`, `<image>` and `<|im_end|>`.
 
-Between the files that declare them and the tokenizer that asks. Their flags, and which of two that
-overlap is taken, follow `tokenizers` (added_vocabulary.rs).
+Their flags, and which of two overlapping ones is taken, follow HF `tokenizers`:
+https://github.com/huggingface/tokenizers/blob/v0.22.0/tokenizers/src/tokenizer/added_vocabulary.rs
 """
 
 import re
@@ -17,17 +16,13 @@ JOINERS_AND_CIRCLED = re.compile(
 
 @dataclass
 class AddedToken:
-    """A token with the flags of `tokenizers`: take the space on a side with it, match only whole
-    words, match the normalized text.
-    """
-
     content: str
     id: int
     special: bool = True
-    lstrip: bool = False
-    rstrip: bool = False
-    single_word: bool = False
-    normalized: bool = False
+    lstrip: bool = False  # takes the whitespace on its left with it
+    rstrip: bool = False  # and on its right
+    single_word: bool = False  # matches whole words only
+    normalized: bool = False  # is sought in the normalized text
 
 
 def is_space(char: str) -> bool:
@@ -38,9 +33,8 @@ def is_space(char: str) -> bool:
 def is_word(char: str) -> bool:
     r"""\w of Unicode (UTS 18), which `single_word` looks for."""
     kind = unicodedata.category(char)
-    return (
-        kind[0] in "LM" or kind in ("Nd", "Nl", "Pc") or JOINERS_AND_CIRCLED.match(char) is not None
-    )
+    by_kind = kind[0] in "LM" or kind in ("Nd", "Nl", "Pc")
+    return by_kind or JOINERS_AND_CIRCLED.match(char) is not None
 
 
 class Matcher:
@@ -49,9 +43,8 @@ class Matcher:
     def __init__(self, tokens: dict[str, AddedToken]):
         self.tokens = tokens
         spellings = sorted(tokens, key=len, reverse=True)
-        self.find = re.compile(
-            "|".join(map(re.escape, spellings)) if spellings else r"(?!)"
-        ).finditer
+        pattern = "|".join(map(re.escape, spellings)) or r"(?!)"  # no tokens: matches nowhere
+        self.find = re.compile(pattern).finditer
 
     def cut(self, text: str, parse_special: bool) -> Iterator[str | int]:
         """`text` in parts: ids for its added tokens, strings between them. Without `parse_special`

@@ -1,11 +1,12 @@
-"""Byte-pair encoding in plain Python: text → ids, and ids → text as they come.
+"""Byte-pair encoding in plain Python: text -> ids, and a stream of ids -> text.
 
 One merge loop serves both families. SentencePiece style (Llama, Mistral): symbols are characters, a
-space is `▁`, and a character that has no piece is spelled in byte tokens `<0x..>`. Byte level
-(GPT-2, Qwen, Llama-3): a regex cuts the text into words, and symbols are the bytes of a word. The
-reference is HF `tokenizers`.
+space is `▁`, and a character without a piece is spelled in byte tokens `<0x..>`. Byte level (GPT-2,
+Qwen, Llama-3): a regex cuts the text into words, and symbols are the bytes of a word.
 
-Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2019 (GPT-2) for the byte alphabet.
+Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; Radford et al. 2019 (GPT-2) for the byte
+alphabet. The reference is HF `tokenizers`:
+https://github.com/huggingface/tokenizers/blob/v0.22.0/tokenizers/src/models/bpe/word.rs
 """
 
 import codecs
@@ -13,13 +14,15 @@ import heapq
 import re
 import unicodedata
 
-# (left id, right id) → (rank, merged id); lowest rank first
+# (left id, right id) -> (rank, merged id); the lowest rank is merged first
 Pairs = dict[tuple[int, int], tuple[int, int]]
+MAX_CACHED_WORDS, MAX_CACHED_LENGTH = 1 << 16, 64
 
 
 def merge(ids: list[int], pairs: Pairs) -> list[int]:
-    """Merges neighbours, lowest rank first and leftmost among equals, until none is left: O(n log
-    n).
+    """Merges neighbours, lowest rank first and leftmost among equals, until no pair is left.
+
+    O(n log n): a heap of the pairs, over a doubly linked list of the symbols.
     """
     n = len(ids)
     ids, left, right = ids[:], list(range(-1, n - 1)), list(range(1, n + 1))
@@ -35,7 +38,7 @@ def merge(ids: list[int], pairs: Pairs) -> list[int]:
         rank, i = heapq.heappop(heap)
         j = right[i]
         pair = pairs.get((ids[i], ids[j])) if j < n else None
-        # one of the two has merged with another since
+        # stale entry: one of the two has merged with another since
         if pair is None or pair[0] != rank:
             continue
         ids[i], ids[j] = pair[1], -1  # -1: gone, and in no pair
@@ -47,62 +50,49 @@ def merge(ids: list[int], pairs: Pairs) -> list[int]:
     return [i for i in ids if i >= 0]
 
 
-class Words(dict):
-    """word → ids, remembered: most words of a text have been seen before. Bounded: a long run stays
-    small.
-    """
+class WordCache(dict):
+    """word -> ids: most words of a text have been seen before. Bounded in words and in length."""
 
     def __init__(self, encode):
         self.encode = encode
 
     def __missing__(self, word: str) -> list[int]:
         ids = self.encode(word)
-        if len(word) <= 64:
-            if len(self) >= 1 << 16:
+        if len(word) <= MAX_CACHED_LENGTH:
+            if len(self) >= MAX_CACHED_WORDS:
                 self.clear()
             self[word] = ids
         return ids
 
 
 def without(pairs: Pairs, ids: set[int]) -> Pairs:
-    """`pairs` less those that merge into one of `ids`."""
+    """`pairs` without those that merge into one of `ids`."""
     if any(new in ids for _, new in pairs.values()):
         return {pair: (rank, new) for pair, (rank, new) in pairs.items() if new not in ids}
     return pairs
 
 
 class SentencePieceBPE:
-    """BPE over characters with `▁` for the space; what transformers makes of Llama's
-    `tokenizer.model`.
-    """
+    """BPE over characters with `▁` for the space, as transformers converts a `tokenizer.model`."""
 
     def __init__(
         self,
         vocab: dict[str, int],
         pairs: Pairs,
-        *,
-        byte_fallback: bool,
         unk_id: int | None,
+        *,
         fuse_unk: bool,
+        byte_fallback: bool,
         strip: bool,
     ):
-        self.vocab, self.pairs, self.unk_id, self.fuse_unk, self.strip = (
-            vocab,
-            pairs,
-            unk_id,
-            fuse_unk,
-            strip,
-        )
-        self.bytes = (
-            [vocab.get(f"<0x{b:02X}>") for b in range(256)] if byte_fallback else [None] * 256
-        )
-        self.byte_fallback = byte_fallback
-        # Where no piece carries a ▁ behind another character, no merge crosses that border, and the
-        # text may
-        # be encoded (and remembered) word by word.
+        self.vocab, self.pairs, self.unk_id, self.fuse_unk = vocab, pairs, unk_id, fuse_unk
+        self.byte_fallback, self.strip = byte_fallback, strip
+        self.bytes = [vocab.get(f"<0x{b:02X}>") if byte_fallback else None for b in range(256)]
+        # where no piece has a ▁ behind another character, no merge crosses that border, and the
+        # text may be encoded (and cached) word by word
         by_word = not any("▁" in piece.lstrip("▁") for piece in vocab)
         self.split = re.compile("▁*[^▁]+|▁+" if by_word else ".+", re.S).findall
-        self.words = Words(self.encode_word)
+        self.words = WordCache(self.encode_word)
 
     def encode_word(self, word: str) -> list[int]:
         ids = []
@@ -122,7 +112,7 @@ class SentencePieceBPE:
         return ids
 
     def forget(self, ids: set[int]) -> None:
-        """From here on no text is encoded to one of `ids`."""
+        """No text is encoded to one of `ids` any more."""
         self.pairs = without(self.pairs, ids)
         self.words.clear()
 
@@ -131,14 +121,13 @@ class SentencePieceBPE:
 
 
 class SentencePieceDecoder:
-    """A run of byte tokens is text only if the whole of it is UTF-8 (else one U+FFFD a byte, as
-    `tokenizers` decides), so it is held back until a token that is no byte ends it.
+    """A run of byte tokens is text only if all of it is UTF-8 (else one U+FFFD per byte, as in
+    `tokenizers`), so it is held back until another token ends it.
     """
 
     def __init__(self, byte_fallback: bool, strip: bool):
-        self.byte = (
-            re.compile("<0x([0-9A-Fa-f]{2})>").fullmatch if byte_fallback else lambda token: None
-        )
+        byte = re.compile("<0x([0-9A-Fa-f]{2})>").fullmatch
+        self.byte = byte if byte_fallback else lambda token: None
         self.strip, self.run = strip, b""
 
     def push(self, token: str) -> str:
@@ -163,11 +152,10 @@ class SentencePieceDecoder:
         return text
 
 
-# The byte alphabet of GPT-2: printable Latin-1 stands for itself, the other bytes for U+0100 and
-# on.
-PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
-OTHER = sorted({*range(256)} - {*PLAIN})
-BYTE_TO_CHAR = {b: chr(b) for b in PLAIN} | {b: chr(256 + n) for n, b in enumerate(OTHER)}
+# GPT-2's byte alphabet: printable Latin-1 maps to itself, the other bytes to U+0100 and up
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = sorted({*range(256)} - {*PRINTABLE})
+BYTE_TO_CHAR = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + n) for n, b in enumerate(OTHERS)}
 CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 
 
@@ -196,7 +184,7 @@ class Kinds(dict):
 
 KINDS = Kinds()
 
-# Pre-tokenizer regex, as the files write it → the same over kinds.
+# pre-tokenizer regexes, as the files write them
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -206,23 +194,25 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLITS = {
-    GPT2_SPLIT: r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+",
-    QWEN2_SPLIT: r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-    LLAMA3_SPLIT: r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]{1,3}"
-    r"| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-}
+
+
+def over_kinds(regex: str) -> str:
+    r"""`regex` for text in KINDS: \p{L} is A-Za-z and \p{N} is \d, inside [...] and outside."""
+    inside = re.sub(r"\[[^\]]*\]", lambda m: m[0].replace(r"\p{L}", "A-Za-z"), regex)
+    return inside.replace(r"\p{L}", "[A-Za-z]").replace(r"\p{N}", r"\d")
+
+
+SPLITS = {regex: over_kinds(regex) for regex in (GPT2_SPLIT, QWEN2_SPLIT, LLAMA3_SPLIT)}
 
 
 class ByteLevelBPE:
-    """BPE over the bytes of the words that the pre-tokenizer's regex finds (GPT-2, Qwen, Llama-3)."""
+    """BPE over the bytes of the words that a regex finds (GPT-2, Qwen, Llama-3)."""
 
     def __init__(self, vocab: dict[str, int], pairs: Pairs, *, split: str, ignore_merges: bool):
         self.vocab, self.pairs, self.ignore_merges = vocab, pairs, ignore_merges
         self.bytes = [vocab[BYTE_TO_CHAR[b]] for b in range(256)]
         self.split = re.compile(SPLITS[split], re.ASCII).finditer
-        self.words = Words(self.encode_word)
+        self.words = WordCache(self.encode_word)
 
     def encode_word(self, word: str) -> list[int]:
         data = word.encode()
@@ -231,14 +221,11 @@ class ByteLevelBPE:
         return merge([self.bytes[b] for b in data], self.pairs)
 
     def encode(self, text: str) -> list[int]:
-        return [
-            i
-            for m in self.split(text.translate(KINDS))
-            for i in self.words[text[m.start() : m.end()]]
-        ]
+        spans = [m.span() for m in self.split(text.translate(KINDS))]
+        return [i for start, end in spans for i in self.words[text[start:end]]]
 
     def forget(self, ids: set[int]) -> None:
-        """From here on no text is encoded to one of `ids`."""
+        """No text is encoded to one of `ids` any more."""
         self.pairs = without(self.pairs, ids)
         self.vocab = {token: id for token, id in self.vocab.items() if id not in ids}
         self.words.clear()
@@ -248,7 +235,7 @@ class ByteLevelBPE:
 
 
 class ByteLevelDecoder:
-    """Bytes of tokens → text, whole characters only; what is no UTF-8 becomes U+FFFD."""
+    """Bytes of tokens -> text, whole characters only; bytes that are not UTF-8 become U+FFFD."""
 
     def __init__(self):
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")

@@ -1,0 +1,1 @@
+"""What both halves of `bench` share: programs in processes of their own, and their table."""

@@ -1,0 +1,155 @@
+"""What is measured, and on what: the size, the device, and a folder of weights for all programs.
+
+The weights are random, of a named size (llava_min/config.py), in a temporary folder; or they are
+those of a llava-hf folder.
+"""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llava_min.config import SIZES, LlavaConfig
+from llava_min.errors import UserError, escape_controls, info, warn
+from llava_min.tools.speed.worker import Worker, config_of
+from llava_min.util.cli import guess
+from llava_min.util.files import check_free, write_json
+
+MAX_SHARD = 1 << 30  # bytes of random weights in memory at a time
+GIB, MIB = 1 << 30, 1 << 20
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def read_size(size: str, text: int, flag: str) -> LlavaConfig:
+    """The config of a named size or of a folder, in whose context an image and `text` tokens fit,
+    or UserError.
+    """
+    if size in SIZES:
+        config = SIZES[size]
+    elif Path(size).is_dir():
+        config = config_of(size)
+        if config.vision_source:
+            raise UserError(
+                f"{size}: a checkpoint in the original layout, which transformers does not load; "
+                "give one in the llava-hf layout"
+            )
+    else:
+        fix = guess(size, SIZES, f"there are {', '.join(SIZES)}")
+        raise UserError(f"{escape_controls(size)}: neither a size nor a folder; {fix}")
+    tokens, most = config.tokens_per_image + text, config.text.max_position_embeddings
+    if tokens > most:
+        raise UserError(
+            f"{flag}: an image and {text} tokens are {tokens} and the context of {size} is "
+            f"{most}; ask for fewer"
+        )
+    return config
+
+
+def prepare(args: Any, packages: tuple[str, ...]) -> tuple[str, bool]:
+    """The device, and whether the peer, which is made of `packages`, takes part."""
+    absent = [package for package in packages if importlib.util.find_spec(package) is None]
+    if args.peer and absent:
+        raise UserError(
+            f"--peer: {absent[0]} is not installed; pip install {' '.join(absent)}, or leave it out"
+        )
+    if args.json:
+        check_free(Path(args.json))
+    from llava_min.load import pick_device
+
+    device = str(pick_device(args.device))
+    if device == "cpu" and (load := os.getloadavg()[0]) > 0.5:
+        warn(
+            f"other programs keep the machine busy (load {load:.1f}); absolute figures will be too "
+            "low"
+        )
+    return device, not absent if args.peer is None else args.peer
+
+
+@contextlib.contextmanager
+def running(
+    size: str, config: LlavaConfig, programs: tuple[type, ...], spec: dict
+) -> Iterator[list[Worker]]:
+    """A Worker for each program, with `spec` and the folder of the weights; both are removed at the
+    end.
+    """
+    import torch
+
+    from llava_min.load import on_meta
+
+    model, dtype = on_meta(config), getattr(torch, spec["dtype"])
+    total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    need_memory(total, spec["device"], len(programs) > 1)
+    with contextlib.ExitStack() as stack:
+        # so that SIGTERM removes the gigabytes, too
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        stack.callback(signal.signal, signal.SIGTERM, before)
+        folder = Path(size)
+        if size in SIZES:
+            folder = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="llava_min-bench-"))
+            )
+            if (free := shutil.disk_usage(folder).free) < total + 64 * MIB:
+                raise UserError(
+                    f"{folder.parent}: {size} takes {total / GIB:.1f} GiB there and "
+                    f"{free / GIB:.1f} are free; make room, or set TMPDIR to a larger "
+                    "disk"
+                )
+            info(f"{size}: writing {total / GIB:.1f} GiB of random weights to {folder}")
+            write_random(model, config, folder, dtype)
+        workers = []
+        for program in programs:
+            info(f"{size}: loading, {program.__name__.lower()}")
+            workers.append(Worker(program, {**spec, "folder": str(folder)}))
+            stack.callback(workers[-1].close)
+        yield workers
+
+
+def need_memory(total: int, device: str, peer: bool) -> None:
+    """Refuse what does not fit into the machine's memory, before the OOM killer ends a process."""
+    meminfo = Path("/proc/meminfo")
+    if device != "cpu" or not meminfo.exists():
+        return
+    free = meminfo.read_text().partition("MemAvailable:")[2].split()[0]
+    need, free = total * (1 + peer) / GIB, int(free) * 1024 / GIB
+    if need > free:
+        raise UserError(
+            f"the weights take {need:.1f} GiB of memory{' in two programs' * peer} and {free:.1f} "
+            f"are free; take a smaller size{' or --no-peer' * peer}"
+        )
+
+
+def write_random(model: Any, config: LlavaConfig, folder: Path, dtype: Any) -> None:
+    """A llava-hf folder for `model` on meta, a shard at a time: normal matrices, zero biases, unit
+    norms.
+    """
+    import torch
+
+    from llava_min.names import to_layout
+    from llava_min.tensors import save_tensors
+
+    generator = torch.Generator().manual_seed(0)
+    files, shard, left = {}, {}, len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        new = torch.empty(p.shape, dtype=dtype)
+        if p.dim() == 1 and name.endswith((".bias", ".weight")):
+            new.fill_(name.endswith(".weight"))
+        else:
+            new.normal_(std=0.02, generator=generator)
+        shard[to_layout(name, "hf")] = new
+        left -= 1
+        if not left or sum(x.nbytes for x in shard.values()) > MAX_SHARD:
+            file = f"model-{len(set(files.values())) + 1:05}.safetensors"
+            save_tensors(shard, folder / file)
+            files |= dict.fromkeys(shard, file)
+            shard = {}
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
+    write_json(
+        folder / "config.json", replace(config, dtype=str(dtype).removeprefix("torch.")).to_hf()
+    )
