@@ -135,7 +135,7 @@ def answer(knobs: Knobs, prompt: str | None) -> None:
         info("--compile: the first answer waits until its step is compiled")
     options |= {
         "compile": knobs.compile,
-        "suppress_tokens": processor.silent_ids(model.config.text.vocab_size),
+        "suppress_tokens": processor.suppressed_ids(model.config.text.vocab_size),
     }
     if knobs.chat:
         chat(model, processor, images[0], prompt, knobs.exif, options)

@@ -661,12 +661,12 @@ def test_a_foreign_template_in_the_models_folder_and_beside_an_adapter(folder, a
         err = err_of(capsys, folder, **options)
         assert (
             err == f"{path}: taken as vicuna_v1, from which it differs in spaces alone; "
-            "--template takes another\n"
+            "template takes another\n"
         )
         assert prepare(str(folder), **options).processor.template_name == "vicuna_v1"
         path.write_text(FACTORY.replace("USER", "HUMAN"))
         err = err_of(capsys, folder, **options)
-        assert err.startswith(f"warning: {path}: ") and "--template" in err and err.count("\n") == 1
+        assert err.startswith(f"warning: {path}: ") and "template" in err and err.count("\n") == 1
         assert err_of(capsys, folder, template="plain", **options) == ""
         path.unlink()
     for place in (folder, adapter):  # the base's own, copied: nothing new
@@ -766,7 +766,7 @@ def test_words_and_merges_of_another_tokenizer_beside_an_adapter(folder, adapter
     ) == ""
     good = json.loads((adapter / "tokenizer.json").read_text())
     for says, spoil in (
-        ("cuts .* otherwise than the base's", lambda m: m["merges"].pop()),
+        ("tokenizes .* differently from the base's", lambda m: m["merges"].pop()),
         ("has '.*' as token .* where the base's has", swapped),
         (
             "1 more words in its vocabulary, the first is 'zzz'",

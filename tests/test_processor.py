@@ -589,7 +589,7 @@ def test_stop_ids(sp_model, tmp_path):
 def test_rows_that_are_no_text_are_silent(folder):
     p = processor(folder, "llava_hf")
     n = len(p.tokenizer)
-    assert p.silent_ids(n) == [p.image_token_id] and p.silent_ids(n + 2) == [
+    assert p.suppressed_ids(n) == [p.image_token_id] and p.suppressed_ids(n + 2) == [
         p.image_token_id,
         n,
         n + 1,
@@ -1090,7 +1090,7 @@ def test_the_original_tokenizes_by_chunks_in_every_mode(model_type, name, sp_mod
         for one in (p, q):
             assert one.chat(m, images)["input_ids"][0].tolist() == ids
     own = read_processor(path, shape, None, None, "llava_hf")  # transformers' rule, whoever trained
-    assert (own.rule, p.rule) == ("own", "chunk") and processor(path, "mistral").rule == "own"
+    assert (own.rule, p.rule) == ("hf", "llava") and processor(path, "mistral").rule == "hf"
     (tmp_path / "saved" / "processor_config.json").write_text('{"llava_min_chunks": "yes"}')
     with pytest.raises(
         UserError,

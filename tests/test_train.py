@@ -663,7 +663,7 @@ def test_rows_of_one_kind_share_a_step(home, tmp_path, monkeypatch):
 
 
 def test_the_evaluation_asks_as_the_flags_say(home, tmp_path, monkeypatch):
-    from llava_min.data.record import Record
+    from llava_min.data.formats import Record
 
     turned, beams, pictures, generate = [], [], Record.pictures, predict.generate
     monkeypatch.setattr(
@@ -811,7 +811,7 @@ def test_bad_pictures_on_the_way_are_listed(home, tmp_path, monkeypatch):
     shutil.copytree(home / "data", tmp_path / "data")
     picture = next((tmp_path / "data" / "images").glob("*train*"))
     picture.write_bytes(picture.read_bytes()[:60])
-    monkeypatch.setattr(records.Skips.__init__, "__defaults__", (None, 0.1))  # of 24 records
+    monkeypatch.setattr(records.SkippedRecords.__init__, "__defaults__", (None, 0.1))  # of 24 records
     training.run(
         home,
         tmp_path / "run",
