@@ -144,7 +144,9 @@ def test_vqav2_joins_questions_and_annotations(files):
         one.extra["references"] == [f"42000-{i}" for i in range(1, 11)]
         and two.extra["references"][0] == "42001-1"
     )
-    assert one.images == [files / "COCO_val2014_000000000042.jpg"] and one.open_images()[0].size == (
+    assert one.images == [files / "COCO_val2014_000000000042.jpg"] and one.open_images()[
+        0
+    ].size == (
         40,
         30,
     )

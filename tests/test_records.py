@@ -550,7 +550,9 @@ def test_messages_are_what_the_llava_form_of_them_is(tmp_path, images):
             for a, b in zip(got, want):
                 assert [m["role"] for m in a.messages] == [m["role"] for m in b.messages]
                 assert [text_of(m) for m in a.messages] == [text_of(m) for m in b.messages]
-                assert [split_content(m)[0] for m in a.messages] == [split_content(m)[0] for m in b.messages]
+                assert [split_content(m)[0] for m in a.messages] == [
+                    split_content(m)[0] for m in b.messages
+                ]
             assert got == read_records(written(tmp_path / "m.json", data), images)
 
 

@@ -811,7 +811,9 @@ def test_bad_pictures_on_the_way_are_listed(home, tmp_path, monkeypatch):
     shutil.copytree(home / "data", tmp_path / "data")
     picture = next((tmp_path / "data" / "images").glob("*train*"))
     picture.write_bytes(picture.read_bytes()[:60])
-    monkeypatch.setattr(records.SkippedRecords.__init__, "__defaults__", (None, 0.1))  # of 24 records
+    monkeypatch.setattr(
+        records.SkippedRecords.__init__, "__defaults__", (None, 0.1)
+    )  # of 24 records
     training.run(
         home,
         tmp_path / "run",

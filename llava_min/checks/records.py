@@ -175,9 +175,7 @@ def check_message(turn: Any, where: str, sources: Sequence[str], hints: Sequence
     check_text("".join(texts), where)
 
 
-def check_image_part(
-    part: dict, where: str, sources: Sequence[str], hints: Sequence[str]
-) -> None:
+def check_image_part(part: dict, where: str, sources: Sequence[str], hints: Sequence[str]) -> None:
     said = [key for key, x in part.items() if key not in ("type", *hints) and x is not None]
     if other := [key for key in said if key not in ("index", *sources)]:
         raise UserError(

@@ -15,8 +15,8 @@ PLACES = "path|file|name|url|uri|list|data|bytes|base64|b64|local|input"
 NAME = re.compile(rf"(?:({MEDIA})s?|(?:{PLACES})s?|[\W\d_])+", re.I)
 ENDINGS = "jpe?g|png|webp|gif|bmp|tiff?|mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg|m4a"
 FILE = re.compile(rf"data:(image|video|audio)/|.{{1,1000}}\.({ENDINGS})$", re.I)
-# of a turn, whether its answer is learned: ms-swift and XTuner; preference data of LLaMA-Factory and
-# TRL; OpenAI; Axolotl; ms-swift
+# of a turn: whether its answer is learned, in ms-swift and XTuner; preference data of LLaMA-Factory
+# and TRL; OpenAI; Axolotl; ms-swift
 MARKERS = ("loss", "label", "weight", "train", "loss_scale")
 FIELDS = ("tools", "weight", "loss", "loss_scale")  # of a record
 # of an image part: sizes, which the vision tower fixes

@@ -206,7 +206,9 @@ def from_published(raw: dict, benchmark: Benchmark, root: Path) -> Record:
     ]
     path = fill(benchmark.image, raw)
     check_path(path, root, "image")
-    return Record(fill(benchmark.id, raw), messages, [root / path], root, raw | {"references": right})
+    return Record(
+        fill(benchmark.id, raw), messages, [root / path], root, raw | {"references": right}
+    )
 
 
 def value(raw: dict, field: str) -> object:
