@@ -726,7 +726,7 @@ def test_mixtures(tmp_path, images, monkeypatch, capsys):
             assert ids("other/*.json") == ["a.json:0", "c.json:0"]
     written(tmp_path / "d.json", [record("Hi", "Ho", id="a1")])
     ids("pictures/a.json,d.json")
-    assert "1 ids stand on more than one record, for example a1" in capsys.readouterr().err
+    assert "1 ids are on more than one record, for example a1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""What a dataset's record may say, and what a person is told of a file of records.
+"""What a record of a dataset may say, and the errors and warnings about a file of records.
 
-The checks of one record raise a UserError without its place: data/records.py adds that, and counts
-all bad records of a file before it gives up.
+The error of one record does not name its place: data/records.py adds it, and counts all bad records
+of a file before it gives up.
 """
 
 import os
@@ -27,7 +27,7 @@ KINDS = {
 
 
 def kind(x: object) -> str:
-    """What JSON calls it."""
+    """What a message calls a value of JSON."""
     return "empty" if x in ("", []) else KINDS.get(type(x), type(x).__name__)
 
 
@@ -282,7 +282,7 @@ def report_ignored(
         )
     if marks:
         warn(
-            f"{path}: marks that stand within a question, or beside its image, are text: "
+            f"{path}: marks within a question, or beside its image, are text: "
             f"{times(marks)}"
         )
 
@@ -299,7 +299,7 @@ def check_mixture(data: str, records: int, repeated: Iterable[str]) -> None:
         raise UserError(f"{shorten(data, 200)}: no record is left; raise the weight")
     if repeated := list(repeated):
         warn(
-            f"{shorten(data, 400)}: {len(repeated)} ids stand on more than one record, for example "
+            f"{shorten(data, 400)}: {len(repeated)} ids are on more than one record, for example "
             f"{shorten(repeated[0])}"
         )
 

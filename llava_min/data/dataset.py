@@ -99,7 +99,7 @@ class Dataset(torch.utils.data.Dataset):
         exchanges = range(1, len(r.messages) // 2)
         size = lambda n: self.tokens(first(n), max_length)
         n = bisect_right(exchanges, max_length, key=size)
-        # what is left has to hold an answer that is learnt
+        # the rest must hold an answer that is learned
         answers = [m for m in first(n).messages if m["role"] == "assistant"]
         return first(n) if n and any(m.get("loss") is not False for m in answers) else None
 
@@ -163,8 +163,8 @@ def evaluation_batch(
 ) -> tuple[dict[str, torch.Tensor], list[str], list[list[str]]]:
     """(batch padded on the left, last questions, references).
 
-    A prompt is what stands before a record's last answer, and that answer is its reference. Earlier
-    turns are given as the record has them.
+    A prompt is everything before the last answer of a record, and that answer is its reference.
+    Earlier answers are those of the record.
     """
     images = [r.open_images(exif) for r in records]
     prompts = [r.messages[:-1] for r in records]
