@@ -510,6 +510,14 @@ def test_pictures_may_stand_in_the_messages(folder):
             p.chat(talk, images)
 
 
+@pytest.mark.parametrize("name", ["llava_hf", "vicuna_v1"])
+def test_a_mark_alone_is_asked_as_it_is_trained(folder, name):
+    """An `<image>` without text has the same ids as the image part that a dataset makes of it."""
+    p = processor(folder, name)
+    mark, part = ([{"role": "user", "content": content}] for content in ("<image>", [IMAGE]))
+    assert torch.equal(p.chat(mark, picture(0))["input_ids"], p.chat(part, picture(0))["input_ids"])
+
+
 def test_marks_in_text_are_pictures_only_where_nothing_else_says_where_they_go(folder):
     p = processor(folder, "vicuna_v1")
     literal = "what does the <image> tag do?"
