@@ -92,11 +92,13 @@ def test_the_model_is_left_as_it_was(data, tiny):
 
 
 def test_pictures_are_turned_as_they_were_asked_for(data, tiny, monkeypatch):
-    seen, pictures = [], predict.Record.pictures
+    seen, open_images = [], predict.Record.open_images
     monkeypatch.setattr(
         predict.Record,
-        "pictures",
-        lambda self, exif=False: seen.append((type(self.images[0]), exif)) or pictures(self, exif),
+        "open_images",
+        lambda self, exif=False: (
+            seen.append((type(self.images[0]), exif)) or open_images(self, exif)
+        ),
     )
     predict(*tiny, read_records(data)[:2], exif=True, max_new_tokens=2)
     # the others are decoded

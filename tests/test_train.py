@@ -665,12 +665,12 @@ def test_rows_of_one_kind_share_a_step(home, tmp_path, monkeypatch):
 def test_the_evaluation_asks_as_the_flags_say(home, tmp_path, monkeypatch):
     from llava_min.data.formats import Record
 
-    turned, beams, pictures, generate = [], [], Record.pictures, predict.generate
+    turned, beams, open_images, generate = [], [], Record.open_images, predict.generate
     monkeypatch.setattr(
         Record,
-        "pictures",
+        "open_images",
         lambda self, exif=False: (
-            turned.append(exif or not isinstance(self.images[0], Path)) or pictures(self, exif)
+            turned.append(exif or not isinstance(self.images[0], Path)) or open_images(self, exif)
         ),
     )
     monkeypatch.setattr(

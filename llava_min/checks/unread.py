@@ -7,7 +7,7 @@ answers that are marked as not to be learned; fields that mean something in othe
 import re
 from functools import lru_cache
 
-from llava_min.checks.records import kind
+from llava_min.checks.formats import kind
 from llava_min.errors import UserError, shorten
 
 MEDIA = "image|img|picture|pic|photo|frame|media|video|film|clip|audio|sound|speech"

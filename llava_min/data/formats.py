@@ -25,8 +25,7 @@ from pathlib import Path
 from PIL import Image
 
 from llava_min.checks.chat import check_conversation
-from llava_min.checks.image_file import open_image
-from llava_min.checks.records import (
+from llava_min.checks.formats import (
     check_format,
     check_image_list,
     check_indices,
@@ -39,6 +38,7 @@ from llava_min.checks.records import (
     check_system,
     check_turns,
 )
+from llava_min.checks.image_file import open_image
 from llava_min.checks.unread import (
     HINTS,
     MARKERS,

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_min.checks.records import check_text
+from llava_min.checks.formats import check_text
 from llava_min.data.chat import render, text_of
 from llava_min.data.data_uri import Encoded
 from llava_min.data.dataset import Dataset, evaluation_batch

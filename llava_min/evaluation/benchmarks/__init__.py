@@ -9,7 +9,7 @@ import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from llava_min.checks.records import check_path, check_text, kind
+from llava_min.checks.formats import check_path, check_text, kind
 from llava_min.data.formats import Record
 from llava_min.data.json_file import parse
 from llava_min.data.records import ImageFiles, raw_records, sources
