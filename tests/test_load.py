@@ -550,7 +550,7 @@ EARLY = {
             crop_size={"height": 56, "width": 56},
         ),
         {},
-        "pictures are made 56 pixels wide but image_size in config.json is",
+        "images are resized to 56 pixels but image_size in config.json is",
     ),
     "a larger tokenizer": (
         lambda f: change(
