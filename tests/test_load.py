@@ -560,6 +560,14 @@ EARLY = {
         {},
         "tokens but vocab_size is 384; the tokenizer belongs to another model",
     ),
+    "another image token": (
+        lambda f: change(
+            f / "tokenizer_config.json",
+            added_tokens_decoder={"380": {"content": "<image>", "special": True}},
+        ),
+        {},
+        "in config.json but <image> is 380 in the tokenizer; correct one of them",
+    ),
     "dtype": (lambda f: None, {"dtype": "int3"}, "dtype"),
     "device": (lambda f: None, {"device": "tpu9"}, "device"),
     "adapter": (
