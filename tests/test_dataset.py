@@ -384,7 +384,7 @@ def test_long_records_lose_whole_turns_from_the_end_and_are_told(images, process
 
 def test_a_record_that_the_template_cannot_hold_is_found_before_training(images, processor):
     p = Processor(processor.tokenizer, processor.image_config, "plain", processor.image_token_id, 4)
-    refused(lambda: Dataset(records_of(images)[:3], p), "record r2: template plain")
+    refused(lambda: Dataset(records_of(images)[:3], p), "record r2: template: plain")
     assert len(Dataset(records_of(images)[:1], p)) == 1
 
 

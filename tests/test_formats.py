@@ -477,7 +477,7 @@ def test_the_system_text_beside_a_conversation(tmp_path, processor):
         processor.tokenizer, processor.image_config, "plain", processor.image_token_id, 4
     )
     (r,) = read(tmp_path, [chat([{"type": "image", "image": URI}], "x", system="Be kind.")])
-    refused(lambda: Dataset([r], plain), "record r1: template plain", "no system message")
+    refused(lambda: Dataset([r], plain), "record r1: template: plain", "no system message")
 
 
 @pytest.mark.parametrize(

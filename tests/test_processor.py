@@ -607,7 +607,7 @@ def test_rows_that_are_no_text_are_silent(folder):
 def test_construction_refuses_what_cannot_work(sp_model, tmp_path):
     t = Tokenizer.load(llama_folder(tmp_path, sp_model, "modern"))
     with pytest.raises(
-        UserError, match="template chatml: needs the token <|im_start|>".replace("|", r"\|")
+        UserError, match="template: chatml needs the token <|im_start|>".replace("|", r"\|")
     ):
         Processor(t, CONFIG, "chatml", 400, 4)
     with pytest.raises(

@@ -163,7 +163,7 @@ def test_bf16_keeps_what_is_trained_in_fp32(data, tmp_path):
         (["--device", "cuda:9"], "--device: cuda"),
         (["--device", "tpu"], "--device: 'tpu'"),
         (["--template", "poem"], "--template: poem"),
-        (["--template", "chatml"], "--template chatml: needs"),
+        (["--template", "chatml"], "--template: chatml needs"),
         (["--train", "all"], "--train: .all. is not one of"),
         (["--train", "last:9"], "last:9"),
         (["--warmup-steps", "50"], "--warmup-steps 50"),

@@ -93,8 +93,9 @@ def is_blank(message: dict) -> bool:
 def check_plain(system: str | None, turns: list) -> None:
     if system or len(turns) != 1 or not turns[0].images:
         raise UserError(
-            "template plain: takes one image and its caption, no system message, no further "
-            "turns; use another template for conversations"
+            "plain takes one image and its caption, no system message, no further turns; use "
+            "another for conversations",
+            "template",
         )
 
 

@@ -20,7 +20,7 @@ def check_prompts(prompts: Any, spaced: bool) -> None:
         raise UserError("expected a string or a non-empty list of strings; fix the call", "prompts")
     for prompt in prompts:
         if not prompt.strip():
-            raise UserError("prompt: is empty; write a question")
+            raise UserError("is empty; write a question", "prompt")
         if spaced:
             warn_of_spacing(prompt)
 
@@ -33,8 +33,8 @@ def warn_of_spacing(prompt: str) -> None:
     if right != prompt:
         show = json.dumps(right, ensure_ascii=False)
         warn(
-            "prompt: its spacing differs from what the model was trained with; right is "
-            f"{show[:1000]}"
+            f"its spacing differs from what the model was trained with; right is {show[:1000]}",
+            "prompt",
         )
 
 
@@ -66,8 +66,9 @@ def check_image_token(known: int | None, image_token_id: int) -> None:
 def check_template_token(id: int | None, token: str, template: str) -> None:
     if id is None:
         raise UserError(
-            f"template {template}: needs the token {token}, which this tokenizer "
-            "does not have; choose another template"
+            f"{template} needs the token {token}, which this tokenizer does not have; choose "
+            "another",
+            "template",
         )
 
 

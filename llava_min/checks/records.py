@@ -15,7 +15,9 @@ MAX_DIGITS = 20  # of a weight
 
 def check_image_folder(root: Path, given: bool) -> None:
     if given and not root.is_dir():
-        raise UserError(f"{shorten(root, 400)}: no such folder; give the folder of the images")
+        raise UserError(
+            f"{shorten(root, 400)}: no such folder; give the folder of the images", "image_folder"
+        )
 
 
 def check_found(images: Iterable, found: Iterable[bool]) -> None:
