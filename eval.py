@@ -109,7 +109,7 @@ class Knobs:
 def main(argv: list[str]) -> int | None:
     knobs = parse(Knobs, argv, "Answer a file of questions and score the answers.")
 
-    from llava_min.data.records import read_records, with_images
+    from llava_min.data.records import count_records, read_records
     from llava_min.evaluation.benchmarks import benchmark_records, read_benchmark
     from llava_min.evaluation.metrics import find
     from llava_min.evaluation.metrics.blind import told
@@ -152,7 +152,7 @@ def main(argv: list[str]) -> int | None:
         compared = [None, knobs.compare] if knobs.compare else [None]
         checkpoints = [check_side(knobs, records, compare) for compare in compared]
         if world.rank == 0:
-            info(f"{knobs.data}: {with_images(records)}")
+            info(f"{knobs.data}: {count_records(records)}")
         sides = [
             # popped: the first model is freed before the second is loaded
             answers(knobs, records, world, folder, checkpoints.pop(0), compare, held)
@@ -554,11 +554,10 @@ def writing(folder: Path) -> Iterator[None]:
 def write_report(
     path: Path, records: list, tuned: Side, base: Side | None, change: dict | None
 ) -> None:
-    from llava_min.data.record import earlier
     from llava_min.report import write_eval_report
 
     rows = [
-        row | {"images": record.images, "earlier": earlier(record)}
+        row | {"images": record.images, "earlier": record.history()}
         for row, record in zip(tuned.rows, records, strict=True)
     ]
     if base:
@@ -582,7 +581,7 @@ def remarks(rows: list[dict]) -> list[str]:
     """What scores do not tell: records without pictures, references or an answer, counted and
     named.
     """
-    from llava_min.data.records import told
+    from llava_min.errors import preview
 
     out = []
     for what, ids in (
@@ -594,7 +593,9 @@ def remarks(rows: list[dict]) -> list[str]:
         ),
     ):
         if ids:
-            out.append(f"{len(ids)} of {len(rows)} records {what}: {told(map(shorten, ids), ', ')}")
+            out.append(
+                f"{len(ids)} of {len(rows)} records {what}: {preview(map(shorten, ids), ', ')}"
+            )
     out += [r["error"] for r in rows if "error" in r][:5]
     return out
 

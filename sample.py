@@ -92,7 +92,7 @@ def answer(config: Config, prompt: str | None) -> None:
         info("--compile: the first answer waits until its step is compiled")
     options = config.numbers() | {
         "compile": config.compile,
-        "suppress_tokens": processor.silent_ids(model.config.text.vocab_size),
+        "suppress_tokens": processor.suppressed_ids(model.config.text.vocab_size),
     }
     if config.chat:
         chat(model, processor, images[0], prompt, config.exif, options)

@@ -214,7 +214,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     from llava_min.adapter import adapter_names, save_adapter
     from llava_min.data.dataset import Dataset
     from llava_min.data.loader import loader
-    from llava_min.data.records import Skips, read_records, with_images
+    from llava_min.data.records import SkippedRecords, count_records, read_records
     from llava_min.data.sampler import plan as make_plan
     from llava_min.data.sampler import records_of
     from llava_min.evaluation.predict import check_room, on_held_out
@@ -271,7 +271,9 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
             )
         assert_same_on_ranks(world, "the toy data", True)
         data, eval_data, images = str(out / "data" / "train.json"), out / "data" / "val.json", None
-    skips = Skips(out / "skipped.txt" if world.rank == 0 else None) if knobs.skip_bad else None
+    skips = (
+        SkippedRecords(out / "skipped.txt" if world.rank == 0 else None) if knobs.skip_bad else None
+    )
     records = read_records(data, images, skips)
     held_out = read_records(eval_data, images) if eval_data else []
 
@@ -385,7 +387,7 @@ def train(knobs: Knobs, world, signals: Signals, out: Path, resumed: Path | None
     )
     log.say(
         f"data {identity['training data'][:12]}, model {identity['base model'][:12]}: "
-        f"{with_images(dataset.records)}, {len(plan)} steps "
+        f"{count_records(dataset.records)}, {len(plan)} steps "
         f"of {rows * world.size} rows, into {out}"
         + (f", going on from step {at.step}" if resumed else "")
     )

@@ -5,6 +5,7 @@ package.
 import functools
 import re
 import sys
+from collections.abc import Iterable
 
 MAX_LINE = 2000  # characters of one line on the terminal
 
@@ -57,6 +58,12 @@ def shorten(x: object, n: int = 60) -> str:
     """`x` as text that a message can quote: printable, and at most `n` characters."""
     text = escape_controls(x)
     return text if len(text) <= n else text[:n] + "…"
+
+
+def preview(lines: Iterable[str], between: str = " | ", most: int = 5) -> str:
+    """The first few of many lines, for a message."""
+    lines = [line[:280] for line in lines]
+    return between.join(lines[:most] + ["…"] * (len(lines) > most))
 
 
 def info(text: str) -> None:

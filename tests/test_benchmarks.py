@@ -10,7 +10,7 @@ import pytest
 from conftest import load_script
 from PIL import Image
 
-from llava_min.data.record import text_of
+from llava_min.data.chat import text_of
 from llava_min.errors import UserError
 from llava_min.evaluation.benchmarks import FOLDER, benchmark_records, read_benchmark
 from llava_min.evaluation.metrics import find
@@ -144,7 +144,9 @@ def test_vqav2_joins_questions_and_annotations(files):
         one.extra["references"] == [f"42000-{i}" for i in range(1, 11)]
         and two.extra["references"][0] == "42001-1"
     )
-    assert one.images == [files / "COCO_val2014_000000000042.jpg"] and one.pictures()[0].size == (
+    assert one.images == [files / "COCO_val2014_000000000042.jpg"] and one.open_images()[
+        0
+    ].size == (
         40,
         30,
     )
@@ -226,7 +228,7 @@ def test_what_belongs_to_no_question_is_said(files, capsys):
             ["questions.json", "without.json"],
             "without.json: record 0: has no field question_id",
         ),
-        ("pope", ["lost.json"], "no picture"),
+        ("pope", ["lost.json"], "no image"),
         ("pope", ["outside.json"], "outside the image folder"),
         ("pope", ["number.json"], "label: a number"),
         ("pope", ["empty.json"], "label: is empty, expected the right answers"),

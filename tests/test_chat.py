@@ -8,8 +8,8 @@ import random
 
 import pytest
 
-from llava_min.data.chat import LLAVA_HF_JINJA, TEMPLATES, Piece, render, template
-from llava_min.data.recognise import choose, outline, recognise
+from llava_min.data.chat import LLAVA_HF_JINJA, TEMPLATES, Piece, get_template, render
+from llava_min.data.recognise import find_template, outline, recognise
 from llava_min.errors import UserError
 
 # chat_template of llava-hf/llava-1.5-7b-hf, as transformers'
@@ -282,9 +282,9 @@ def test_every_answer_ends_in_a_supervised_stop_and_nothing_else_is_supervised(n
     assert not any("question" in (p.text or "") or p.token == "image" for p in marks)
     assert sum("answer" in (p.text or "") for p in marks) == n
     if name == "plain":
-        assert marks[-1].text.endswith(template(name).stop)
+        assert marks[-1].text.endswith(get_template(name).stop)
     else:
-        stop = template(name).stop
+        stop = get_template(name).stop
         assert [p.token for p in marks[1::2]] == ["eos" if stop == "</s>" else stop] * n
 
 
@@ -320,8 +320,8 @@ def test_text_of_users_never_becomes_a_token(name):
         ([{"role": "user", "content": ["x"]}], False, "unknown part"),
         ([{"role": "user", "content": [{"type": "video"}]}], False, "video"),
         ([{"role": "user", "content": [{"type": "text"}]}], False, "part"),
-        ([user("q"), {"role": "assistant", "content": [{"type": "image"}]}], True, "picture"),
-        ([{"role": "system", "content": [{"type": "image"}]}, user("q")], False, "picture"),
+        ([user("q"), {"role": "assistant", "content": [{"type": "image"}]}], True, "image"),
+        ([{"role": "system", "content": [{"type": "image"}]}, user("q")], False, "image"),
         ([{"role": "\x1b[31m" * 99, "content": "q"}], False, "expected role"),
     ],
 )
@@ -414,12 +414,12 @@ class Vocabulary:
     ],
 )
 def test_choose(args, name):
-    assert choose(*args) == name
+    assert find_template(*args) == name
 
 
 def test_an_unknown_recorded_template_is_refused():
     with pytest.raises(UserError, match="mine"):
-        choose({}, {"llava_min_template": "mine"})
+        find_template({}, {"llava_min_template": "mine"})
 
 
 # ---- a jinja text that is none of ours, recognised without being run
@@ -473,18 +473,18 @@ def test_a_form_of_ours_is_recognised_whatever_its_variables_are_called(capsys):
         for source in sources:
             assert (
                 recognise(source) == (name, True)
-                and choose({"text_config": {}}, {}, source) == name
+                and find_template({"text_config": {}}, {}, source) == name
             )
     assert capsys.readouterr().err == ""
     for name, source in SPACED.items():
         assert (
             recognise(source) == (name, False)
-            and choose({"text_config": {}}, {}, source, path="x/y") == name
+            and find_template({"text_config": {}}, {}, source, path="x/y") == name
         )
         assert (
             capsys.readouterr().err
             == f"x/y: taken as {name}, from which it differs in spaces alone; "
-            "--template takes another\n"
+            "template takes another\n"
         )
 
 
@@ -564,11 +564,11 @@ def test_another_template_is_not_taken_for_ours_in_silence(what, capsys):
     source, old, new = MATERIAL[what]
     assert recognise(source)[0] and old in source
     assert recognise(source.replace(old, new)) == (None, False)
-    choose({"text_config": {}}, {}, source.replace(old, new), path="x/chat_template.jinja")
+    find_template({"text_config": {}}, {}, source.replace(old, new), path="x/chat_template.jinja")
     err = capsys.readouterr().err
     assert (
         err.startswith("warning: x/chat_template.jinja: ")
-        and "--template" in err
+        and "template" in err
         and err.count("\n") == 1
     )
 

@@ -91,7 +91,7 @@ def test_training_view(images, processor):
         assert learnt.replace("</s>", "|").replace(" ", "") == "".join(
             s + "|" for s in said
         ).replace(" ", "")
-    pictures = [p for r in records for p in r.pictures()]
+    pictures = [p for r in records for p in r.open_images()]
     for got, im in zip(batch["pixel_values"], pictures, strict=True):
         assert torch.equal(got, processor("<image>", im)["pixel_values"][0])
     assert "pixel_values" not in collate([items[2]])
@@ -104,7 +104,7 @@ def test_evaluation_view_is_the_start_of_the_training_view(images, processor):
     assert references == [["A cat."], ["A dog, and two cats."], ["Yes."], ["No."]]
     for row, r in enumerate(records):
         ids = batch["input_ids"][row][batch["attention_mask"][row] == 1].tolist()
-        whole = processor.training(r.messages, [r.pictures()] if r.images else None)
+        whole = processor.training(r.messages, [r.open_images()] if r.images else None)
         n = len(ids)
         assert whole["input_ids"][:n] == ids
         last = [t for t in whole["labels"][n:] if t != -100]
@@ -325,7 +325,7 @@ def test_labels_are_those_of_preprocess_v1_and_plain(tmp_path, images, which, le
 
 
 def long_talk(images: Path, *words: int) -> Record:
-    """A conversation with a picture in every question but the second, and answers of so many words."""
+    """A conversation with an image in every question but the second, and answers of so many words."""
     turns = [
         x for k, n in enumerate(words) for x in ("<image>\nWhat?" if k != 1 else "So?", "red " * n)
     ]
@@ -384,7 +384,7 @@ def test_long_records_lose_whole_turns_from_the_end_and_are_told(images, process
 
 def test_a_record_that_the_template_cannot_hold_is_found_before_training(images, processor):
     p = Processor(processor.tokenizer, processor.image_config, "plain", processor.image_token_id, 4)
-    refused(lambda: Dataset(records_of(images)[:3], p), "record r2: template plain")
+    refused(lambda: Dataset(records_of(images)[:3], p), "record r2: template: plain")
     assert len(Dataset(records_of(images)[:1], p)) == 1
 
 
@@ -637,7 +637,7 @@ def test_the_snippets_of_the_documentation(tmp_path, monkeypatch):
     ] * 2
     assert [r.messages[1]["content"] for r in got] == ["A sign says «Stop».", "A shop."] and got[
         1
-    ].pictures()[0].size == (5, 4)
+    ].open_images()[0].size == (5, 4)
 
     (tmp_path / "tables").mkdir()
     for name in ("a", "b"):
@@ -658,7 +658,9 @@ def test_the_snippets_of_the_documentation(tmp_path, monkeypatch):
             "content": "| Name | Price |\n| --- | --- |\n| Tea, green | 3 |\n| A\\|B | 4 5 |",
         },
     ]
-    assert b.messages[1]["content"] == "| x |\n| --- |" and [len(r.pictures()) for r in (a, b)] == [
+    assert b.messages[1]["content"] == "| x |\n| --- |" and [
+        len(r.open_images()) for r in (a, b)
+    ] == [
         1,
         1,
     ]

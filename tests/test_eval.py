@@ -92,11 +92,13 @@ def test_the_model_is_left_as_it_was(data, tiny):
 
 
 def test_pictures_are_turned_as_they_were_asked_for(data, tiny, monkeypatch):
-    seen, pictures = [], predict.Record.pictures
+    seen, open_images = [], predict.Record.open_images
     monkeypatch.setattr(
         predict.Record,
-        "pictures",
-        lambda self, exif=False: seen.append((type(self.images[0]), exif)) or pictures(self, exif),
+        "open_images",
+        lambda self, exif=False: (
+            seen.append((type(self.images[0]), exif)) or open_images(self, exif)
+        ),
     )
     predict(*tiny, read_records(data)[:2], exif=True, max_new_tokens=2)
     # the others are decoded
@@ -123,7 +125,7 @@ def test_an_answer_is_text_and_nothing_around_it(data, tiny, monkeypatch):
 def test_an_answer_is_cut_where_no_end_token_came(data, tiny, options):
     """Of any batch; an answer whose end token is the last one that there was room for is whole."""
     (model, processor), records = tiny, read_records(data)[:9]
-    ends, silent = processor.stop_ids, processor.silent_ids(model.config.text.vocab_size)
+    ends, silent = processor.stop_ids, processor.suppressed_ids(model.config.text.vocab_size)
     seen = set()
     for most in range(1, 6):
         rows = predict(model, processor, records, batch_size=4, max_new_tokens=most, **options)
@@ -572,7 +574,7 @@ def test_records_of_one_id_keep_their_own_answers(changed, tmp_path, capsys):
 
     path = changed(change)
     run(path, "--out", str(tmp_path / "out"))
-    assert "1 ids stand on more than one record" in capsys.readouterr().err
+    assert "1 ids are on more than one record" in capsys.readouterr().err
     first = lines(tmp_path / "out" / "predictions.jsonl")
     run(path, "--out", str(tmp_path / "out"))
     assert lines(tmp_path / "out" / "predictions.jsonl") == first and len(first) == 18

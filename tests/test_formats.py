@@ -14,13 +14,13 @@ from test_parquet import parquet, picture, red  # noqa: F401  parquet: a fixture
 from test_records import GOOD, IMAGE, chat, images, messages, png, record, refused, talk, written  # noqa: F401
 
 from llava_min.checks import image_file as picture_module
+from llava_min.checks.unread import names_media, placeholder
 from llava_min.data import formats
-from llava_min.data.chat import TEMPLATES, render
+from llava_min.data.chat import TEMPLATES, render, text_of
 from llava_min.data.data_uri import Encoded, from_data_uri, is_data_uri
 from llava_min.data.dataset import Dataset
-from llava_min.data.record import Bad, text_of
-from llava_min.data.records import read_records, with_images
-from llava_min.data.unread import names_media, placeholder
+from llava_min.data.records import count_records, read_records
+from llava_min.errors import UserError
 from llava_min.evaluation.predict import unanswered
 
 TEXT = {"type": "text", "text": "What is it?"}
@@ -67,7 +67,7 @@ def test_each_form_is_the_same_record(tmp_path, images, raw):
         IMAGE,
         want.messages[0]["content"][1],
     ]
-    assert text_of(r.messages[1]) == "A cat." and r.pictures()[0].size == (9, 7)
+    assert text_of(r.messages[1]) == "A cat." and r.open_images()[0].size == (9, 7)
     assert read_records(written(tmp_path / "x.jsonl", json.dumps(raw)), images) == [r]
 
 
@@ -134,7 +134,7 @@ BAD_FORMS = {
         "message 0: image /etc/passwd lies outside",
     ),
     "file:// alone": (part("image", image="file://"), "image is empty"),
-    "missing": (part("image", image="gone.png"), "no picture"),
+    "missing": (part("image", image="gone.png"), "no image"),
     "not base64": (part("image", image="data:image/png;base64,@@"), "is not whole base64"),
     "base64 cut": (part("image", image=URI[:-1]), "is not whole base64"),
     "not ASCII": (part("image", image="data:image/png;base64,ä\ud800"), "is not whole base64"),
@@ -150,11 +150,11 @@ BAD_FORMS = {
     "another key": (part("image", image="a.png", cropped=True), "an image part has cropped"),
     "in an answer": (
         chat("Hi", [{"type": "image_url", "image_url": {"url": URI}}, TEXT]),
-        "holds a picture",
+        "holds an image",
     ),
     "one left over": (
         {**part("image", image="a.png"), "images": ["b.png"]},
-        "1 pictures, but the messages have 0 places",
+        "1 images, but the messages have 0 places",
     ),
     "image and images": (
         record("<image>", "x", image="a.png", images=["b.png"]),
@@ -190,7 +190,7 @@ def test_an_image_inside_a_record_obeys_the_limits_of_a_file(tmp_path, monkeypat
             tmp_path,
             [part("image", image="data:image/png;base64," + base64.b64encode(data).decode())],
         )
-        refused(r.pictures, "record r1: message 0: image: ", words)
+        refused(r.open_images, "record r1: message 0: image: ", words)
     monkeypatch.setattr(picture_module, "MAX_BYTES", 30)
     refused(
         lambda: read(tmp_path, [part("image", image=URI)]),
@@ -339,7 +339,7 @@ def test_parquet_reads_no_bytes_where_it_need_not(tmp_path, parquet, monkeypatch
     monkeypatch.setattr(
         "llava_min.data.parquet.group_bytes", lambda *_: pytest.fail("the bytes were read")
     )
-    assert with_images(read_records(path)) == "4 records, 4 with a picture"
+    assert count_records(read_records(path)) == "4 records, 4 with an image"
 
 
 # ---- what is not read
@@ -353,7 +353,7 @@ def test_parquet_reads_no_bytes_where_it_need_not(tmp_path, parquet, monkeypatch
         (record("What?", "x", video="a.mp4"), "has video"),
         (
             record("<image>\nWhat?", "x", img="a.png"),
-            "0 pictures, but the human turns mark 1 with <image> (it has img, which is not read)",
+            "0 images, but the human turns mark 1 with <image> (it has img, which is not read)",
         ),
         (chat("What?", "x", audios=["a.wav"], videos=["b.mp4"]), "has audios, videos, which"),
         (
@@ -477,7 +477,7 @@ def test_the_system_text_beside_a_conversation(tmp_path, processor):
         processor.tokenizer, processor.image_config, "plain", processor.image_token_id, 4
     )
     (r,) = read(tmp_path, [chat([{"type": "image", "image": URI}], "x", system="Be kind.")])
-    refused(lambda: Dataset([r], plain), "record r1: template plain", "no system message")
+    refused(lambda: Dataset([r], plain), "record r1: template: plain", "no system message")
 
 
 @pytest.mark.parametrize(
@@ -563,7 +563,7 @@ def test_every_template_keeps_a_masked_answer_apart(name):
                 "id": "r1",
                 "conversations": [talk("Hi")[0], {"from": "gpt", "value": "Ho", "loss": False}],
             },
-            "every answer is marked as not to be learnt",
+            "every answer is marked as not to be learned",
         ),
         (
             {
@@ -615,7 +615,7 @@ def test_the_scripts_count_the_images(tmp_path, images, capsys):
     )
     flags = ["--data", str(path), "--image-folder", str(images), "--device", "cpu"]
     script.main([*flags, "--max-new-tokens", "2"])
-    assert f"{path}: 3 records, 2 with a picture\n" in capsys.readouterr().err
+    assert f"{path}: 3 records, 2 with an image\n" in capsys.readouterr().err
     train.main([*flags, "--dry-run", "--batch-size", "3"])
     assert "; 2 of the records have an image\n" in capsys.readouterr().out
     train.main(
@@ -631,7 +631,7 @@ def test_the_scripts_count_the_images(tmp_path, images, capsys):
             str(path),
         ]
     )
-    assert ": 3 records, 2 with a picture, 1 steps of 3 rows, into" in capsys.readouterr().err
+    assert ": 3 records, 2 with an image, 1 steps of 3 rows, into" in capsys.readouterr().err
     # the image inside a record, too
     assert (tmp_path / "run" / "report.html").read_text().count("<img") == 2
     bad = written(tmp_path / "bad.json", [chat("What?", "x", imgs=["a.png"])])

@@ -562,7 +562,7 @@ EARLY = {
             crop_size={"height": 56, "width": 56},
         ),
         {},
-        "pictures are made 56 pixels wide but image_size in config.json is",
+        "images are resized to 56 pixels but image_size in config.json is",
     ),
     "a larger tokenizer": (
         lambda f: change(
@@ -571,6 +571,14 @@ EARLY = {
         ),
         {},
         "tokens but vocab_size is 384; the tokenizer belongs to another model",
+    ),
+    "another image token": (
+        lambda f: change(
+            f / "tokenizer_config.json",
+            added_tokens_decoder={"380": {"content": "<image>", "special": True}},
+        ),
+        {},
+        "in config.json but <image> is 380 in the tokenizer; correct one of them",
     ),
     "dtype": (lambda f: None, {"dtype": "int3"}, "dtype"),
     "device": (lambda f: None, {"device": "tpu9"}, "device"),
@@ -673,12 +681,12 @@ def test_a_foreign_template_in_the_models_folder_and_beside_an_adapter(folder, a
         err = err_of(capsys, folder, **options)
         assert (
             err == f"{path}: taken as vicuna_v1, from which it differs in spaces alone; "
-            "--template takes another\n"
+            "template takes another\n"
         )
         assert open_checkpoint(str(folder), **options).processor.template_name == "vicuna_v1"
         path.write_text(FACTORY.replace("USER", "HUMAN"))
         err = err_of(capsys, folder, **options)
-        assert err.startswith(f"warning: {path}: ") and "--template" in err and err.count("\n") == 1
+        assert err.startswith(f"warning: {path}: ") and "template" in err and err.count("\n") == 1
         assert err_of(capsys, folder, template="plain", **options) == ""
         path.unlink()
     for place in (folder, adapter):  # the base's own, copied: nothing new
@@ -779,7 +787,7 @@ def test_words_and_merges_of_another_tokenizer_beside_an_adapter(folder, adapter
     ) == ""
     good = json.loads((adapter / "tokenizer.json").read_text())
     for says, spoil in (
-        ("cuts .* otherwise than the base's", lambda m: m["merges"].pop()),
+        ("tokenizes .* differently from the base's", lambda m: m["merges"].pop()),
         ("has '.*' as token .* where the base's has", swapped),
         (
             "1 more words in its vocabulary, the first is 'zzz'",

@@ -8,7 +8,7 @@ from test_records import IMAGE, chat, images, messages, png, record, refused, sa
 
 from llava_min.data import parquet as parquet_module
 from llava_min.data.parquet import Embedded
-from llava_min.data.records import Skips, read_records
+from llava_min.data.records import SkippedRecords, read_records
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def parquet_rows(n: int = 8) -> list[dict]:
 
 
 def red(r) -> list[int]:
-    return [im.getpixel((0, 0))[0] for im in r.pictures()]
+    return [im.getpixel((0, 0))[0] for im in r.open_images()]
 
 
 def test_parquet(tmp_path, parquet):
@@ -93,8 +93,8 @@ def test_parquet_pictures_are_read_when_they_are_asked_for(tmp_path, parquet, mo
     reads = []
     monkeypatch.setattr(
         parquet_module,
-        "row_pictures",
-        lambda *a, real=parquet_module.row_pictures: reads.append(a) or real(*a),
+        "row_images",
+        lambda *a, real=parquet_module.row_images: reads.append(a) or real(*a),
     )
     got = read_records(path)
     assert not reads and all(len(repr(r)) < 2000 for r in got)
@@ -142,15 +142,15 @@ def test_parquet_with_paths_instead_of_bytes(tmp_path, parquet, images):
 BAD_ROWS = {
     "bytes null": (
         chat(said("Hi", 0), said("x"), images=[{"bytes": None, "path": None}]),
-        "picture 0 is null",
+        "image 0 is null",
     ),
     "picture null": (
         chat(said("Hi", 1, 0), said("x"), images=[picture(1), None]),
-        "picture 1 is null",
+        "image 1 is null",
     ),
     "path absent": (
         chat(said("Hi", 0), said("x"), images=[{"bytes": None, "path": "gone.png"}]),
-        "no picture",
+        "no image",
     ),
     "path outside": (
         chat(said("Hi", 0), said("x"), images=[{"bytes": None, "path": "/etc/passwd"}]),
@@ -172,7 +172,7 @@ def test_bad_rows(tmp_path, parquet, images, row, words):
     ]
     path = parquet(tmp_path / "x.parquet", [*rows[:5], row, *rows[5:]])
     refused(lambda: read_records(path, images), f"{path}: 1 of 10 records are bad: row 5:", words)
-    assert len(read_records(path, images, Skips(cap=0.2))) == 9
+    assert len(read_records(path, images, SkippedRecords(cap=0.2))) == 9
 
 
 DAMAGES = {  # what happens to a whole file's bytes, and words of the line it deserves
@@ -280,12 +280,12 @@ def test_a_date_that_python_does_not_know(tmp_path, parquet):
 
 def test_row_groups_that_unpack_to_too_much(tmp_path, parquet, monkeypatch):
     path, rows = tmp_path / "x.parquet", parquet_rows()
-    monkeypatch.setattr(parquet_module, "MAX_BYTES", 20)
+    monkeypatch.setattr("llava_min.checks.parquet.MAX_BYTES", 20)
     refused(
         lambda: read_records(parquet(path, rows)), "row group 0 unpacks to", "smaller row groups"
     )
     monkeypatch.undo()
-    monkeypatch.setattr(parquet_module, "MAX_GROUP", 20)
+    monkeypatch.setattr("llava_min.checks.parquet.MAX_GROUP", 20)
     refused(lambda: read_records(parquet(path, [rows[1]])), "row group 0 unpacks to")
 
 
@@ -304,8 +304,8 @@ def test_a_damaged_picture_in_parquet_names_its_record(tmp_path, parquet):
     rows[5]["images"][0]["bytes"] = rows[5]["images"][0]["bytes"][:40]
     rows[6]["images"][0]["bytes"] = b""
     got = read_records(parquet(tmp_path / "x.parquet", rows))
-    refused(got[5].pictures, "record 5: ", "x.parquet: row group 1 row 2 picture 0", "damaged")
-    refused(got[6].pictures, "record 6: ", "is empty (0 bytes)")
+    refused(got[5].open_images, "record 5: ", "x.parquet: row group 1 row 2 image 0", "damaged")
+    refused(got[6].open_images, "record 6: ", "is empty (0 bytes)")
 
 
 def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):

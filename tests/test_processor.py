@@ -510,6 +510,14 @@ def test_pictures_may_stand_in_the_messages(folder):
             p.chat(talk, images)
 
 
+@pytest.mark.parametrize("name", ["llava_hf", "vicuna_v1"])
+def test_a_mark_alone_is_asked_as_it_is_trained(folder, name):
+    """An `<image>` without text has the same ids as the image part that a dataset makes of it."""
+    p = processor(folder, name)
+    mark, part = ([{"role": "user", "content": content}] for content in ("<image>", [IMAGE]))
+    assert torch.equal(p.chat(mark, picture(0))["input_ids"], p.chat(part, picture(0))["input_ids"])
+
+
 def test_marks_in_text_are_pictures_only_where_nothing_else_says_where_they_go(folder):
     p = processor(folder, "vicuna_v1")
     literal = "what does the <image> tag do?"
@@ -589,7 +597,7 @@ def test_stop_ids(sp_model, tmp_path):
 def test_rows_that_are_no_text_are_silent(folder):
     p = processor(folder, "llava_hf")
     n = len(p.tokenizer)
-    assert p.silent_ids(n) == [p.image_token_id] and p.silent_ids(n + 2) == [
+    assert p.suppressed_ids(n) == [p.image_token_id] and p.suppressed_ids(n + 2) == [
         p.image_token_id,
         n,
         n + 1,
@@ -599,7 +607,7 @@ def test_rows_that_are_no_text_are_silent(folder):
 def test_construction_refuses_what_cannot_work(sp_model, tmp_path):
     t = Tokenizer.load(llama_folder(tmp_path, sp_model, "modern"))
     with pytest.raises(
-        UserError, match="template chatml: needs the token <|im_start|>".replace("|", r"\|")
+        UserError, match="template: chatml needs the token <|im_start|>".replace("|", r"\|")
     ):
         Processor(t, CONFIG, "chatml", 400, 4)
     with pytest.raises(
@@ -1090,7 +1098,7 @@ def test_the_original_tokenizes_by_chunks_in_every_mode(model_type, name, sp_mod
         for one in (p, q):
             assert one.chat(m, images)["input_ids"][0].tolist() == ids
     own = read_processor(path, shape, None, None, "llava_hf")  # transformers' rule, whoever trained
-    assert (own.rule, p.rule) == ("own", "chunk") and processor(path, "mistral").rule == "own"
+    assert (own.rule, p.rule) == ("hf", "llava") and processor(path, "mistral").rule == "hf"
     (tmp_path / "saved" / "processor_config.json").write_text('{"llava_min_chunks": "yes"}')
     with pytest.raises(
         UserError,

@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava_min.data.chat import parts
-from llava_min.data.record import text_of
-from llava_min.data.records import Skips, hash_pictures, hash_records, read_records
+from llava_min.data.chat import split_content, text_of
+from llava_min.data.records import SkippedRecords, hash_images, hash_records, read_records
 from llava_min.errors import UserError
 
 IMAGE = {"type": "image"}
@@ -157,8 +156,8 @@ def test_pictures_and_text_in_every_legal_place(tmp_path, images):
         and got[5].extra == {"kind": "html"}
         and "<image>" in got[5].messages[1]["content"]
     )
-    assert [len(r.pictures()) for r in got] == [0, 0, 2, 1, 1, 1, 0, 1]
-    assert [im.size for im in got[2].pictures()] == [(9, 7), (11, 7)]
+    assert [len(r.open_images()) for r in got] == [0, 0, 2, 1, 1, 1, 0, 1]
+    assert [im.size for im in got[2].open_images()] == [(9, 7), (11, 7)]
     assert got[2].length > got[3].length > got[0].length == 2
 
 
@@ -167,11 +166,11 @@ def test_the_folder_of_the_file_is_the_image_folder_unless_another_is_named(
 ):
     written(images / "x.json", [GOOD])
     monkeypatch.chdir(images)
-    assert read_records("x.json")[0].pictures()[0].size == (9, 7)
+    assert read_records("x.json")[0].open_images()[0].size == (9, 7)
     monkeypatch.chdir(tmp_path)
-    assert read_records("pictures/x.json", "pictures")[0].pictures()[0].size == (9, 7)
+    assert read_records("pictures/x.json", "pictures")[0].open_images()[0].size == (9, 7)
     assert read_records(written(images / "x.json", [GOOD]))[0].images == [images / "a.png"]
-    with pytest.raises(UserError, match="0 of 1 pictures found"):
+    with pytest.raises(UserError, match="0 of 1 images found"):
         read_records(written(tmp_path / "x.json", [GOOD]))
     with pytest.raises(UserError, match="no such folder"):
         read_records(tmp_path / "x.json", tmp_path / "nowhere")
@@ -210,7 +209,7 @@ def test_fields_that_are_not_used_are_counted_in_one_line(tmp_path, capsys):
         "x.json: fields that are not used: weight (2 times), tools (1 times), loss (1 times), "
         "tool_calls (1 times); " in line
     )
-    assert line.endswith("nothing of them reaches the model: rename, mend or remove them")
+    assert line.endswith("nothing of them reaches the model: rename, fix or remove them")
 
 
 def test_the_length_of_a_record_is_its_words_and_256_a_picture(tmp_path, images):
@@ -234,7 +233,7 @@ def test_what_a_mixture_is_told_by(tmp_path, images):
         data = [record("<image>", "x", image=name, id=i) for i, name in enumerate(names[:n])]
         return read_records(written(tmp_path / "x.json", data), folder, skips)
 
-    told_by = lambda records: (hash_records(records), hash_pictures(records))
+    told_by = lambda records: (hash_records(records), hash_images(records))
     want, moved = told_by(found()), tmp_path / "moved"
     shutil.copytree(images, moved)
     assert told_by(found(moved)) == want == told_by(found())
@@ -257,7 +256,7 @@ def test_what_a_mixture_is_told_by(tmp_path, images):
     assert len({want, longer, told_by(found(moved))}) == 3
     shutil.rmtree(moved), shutil.copytree(images, moved)
     (moved / "ü x.png").unlink()
-    assert told_by(found(moved, skips=Skips(cap=0.5))) != want
+    assert told_by(found(moved, skips=SkippedRecords(cap=0.5))) != want
     (moved / "ü x.png").symlink_to(moved / "gone.png")
     assert told_by(found(moved)) != want
 
@@ -273,7 +272,7 @@ def test_names_that_some_disks_hold_for_one_are_told(tmp_path, images, capsys):
     read_records(written(tmp_path / "x.json", rows), images)
     assert (
         "a.png and " in (said := capsys.readouterr().err)
-        and "A.png are told apart by upper and lower case alone" in said
+        and "A.png differ in upper and lower case alone" in said
     )
 
 
@@ -360,28 +359,28 @@ RECORDS = {
     "image in a list null": (record("<image>", "x", image=["a.png", None]), "image is null"),
     "image without mark": (
         record("Hi", "Ho", image="a.png"),
-        "1 pictures, but the human turns mark 0",
+        "1 images, but the human turns mark 0",
     ),
-    "mark without image": (record("<image>\nHi", "Ho"), "0 pictures, but the human turns mark 1"),
+    "mark without image": (record("<image>\nHi", "Ho"), "0 images, but the human turns mark 1"),
     "mark in html": (
         record("Use the `<image>` tag?", "Ho"),
-        "0 pictures, but the human turns mark 1",
+        "0 images, but the human turns mark 1",
     ),
     "empty list of images": (record("<image>\nHi", "Ho", image=[]), "mark 1"),
     "two marks one image": (
         record("<image>\n<image>", "Ho", image="a.png"),
-        "1 pictures, but the human turns mark 2",
+        "1 images, but the human turns mark 2",
     ),
     "one mark two images": (
         record("<image>", "Ho", image=["a.png", "b.png"]),
-        "2 pictures, but the human turns mark 1",
+        "2 images, but the human turns mark 1",
     ),
     "mark in the answer": (
         record("Hi", "<image>", image="a.png"),
-        "1 pictures, but the human turns mark 0",
+        "1 images, but the human turns mark 0",
     ),
-    "missing picture": (record("<image>", "Ho", image="gone.png"), "no picture"),
-    "other case": (record("<image>", "Ho", image="A.png"), "no picture"),
+    "missing picture": (record("<image>", "Ho", image="gone.png"), "no image"),
+    "other case": (record("<image>", "Ho", image="A.png"), "no image"),
     "dots": (record("<image>", "Ho", image="../outside.png"), "lies outside"),
     "dots inside": (record("<image>", "Ho", image="sub/../../outside.png"), "lies outside"),
     "absolute": (record("<image>", "Ho", image="/etc/passwd"), "lies outside"),
@@ -437,7 +436,7 @@ def test_all_bad_records_are_counted_and_the_first_named(tmp_path, images):
     all_missing = [record("<image>", "x", image=f"{i}.png") for i in range(200)]
     refused(
         lambda: read_records(written(tmp_path / "x.json", all_missing), images),
-        "0 of 200 pictures found under",
+        "0 of 200 images found under",
     )
 
 
@@ -464,7 +463,7 @@ def test_a_picture_that_leaves_by_a_link_or_is_damaged_is_refused_with_its_recor
         (r,) = read_records(
             written(tmp_path / "x.json", [record("<image>", "x", image=name)]), images
         )
-        refused(r.pictures, "record r1: ", words)
+        refused(r.open_images, "record r1: ", words)
 
 
 def test_no_bytes_of_a_file_escape_as_another_error(tmp_path, images):
@@ -551,7 +550,9 @@ def test_messages_are_what_the_llava_form_of_them_is(tmp_path, images):
             for a, b in zip(got, want):
                 assert [m["role"] for m in a.messages] == [m["role"] for m in b.messages]
                 assert [text_of(m) for m in a.messages] == [text_of(m) for m in b.messages]
-                assert [parts(m)[0] for m in a.messages] == [parts(m)[0] for m in b.messages]
+                assert [split_content(m)[0] for m in a.messages] == [
+                    split_content(m)[0] for m in b.messages
+                ]
             assert got == read_records(written(tmp_path / "m.json", data), images)
 
 
@@ -619,7 +620,7 @@ BAD_MESSAGES = {
     "ends with a question": (chat("Hi", "Ho", "Hi"), "end without an answer"),
     "empty answer": (chat("Hi", " "), "the answer is empty"),
     "empty question": (chat([], "x"), "is empty"),
-    "picture in the answer": (chat("Hi", said("x", 0), images=["a.png"]), "holds a picture"),
+    "picture in the answer": (chat("Hi", said("x", 0), images=["a.png"]), "holds an image"),
     "index out of range": (chat(said("Hi", 1), "x", images=["a.png"]), "image index 1"),
     "index negative": (chat(said("Hi", -1), "x", images=["a.png"]), "image index -1"),
     "index text": (chat(said("Hi", "0"), "x", images=["a.png"]), "image index 0"),
@@ -631,32 +632,32 @@ BAD_MESSAGES = {
     ),
     "never named": (
         chat(said("Hi", 0, 0), "x", images=["a.png", "b.png"]),
-        "picture 1 is named by no message",
+        "image 1 is named by no message",
     ),
-    "no place": (chat("Hi", "x", images=["a.png"]), "1 pictures, but the messages have 0 places"),
+    "no place": (chat("Hi", "x", images=["a.png"]), "1 images, but the messages have 0 places"),
     "more marks than pictures": (
         chat("<image> <image>", "x", images=["a.png"]),
-        "1 pictures, but the messages have 2 places",
+        "1 images, but the messages have 2 places",
     ),
     "images text": ({**chat("Hi", "x"), "images": "a.png"}, "images is text"),
-    "picture null": (chat(said("Hi", 0), "x", images=[None]), "picture 0 is null"),
+    "picture null": (chat(said("Hi", 0), "x", images=[None]), "image 0 is null"),
     "picture empty": (
         chat(said("Hi", 0), "x", images=[{"path": None, "bytes": None}]),
-        "picture 0 is null",
+        "image 0 is null",
     ),
     "bytes in JSON": (
         chat(said("Hi", 0), "x", images=[{"path": "a.png", "bytes": "iVBO"}]),
-        "picture 0 is an object",
+        "image 0 is an object",
     ),
     "url": (
         chat(said("Hi", 0), "x", images=["https://example.com/a.png"]),
-        "picture 0 https://example.com/a.png is a URL",
+        "image 0 https://example.com/a.png is a URL",
     ),
     "outside": (
         chat(said("Hi", 0), "x", images=["../outside.png"]),
-        "picture 0 ../outside.png lies outside",
+        "image 0 ../outside.png lies outside",
     ),
-    "missing picture": (chat(said("Hi", 0), "x", images=["gone.png"]), "no picture"),
+    "missing picture": (chat(said("Hi", 0), "x", images=["gone.png"]), "no image"),
     "surrogate": (chat("Hi", said("\ud800")), "message 1: holds half of a surrogate"),
     "long": (chat("x" * 1_000_001, "y"), "1000001 characters"),
     "both kinds": (
@@ -666,7 +667,7 @@ BAD_MESSAGES = {
     "image beside messages": ({**chat("Hi", "x"), "image": "a.png"}, "messages and image"),
     "images beside conversations": (
         record("Hi", "x", images=["a.png"]),
-        "1 pictures, but the human turns mark 0",
+        "1 images, but the human turns mark 0",
     ),
 }
 
@@ -725,7 +726,7 @@ def test_mixtures(tmp_path, images, monkeypatch, capsys):
             assert ids("other/*.json") == ["a.json:0", "c.json:0"]
     written(tmp_path / "d.json", [record("Hi", "Ho", id="a1")])
     ids("pictures/a.json,d.json")
-    assert "1 ids stand on more than one record, for example a1" in capsys.readouterr().err
+    assert "1 ids are on more than one record, for example a1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -761,9 +762,9 @@ def test_bad_records_are_skipped_up_to_a_share_counted_and_listed(tmp_path, imag
         *good[50:],
         record("<image>", "x", image="gone.png", id="b"),
     ]
-    path, skips = written(tmp_path / "x.json", data), Skips(tmp_path / "skipped.txt")
+    path, skips = written(tmp_path / "x.json", data), SkippedRecords(tmp_path / "skipped.txt")
     # the wrong folder is nothing to skip
-    with pytest.raises(UserError, match="0 of 1 pictures found"):
+    with pytest.raises(UserError, match="0 of 1 images found"):
         read_records(path, images, skips)
     path = written(
         tmp_path / "x.json", [*data[:-1], record("<image> <image>", "x", image="a.png", id="b")]
@@ -784,14 +785,14 @@ def test_bad_records_are_skipped_up_to_a_share_counted_and_listed(tmp_path, imag
         "3 of 200 records are bad, more than the 1.00%",
     )
     refused(
-        lambda: read_records(written(tmp_path / "y.json", data[:60]), images, Skips()),
+        lambda: read_records(written(tmp_path / "y.json", data[:60]), images, SkippedRecords()),
         "1 of 60 records are bad, more than",
     )
-    exact = Skips(cap=0.5)
+    exact = SkippedRecords(cap=0.5)
     exact.total = 3
     exact.add(["one"])
     refused(lambda: exact.add(["two"]), "2 of 3 records are bad, more than the 50.00%")
-    skips = Skips()  # the share is of all files together
+    skips = SkippedRecords()  # the share is of all files together
     assert (
         len(
             read_records(

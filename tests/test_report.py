@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_min.data.formats import Record
 from llava_min.data.parquet import Embedded
-from llava_min.data.record import Record
 from llava_min.errors import UserError
 from llava_min.report import curves, evaluation, write_eval_report, write_run_report
 from llava_min.report.page import escape, shown

@@ -243,7 +243,7 @@ def test_write(tmp_path, monkeypatch):
     records = read_records(out / "train.json")
     assert len(records) == 12 and len(read_records(out / "val.json")) == 4
     for record, (_, image) in zip(records, toy.generate("captions", 12, 2), strict=True):
-        assert record.pictures()[0].tobytes() == image.tobytes()
+        assert record.open_images()[0].tobytes() == image.tobytes()
     before = (out / "train.json").read_bytes()
     with pytest.raises(UserError, match="exists"):
         toy.write(out)

@@ -163,7 +163,7 @@ def test_bf16_keeps_what_is_trained_in_fp32(data, tmp_path):
         (["--device", "cuda:9"], "--device: cuda"),
         (["--device", "tpu"], "--device: 'tpu'"),
         (["--template", "poem"], "--template: poem"),
-        (["--template", "chatml"], "--template chatml: needs"),
+        (["--template", "chatml"], "--template: chatml needs"),
         (["--train", "all"], "--train: .all. is not one of"),
         (["--train", "last:9"], "last:9"),
         (["--warmup-steps", "50"], "--warmup-steps 50"),
@@ -663,14 +663,14 @@ def test_rows_of_one_kind_share_a_step(home, tmp_path, monkeypatch):
 
 
 def test_the_evaluation_asks_as_the_flags_say(home, tmp_path, monkeypatch):
-    from llava_min.data.record import Record
+    from llava_min.data.formats import Record
 
-    turned, beams, pictures, generate = [], [], Record.pictures, predict.generate
+    turned, beams, open_images, generate = [], [], Record.open_images, predict.generate
     monkeypatch.setattr(
         Record,
-        "pictures",
+        "open_images",
         lambda self, exif=False: (
-            turned.append(exif or not isinstance(self.images[0], Path)) or pictures(self, exif)
+            turned.append(exif or not isinstance(self.images[0], Path)) or open_images(self, exif)
         ),
     )
     monkeypatch.setattr(
@@ -811,7 +811,9 @@ def test_bad_pictures_on_the_way_are_listed(home, tmp_path, monkeypatch):
     shutil.copytree(home / "data", tmp_path / "data")
     picture = next((tmp_path / "data" / "images").glob("*train*"))
     picture.write_bytes(picture.read_bytes()[:60])
-    monkeypatch.setattr(records.Skips.__init__, "__defaults__", (None, 0.1))  # of 24 records
+    monkeypatch.setattr(
+        records.SkippedRecords.__init__, "__defaults__", (None, 0.1)
+    )  # of 24 records
     training.run(
         home,
         tmp_path / "run",

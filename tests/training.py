@@ -11,8 +11,7 @@ from pathlib import Path
 from conftest import load_script
 
 from llava_min.config import LlavaConfig, TextConfig, VisionConfig
-from llava_min.data.from_folder import CLIP_MEAN, CLIP_STD
-from llava_min.data.image import ImageConfig
+from llava_min.data.image import CLIP_MEAN, CLIP_STD, ImageConfig
 from llava_min.data.processor import Processor
 from llava_min.data.tokenizer import Tokenizer
 from llava_min.errors import UserError, info

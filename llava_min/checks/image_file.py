@@ -79,14 +79,19 @@ def check_finite(im: Image.Image, name: str) -> None:
         raise UserError(f"{name}: the image holds NaN or infinite values; replace them first")
 
 
+def check_file_size(n: float, name: str) -> None:
+    """An image file of `n` bytes is not too large."""
+    if n > MAX_BYTES:
+        raise UserError(
+            f"{name}: is larger than the limit of {MAX_BYTES >> 20} MiB; save it smaller"
+        )
+
+
 def check_bytes(data: bytes, name: str) -> None:
     """The bytes are not too many, and do not begin as a file of another kind."""
     if not data:
         raise UserError(f"{name}: is empty (0 bytes); fetch the image again")
-    if len(data) > MAX_BYTES:
-        raise UserError(
-            f"{name}: is larger than the limit of {MAX_BYTES >> 20} MiB; save it smaller"
-        )
+    check_file_size(len(data), name)
     for start, what in SIGNATURES:
         if re.match(start, data[:4096], re.I | re.S):
             raise UserError(f"{name}: is {what}")
@@ -98,9 +103,7 @@ def apply_orientation(im: Image.Image, name: str, exif: bool) -> Image.Image:
         with quiet_pillow():
             orientation = im.getexif().get(ORIENTATION, 1)
             rotated = ImageOps.exif_transpose(im) if exif else im
-    except (
-        Exception
-    ) as e:  # a damaged tree of offsets raises nearly every type; the pixels are good
+    except Exception as e:  # damaged offsets raise nearly every type; the pixels are good
         if exif:
             warn(f"{name}: its EXIF data is damaged ({type(e).__name__}), so it is not rotated")
         return im

@@ -1,23 +1,23 @@
-"""The tokenizer beside an adapter: the base's, or the base's with more tokens, or an error.
+"""The tokenizer beside an adapter: the tokens that it adds to the base's, or an error.
 
-PEFT's trainers, TRL and LLaMA-Factory all save one there. It is read and compared with the base's,
-which is given the tokens that it adds; nothing else of it is used. Called by processor_files.py.
+PEFT's trainers, TRL and LLaMA-Factory all save one there. from_folder.py calls `add_tokens`; the
+two are compared, and nothing but the added tokens is used.
 """
 
 import os
 from pathlib import Path
 
-from llava_min.data.processor import MARK
+from llava_min.data.chat import IMAGE_TOKEN
 from llava_min.data.tokenizer import Tokenizer
 from llava_min.errors import UserError, shorten, warn_once
 
-RULES = ("add_bos_token", "legacy", "add_prefix_space")  # of tokenizer_config.json
+RULE_KEYS = ("add_bos_token", "legacy", "add_prefix_space")  # of tokenizer_config.json
 
 
-def adopt(tokenizer: Tokenizer, adapter: Path, rows: int) -> None:
-    """Give `tokenizer`, the base's, the tokens that the one in the folder `adapter` adds.
+def add_tokens(tokenizer: Tokenizer, adapter: Path, rows: int) -> None:
+    """Add the tokens of the tokenizer in the folder `adapter` to `tokenizer`, the base's.
 
-    Raises UserError where that one differs otherwise, and for a token beyond the model's `rows`.
+    Raises UserError if it differs in anything else, or a token has no row in the model's `rows`.
     """
     if not any(os.path.lexists(adapter / name) for name in ("tokenizer.json", "tokenizer.model")):
         return
@@ -29,13 +29,13 @@ def adopt(tokenizer: Tokenizer, adapter: Path, rows: int) -> None:
             f"{its} {what}, expected the base's or one that only adds tokens; give the "
             "base that it was made for, or take the tokenizer out of the folder"
         )
-    # of <image> processor.py says more
-    if high := [t for t in new if t.id >= rows and t.content != MARK]:
+    # checks/from_folder.py says more of <image>
+    if high := [t for t in new if t.id >= rows and t.content != IMAGE_TOKEN]:
         raise UserError(
             f"{its} adds {shorten(high[0].content)!r} as token {high[0].id}, and the "
             f"model has rows for {rows} tokens; give the larger base it was made for"
         )
-    if rules(theirs) != rules(tokenizer):
+    if prefix_rules(theirs) != prefix_rules(tokenizer):
         warn_once(
             f"{its} has other rules for BOS or the space before a text than the base's; the "
             "base's are taken, and the adapter may have been trained with the others"
@@ -46,7 +46,9 @@ def adopt(tokenizer: Tokenizer, adapter: Path, rows: int) -> None:
 
 
 def difference(ours: Tokenizer, theirs: Tokenizer, new: set[int], texts: list[str]) -> str | None:
-    """What else `theirs` has otherwise than the tokens `new`, in words; both cut the `texts`."""
+    """How `theirs` differs in more than the tokens `new`, in words; None if it does not. Both
+    tokenize the `texts`.
+    """
     for id, token in ours.tokens.items():
         if (other := theirs.token(id)) != token:
             other = "nothing" if other is None else repr(shorten(other))
@@ -57,18 +59,18 @@ def difference(ours: Tokenizer, theirs: Tokenizer, new: set[int], texts: list[st
     for name in ("bos_id", "eos_id", "unk_id"):
         if getattr(ours, name) != getattr(theirs, name):
             return f"has {name} {getattr(theirs, name)} where the base's has {getattr(ours, name)}"
-    for key in RULES:
+    for key in RULE_KEYS:
         a, b = theirs.config.get(key), ours.config.get(key)
         if None not in (a, b) and a != b:
             return f"says {key} {str(a).lower()} where the base's says {str(b).lower()}"
     for text in texts:
         if ours.encode(text, at="inside") != theirs.encode(text, at="inside"):
-            return f"cuts {shorten(text)!r} otherwise than the base's"
+            return f"tokenizes {shorten(text)!r} differently from the base's"
     return None
 
 
-def rules(t: Tokenizer) -> list:
-    """What goes before a text. transformers 5, saving after a lone tokenizer.model, loses it."""
+def prefix_rules(t: Tokenizer) -> list:
+    """What goes before a text; transformers 5 loses it when it saves a lone tokenizer.model."""
     places = (("a b", "start"), ("a b", "special"), (" a", "special"))
     return [t.add_bos, *(t.encode(text, at=at) for text, at in places)]
 

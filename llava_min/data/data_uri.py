@@ -1,4 +1,4 @@
-"""Images inside a record, as data URIs (RFC 2397); they obey the limits of image files."""
+"""Images inside a record as data URIs (RFC 2397), with the limits of image files."""
 
 import base64
 import binascii
@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from llava_min.checks.image_file import MAX_BYTES, decode_image
+from llava_min.checks.image_file import check_file_size, decode_image
 from llava_min.errors import UserError, shorten
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """An image inside a record: the bytes of its file, out of a data URI (RFC 2397)."""
+    """The bytes of an image file, decoded from a data URI."""
 
     data: bytes = field(repr=False)
     name: str  # for messages
@@ -30,18 +30,15 @@ def is_data_uri(text: object) -> bool:
 
 
 def from_data_uri(uri: str, name: str) -> Encoded:
-    """`data:image/png;base64,iVBO…` -> the image, not yet decoded. Raises UserError: it is not
-    base64, or is too large.
+    """`data:image/png;base64,iVBO…` -> the image file, not yet decoded. Raises UserError if it is
+    not base64, or too large.
     """
     head, _, data = uri.partition(",")
     if not head.lower().endswith(";base64"):
         raise UserError(
             f"{name}: {shorten(uri)} is a data URI without base64; expected data:image/png;base64,…"
         )
-    if len(data) > MAX_BYTES * 4 / 3 + 4:
-        raise UserError(
-            f"{name}: is larger than the limit of {MAX_BYTES >> 20} MiB; save it smaller"
-        )
+    check_file_size((len(data) - 4) * 3 / 4, name)  # four characters are three bytes
     try:
         found = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as e:  # ValueError: characters beyond ASCII

@@ -17,9 +17,9 @@ import torch
 
 from llava_min.checks.dataset import refuse_long, report_shortened
 from llava_min.config import IGNORE
-from llava_min.data.chat import Piece, parts, render
+from llava_min.data.chat import Piece, count_images, render, text_of
+from llava_min.data.formats import Record
 from llava_min.data.processor import Processor
-from llava_min.data.record import Record, text_of
 from llava_min.errors import UserError, shorten
 
 # ---- the training view
@@ -92,14 +92,14 @@ class Dataset(torch.utils.data.Dataset):
         def first(n: int) -> Record:
             has_system = len(r.messages) % 2
             messages = r.messages[: has_system + 2 * n]
-            images = sum(parts(m)[0] for m in messages)
+            images = count_images(messages)
             return replace(r, messages=messages, images=r.images[:images])
 
         # bisect: tokens grow with the number of exchanges
         exchanges = range(1, len(r.messages) // 2)
         size = lambda n: self.tokens(first(n), max_length)
         n = bisect_right(exchanges, max_length, key=size)
-        # what is left has to hold an answer that is learnt
+        # the rest must hold an answer that is learned
         answers = [m for m in first(n).messages if m["role"] == "assistant"]
         return first(n) if n and any(m.get("loss") is not False for m in answers) else None
 
@@ -116,7 +116,7 @@ class Dataset(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> dict:
         r = self.records[i]
-        images = [r.pictures(self.exif)] if r.images else None
+        images = [r.open_images(self.exif)] if r.images else None
         return self.processor.training(r.messages, images)
 
 
@@ -163,10 +163,10 @@ def evaluation_batch(
 ) -> tuple[dict[str, torch.Tensor], list[str], list[list[str]]]:
     """(batch padded on the left, last questions, references).
 
-    A prompt is what stands before a record's last answer, and that answer is its reference. Earlier
-    turns are given as the record has them.
+    A prompt is everything before the last answer of a record, and that answer is its reference.
+    Earlier answers are those of the record.
     """
-    images = [r.pictures(exif) for r in records]
+    images = [r.open_images(exif) for r in records]
     prompts = [r.messages[:-1] for r in records]
     batch = processor.chat(prompts, images if any(images) else None)
     questions = [text_of(r.messages[-2]) for r in records]

@@ -1,41 +1,57 @@
-"""What dataset files say → records: the door through which JSON, JSONL and parquet all pass.
+"""Raw records -> `Record`s: one door for every dataset format, whether it came as JSON or parquet.
 
-Between records.py, which reads files, and record.py. A format is known by one key and makes
-messages and images of a raw record. FORMATS lists them: another dataset format is one function and
-one line there. docs/data.md shows them all:
+records.py reads the files; what a record must not say is in checks/. A format is known by one key,
+and FORMATS lists them all: another format is one function and one line. docs/data.md has more
+examples.
     messages  {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is it?"},
                                                          {"type": "image", "index": 0}]}, …],
                "images": ["cat.jpg"]}
-              A content may be a plain string; where no message has an image part, `<image>` in the
-              users' marks them. A part may hold its image itself, as for Qwen2-VL
+              A content may be a string; if no message has an image part, each `<image>` in the
+              users' strings is one. A part may hold its image, as for Qwen2-VL
               ({"type": "image", "image": "cat.jpg"}), and as in OpenAI's API
               ({"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,…"}}).
     LLaVA     haotian-liu/LLaVA, docs/Finetune_Custom_Data.md
               {"id": "7", "image": "cat.jpg",
                "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, …]}
-              `image` may be absent or a list, or be called `images`, as in LLaMA-Factory. Every
-              `<image>` in a human turn is one image, in an answer it is text. As in LLaVA the marks
-              are taken out, the rest is stripped and follows the images.
+              `image` may be absent or a list, or be called `images`, as in LLaMA-Factory. Each
+              `<image>` in a human turn is an image; in an answer it is text. As in LLaVA the marks
+              are removed, and the stripped text follows the images.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from llava_min.data.chat import exchanges
-from llava_min.data.data_uri import Encoded, from_data_uri, is_data_uri
-from llava_min.data.parquet import Embedded
-from llava_min.data.processor import MARK
-from llava_min.data.record import Bad, Record, check_text, in_folder, kind, text_of
-from llava_min.data.unread import (
+from PIL import Image
+
+from llava_min.checks.chat import check_conversation
+from llava_min.checks.formats import (
+    check_format,
+    check_image_list,
+    check_indices,
+    check_marks,
+    check_message,
+    check_message_list,
+    check_one_key,
+    check_path,
+    check_record,
+    check_system,
+    check_turns,
+)
+from llava_min.checks.image_file import open_image
+from llava_min.checks.unread import (
     HINTS,
-    check_learnt,
+    MARKERS,
+    check_markers,
     check_media,
-    is_learnt,
+    check_supervised,
     marks_as_text,
     media_keys,
-    unused,
+    unused_fields,
 )
+from llava_min.data.chat import count_images, marks_to_parts, text_of
+from llava_min.data.data_uri import Encoded, from_data_uri, is_data_uri
+from llava_min.data.parquet import Embedded
 from llava_min.errors import UserError, shorten
 
 Stored = Path | Embedded | Encoded  # an image that is not opened yet
@@ -46,58 +62,74 @@ SYSTEM = ("system", "system_prompt")
 SOURCES = ("image", "image_url", "path", "url")  # where a part may hold its image
 
 
+@dataclass(slots=True)
+class Record:
+    """One conversation that ends in an answer, and where its images are."""
+
+    id: str
+    # role/content; an image is a part {"type": "image"}; "loss": False if an answer is not learned
+    messages: list[dict]
+    images: list[Stored | Image.Image] = field(default_factory=list)  # in reading order
+    root: Path | None = None  # the folder that no image path may leave
+    extra: dict = field(default_factory=dict)  # all other fields
+
+    @property
+    def length(self) -> int:
+        """About how many tokens, to sort by: the words, and 256 for each image."""
+        return sum(len(text_of(m).split()) for m in self.messages) + 256 * len(self.images)
+
+    def open_images(self, exif: bool = False) -> list[Image.Image]:
+        try:
+            return [self._open(image, exif) for image in self.images]
+        except UserError as e:
+            raise UserError(f"record {shorten(self.id)}: {e}") from None
+
+    def _open(self, image: Stored | Image.Image, exif: bool) -> Image.Image:
+        if isinstance(image, Path):
+            return open_image(image, root=self.root, exif=exif)
+        return image if isinstance(image, Image.Image) else image.open(exif)
+
+    def history(self) -> str:
+        """All messages before the last question, one a line."""
+        return "\n".join(f"{m['role']}: {text_of(m)}" for m in self.messages[:-2])
+
+
 @dataclass(frozen=True)
 class Format:
     """One way to write a record."""
 
     name: str
-    keys: tuple[str, ...]  # what it reads; a record is known by the first, the list of its turns
-    read: Callable[[dict, Path], Talk]  # (raw record, image folder); raises Bad
+    keys: tuple[str, ...]  # what it reads; the first, the list of turns, is how it is known
+    read: Callable[[dict, Path], Talk]  # (raw record, image folder); raises UserError
 
     def matches(self, raw: dict) -> bool:
         return raw.get(self.keys[0]) is not None
 
     def to_record(self, raw: dict, id: str, root: Path) -> Record:
-        """Raises Bad."""
         read = (*self.keys, "id", *SYSTEM)
         media = media_keys(raw, read)
         try:
             messages, images = self.read(raw, root)
-        except Bad as e:
+        except UserError as e:
             unread = f" (it has {shorten(', '.join(media))}, which is not read)" if media else ""
-            raise Bad(f"{e}{unread}") from None
+            raise UserError(f"{e}{unread}") from None
         extra = {key: value for key, value in raw.items() if key not in read}
         record = Record(id, with_system(messages, raw), images, root, extra)
-        check_media(record, media)
-        check_learnt(raw, record)
+        check_media(media, questions_of(record), bool(images))
+        check_supervised(raw, messages)
         return record
 
 
 def from_raw(raw: object, number: str, root: Path) -> Record:
-    """`number`: its id if it says none. Raises Bad."""
-    if not isinstance(raw, dict):
-        raise Bad(f"is {kind(raw)}, expected an object with id, image and conversations")
-    id = raw.get("id", number)
-    if isinstance(id, bool) or not isinstance(id, (str, int)):
-        raise Bad(f"id is {kind(id)}, expected text or a whole number")
-    check_text(str(id), "id")
+    """A record of any format. `number`: its id if it has none. Raises UserError."""
+    id = raw.get("id", number) if isinstance(raw, dict) else number
+    check_record(raw, id)
     return format_of(raw).to_record(raw, str(id), root)
 
 
 def format_of(raw: dict) -> Format:
-    """Raises Bad: it is of no format, or of several."""
     found = [f for f in FORMATS if f.matches(raw)]
-    if len(found) > 1:
-        raise Bad(f"has {' and '.join(f.keys[0] for f in found)}, expected one of them")
-    if not found:
-        names = [f.keys[0] for f in FORMATS]
-        if null := [name for name in names if name in raw]:
-            raise Bad(f"{null[0]} is null, expected a list of turns")
-        keys = shorten(", ".join(raw) or "none", 200)
-        raise Bad(
-            f"{' or '.join(names)} is missing (its keys: {keys}); the formats that are read "
-            f"are {' and '.join(f.name for f in FORMATS)}"
-        )
+    check_format(found, FORMATS, raw)
     return found[0]
 
 
@@ -110,143 +142,80 @@ def is_container(raw: object) -> bool:
 
 
 def with_system(messages: list[dict], raw: dict) -> list[dict]:
-    """The messages after the system text that stands beside them, if one does."""
-    said = {name: raw[name] for name in SYSTEM if raw.get(name) not in (None, "")}
-    for name, text in said.items():
-        if not isinstance(text, str):
-            raise Bad(f"{name} is {kind(text)}, expected text")
-        check_text(text, name)
-    own = {"a system message": text_of(messages[0])} if messages[0]["role"] == "system" else {}
-    if len(texts := {*said.values(), *own.values()}) > 1:
-        raise Bad(f"has several system texts ({', '.join(said | own)}), expected one")
-    return messages if own or not texts else [{"role": "system", "content": texts.pop()}, *messages]
+    """The messages, after the system text beside them if there is one."""
+    texts = {name: raw[name] for name in SYSTEM if raw.get(name) not in (None, "")}
+    has_own = messages[0]["role"] == "system"
+    check_system(texts | ({"a system message": text_of(messages[0])} if has_own else {}))
+    if has_own or not texts:
+        return messages
+    return [{"role": "system", "content": next(iter(texts.values()))}, *messages]
 
 
-def told_of(raw: dict, record: Record) -> tuple[list[str], list[str]]:
-    """Of a good record: the fields that are not used, and the marks that are text."""
-    return unused(raw, (*format_of(raw).keys, *SYSTEM), record), marks_as_text(record)
+def questions_of(record: Record) -> dict[int, str]:
+    return {i: text_of(m) for i, m in enumerate(record.messages) if m["role"] == "user"}
+
+
+def ignored(raw: dict, record: Record) -> tuple[list[str], list[str], list[str]]:
+    """What a good record says and the model does not see: a first answer, the fields that are not
+    used, the marks that are text.
+    """
+    first = (raw.get("conversations") or [{}])[0].get("from")
+    fields = unused_fields(raw, (*format_of(raw).keys, *SYSTEM), bool(record.images))
+    return ["gpt"] * (first == "gpt"), fields, marks_as_text(questions_of(record))
 
 
 # ---- LLaVA's format
 
 
 def from_llava(raw: dict, root: Path) -> Talk:
-    turns, image, images = raw["conversations"], raw.get("image"), listed(raw.get("images"))
+    turns, image, images = raw["conversations"], raw.get("image"), raw.get("images")
+    check_image_list(images)
     image = image if isinstance(image, list) else [] if image is None else [image]
-    if image and images and image != images:
-        raise Bad("has image and images, expected one of them")
+    check_one_key(image, images or [])
     found = [stored(p, "image", root) for p in image] or stored_all(images, root)
-    if not isinstance(turns, list) or not turns:
-        raise Bad(f"conversations is {kind(turns)}, expected a list of turns")
-    messages, marks = [], 0
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, dict) or turn.get("from") not in tuple(ROLES):
-            known = isinstance(turn, dict)
-            came = f"from is {shorten(turn.get('from'))}" if known else f"is {kind(turn)}"
-            raise Bad(f"turn {i}: {came}, expected from human or gpt")
-        role, text = ROLES[turn["from"]], turn.get("value")
-        if not isinstance(text, str):
-            raise Bad(f"turn {i}: value is {kind(text)}, expected text")
-        check_text(text, f"turn {i}")
-        if i == 0 and role == "assistant" and len(turns) > 1:
-            continue  # ShareGPT conversations in LLaVA's own mixture begin so; LLaVA leaves it out
-        if role != ("assistant" if len(messages) % 2 else "user"):
-            raise Bad(
-                f"turn {i}: another {turn['from']} turn, but human and gpt must alternate, "
-                "human first"
-            )
-        if not text.strip():
-            raise Bad(f"turn {i}: the {'answer' if role == 'assistant' else 'question'} is empty")
-        content, n = marked(text) if role == "user" else (text, 0)
-        marks += n
-        messages.append(message(role, content, turn, f"turn {i}"))
-    if len(messages) % 2:
-        raise Bad(
-            "ends with a human turn, but there must be an answer to learn from or to compare with"
-        )
-    if marks != len(found):
-        raise Bad(f"{len(found)} pictures, but the human turns mark {marks} with {MARK}")
+    check_turns(turns)
+    # ShareGPT conversations in LLaVA's own mixture begin with an answer; LLaVA leaves it out
+    first = int(turns[0]["from"] == "gpt")
+    messages = [
+        message(ROLES[turn["from"]], turn["value"], turn, f"turn {i}")
+        for i, turn in enumerate(turns[first:], first)
+    ]
+    messages = marks_to_parts(messages)
+    check_marks(count_images(messages), len(found))
     return messages, found
-
-
-def marked(text: str) -> tuple[str | list[dict], int]:
-    """What LLaVA's preprocess_multimodal makes of a message, and how many marks it had."""
-    if not (n := text.count(MARK)):
-        return text, 0
-    text = text.replace(MARK, "").strip()
-    return [{"type": "image"}] * n + ([{"type": "text", "text": text}] if text else []), n
 
 
 # ---- messages
 
 
 def from_messages(raw: dict, root: Path) -> Talk:
-    turns = raw["messages"]
-    if raw.get("image") is not None:
-        raise Bad("has messages and image, expected messages with images, a list")
-    if not isinstance(turns, list) or not turns:
-        raise Bad(f"messages is {kind(turns)}, expected a list of messages")
-    found = stored_all(listed(raw.get("images")), root)
+    check_message_list(raw)
+    check_image_list(raw.get("images"))
+    found = stored_all(raw.get("images"), root)
 
     messages, named = [], []  # named: (message, index or image) of each image part, in their order
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, dict):
-            raise Bad(f"message {i} is {kind(turn)}, expected an object with role and content")
-        content = turn.get("content")
+    for i, turn in enumerate(raw["messages"]):
+        check_message(turn, f"message {i}", SOURCES, HINTS)
+        content = turn["content"]
         if isinstance(content, list):
-            content, which = split_parts(content, f"message {i}", root)
-            named += [(i, x) for x in which]
-        elif not isinstance(content, str):
-            raise Bad(f"message {i}: content is {kind(content)}, expected text or a list of parts")
+            images = [part for part in content if part["type"] != "text"]
+            named += [(i, image_of(part, f"message {i}", root)) for part in images]
+            # templates put the images first
+            texts = [{"type": "text", "text": p["text"]} for p in content if p["type"] == "text"]
+            content = [{"type": "image"}] * len(images) + texts
         messages.append(message(turn.get("role"), content, turn, f"message {i}"))
-        check_text(text_of(messages[-1]), f"message {i}")
     if found and not named:
-        for i, m in enumerate(messages):
-            if m["role"] == "user" and isinstance(m["content"], str):
-                m["content"], n = marked(m["content"])
-                named += [(i, None)] * n
-    try:
-        exchanges(messages, answer=True)
-    except UserError as e:
-        raise Bad(str(e)) from None
+        messages = marks_to_parts(messages)
+        named = [(i, None) for i, m in enumerate(messages) for _ in range(count_images([m]))]
+    check_conversation(messages, answer=True)
     return messages, in_order(found, named)
 
 
-def split_parts(
-    parts: list, where: str, root: Path
-) -> tuple[list[dict], list[Stored | int | None]]:
-    """The parts of a message as the templates take them, and of each image part its index, or the
-    image it holds."""
-    texts, which = [], []
-    for part in parts:
-        name = part.get("type") if isinstance(part, dict) else None
-        if name in ("image", "image_url"):
-            which.append(image_of(part, where, root))
-        elif name == "text" and isinstance(part.get("text"), str):
-            texts.append({"type": "text", "text": part["text"]})
-        else:
-            raise Bad(
-                f'{where}: unknown part {shorten(part)}, expected {{"type": "text", "text": "…"}} '
-                'or {"type": "image", "index": 0}'
-            )
-    return [{"type": "image"} for _ in which] + texts, which
-
-
 def image_of(part: dict, where: str, root: Path) -> Stored | int | None:
-    said = {k: v for k, v in part.items() if k not in ("type", *HINTS) and v is not None}
-    if other := [key for key in said if key not in ("index", *SOURCES)]:
-        raise Bad(
-            f"{where}: an image part has {shorten(other[0])}, expected an index into images, or "
-            "an image"
-        )
-    if len(said) > 1 or part["type"] == "image_url" and not said:
-        raise Bad(
-            f"{where}: an image part has {', '.join(said) or 'no image_url'}, expected one of "
-            "index and image"
-        )
-    if said.keys() <= {"index"}:
-        return said.get("index")
-    (source,) = said.values()
+    """The image that a part holds, or its index."""
+    source = next((part[key] for key in SOURCES if part.get(key) is not None), None)
+    if source is None:
+        return part.get("index")
     # OpenAI's image_url; some leave the object out
     if isinstance(source, dict) and "url" in source:
         source = source["url"]
@@ -254,58 +223,45 @@ def image_of(part: dict, where: str, root: Path) -> Stored | int | None:
 
 
 def in_order(images: list[Stored], named: list[tuple[int, Stored | int | None]]) -> list[Stored]:
-    """The images in reading order. `named`: (message, index or image) of each image part, an index
-    being None where the images simply follow one another."""
-    indices = [(i, x) for i, x in named if not isinstance(x, Stored)]
-    if all(index is None for _, index in indices):
-        if len(indices) != len(images):
-            raise Bad(
-                f"{len(images)} pictures, but the messages have {len(indices)} places for them"
-            )
-        rest = iter(images)
-        return [x if isinstance(x, Stored) else next(rest) for _, x in named]
-    for i, index in indices:
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(images):
-            raise Bad(
-                f"message {i}: image index {shorten(index)}, expected one of the {len(images)} "
-                "pictures, from 0"
-            )
-    if missing := set(range(len(images))) - {index for _, index in indices}:
-        raise Bad(f"picture {min(missing)} is named by no message")
-    return [x if isinstance(x, Stored) else images[x] for _, x in named]
+    """The images in reading order. `named`: (message, index or image) of each image part; without
+    indices, `images` follow one another.
+    """
+    check_indices([(i, x) for i, x in named if not isinstance(x, Stored)], len(images))
+    rest = iter(images)
+    take = lambda index: next(rest) if index is None else images[index]
+    return [x if isinstance(x, Stored) else take(x) for _, x in named]
 
 
 # ---- what both read
 
 
 def message(role: object, content: str | list[dict], turn: dict, where: str) -> dict:
-    learnt = role != "assistant" or is_learnt(turn, where)
-    return {"role": role, "content": content} | ({} if learnt else {"loss": False})
+    """`"loss": False` marks an answer that one of MARKERS says not to learn."""
+    out = {"role": role, "content": content}
+    if role == "assistant":
+        check_markers(turn, where)
+        if any(turn.get(name) == 0 for name in MARKERS):
+            out["loss"] = False
+    return out
 
 
-def listed(images: object) -> list:
-    if not isinstance(images, (list, type(None))):
-        raise Bad(f"images is {kind(images)}, expected a list of pictures")
-    return images or []
-
-
-def stored_all(images: list, root: Path) -> list[Stored]:
-    return [stored(p, f"picture {i}", root, True) for i, p in enumerate(images)]
+def stored_all(images: list | None, root: Path) -> list[Stored]:
+    return [stored(p, f"image {i}", root, True) for i, p in enumerate(images or [])]
 
 
 def stored(p: object, what: str, root: Path, as_object: bool = False) -> Stored:
-    """An image by its path, or inside the record. as_object: {"path": …} is one, too, as `datasets`
-    writes it."""
+    """An image by its path, or inside the record. as_object: it may be {"path": …}, as `datasets`
+    writes it.
+    """
     if isinstance(p, Embedded):
         return p
     if as_object and isinstance(p, dict) and p.get("bytes") is None and set(p) <= {"bytes", "path"}:
         p = p.get("path")
     if is_data_uri(p):
-        try:
-            return from_data_uri(p, what)
-        except UserError as e:
-            raise Bad(str(e)) from None
-    return in_folder(p.removeprefix("file://") if isinstance(p, str) else p, root, what)
+        return from_data_uri(p, what)
+    p = p.removeprefix("file://") if isinstance(p, str) else p
+    check_path(p, root, what)
+    return root / p
 
 
 FORMATS = (

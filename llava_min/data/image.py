@@ -24,6 +24,9 @@ from llava_min.errors import shorten, warn
 from llava_min.fast import padding
 
 BICUBIC = Image.Resampling.BICUBIC
+# of CLIP's training images, RGB
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # "square" is the original's name for CLIP's crop
 ASPECTS = {"pad": "pad", "crop": "crop", "square": "crop"}
 

@@ -1,8 +1,8 @@
-"""Parquet files with the images inside → raw records whose images are read when they are asked for.
+"""Parquet files with images inside -> raw records; an image is read when it is asked for.
 
-Below record.py and formats.py. A column `image` or `images` holds images: {bytes, path} as
-`datasets` writes it, or bytes alone, one or a list of them. It is known by its types, as every
-writer names the elements of a list differently. All other columns are the raw record's. pyarrow is
+For data/records.py, beside json_file.py. A column `image` or `images` holds images: {bytes, path},
+as `datasets` writes it, or bytes alone; one or a list of them. The types tell which, as every
+writer names the elements of a list differently. The other columns are the raw record. pyarrow is
 imported when there is a file to read.
 """
 
@@ -16,21 +16,19 @@ from pathlib import Path
 
 from PIL import Image
 
-from llava_min.checks.image_file import MAX_BYTES, decode_image
+from llava_min.checks.image_file import decode_image
+from llava_min.checks.parquet import DAMAGED, check_group, reading, refuse_columns
 from llava_min.errors import UserError, shorten
 
 NAMES = ("images", "image")
 BINARY = ("binary", "large_binary", "binary_view")
 TEXT = ("string", "large_string", "string_view")
 LISTS = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
-MAX_GROUP = 2**30  # bytes of text in a row group, unpacked
-# pyarrow's own exceptions are kinds of these
-DAMAGED = (OSError, ValueError, TypeError, LookupError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """Picture `index` of a row of a parquet file."""
+    """Image `index` of a row of a parquet file."""
 
     path: Path
     group: int
@@ -38,9 +36,9 @@ class Embedded:
     index: int
 
     def open(self, exif: bool) -> Image.Image:
-        name = f"{self.path}: row group {self.group} row {self.row} picture {self.index}"
+        name = f"{self.path}: row group {self.group} row {self.row} image {self.index}"
         try:
-            data = row_pictures(open_parquet(self.path), self.group, self.row)[self.index]
+            data = row_images(open_parquet(self.path), self.group, self.row)[self.index]
         except DAMAGED as e:
             raise UserError(
                 f"{name}: cannot be read ({shorten(e, 200)}); fetch the file again"
@@ -71,8 +69,9 @@ def _open_parquet(path: Path, *_: int):
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """The column of the images. `bytes`, `path`: its leaves, as the file spells them
-    (`images.list.element.bytes`)."""
+    """The column of the images. `bytes`, `path`: its leaves, as the file names them
+    (`images.list.element.bytes`).
+    """
 
     name: str
     many: bool  # a list in every row
@@ -80,15 +79,15 @@ class Column:
     path: str | None
 
     def images(self, value: object) -> list:
-        """What a row's value holds: of each image its bytes, its path, or None."""
+        """The leaf (bytes or path) of each image in a row's value, or None."""
         values = value if self.many else [] if value is None else [value]
         return [next(iter(v.values()), None) if isinstance(v, dict) else v for v in values or []]
 
 
 @lru_cache(maxsize=32)
 def image_column(f) -> Column | None:
-    """None where no column holds the bytes of images. Raises LookupError: one does, in a way that
-    is not known.
+    """None if no column holds the bytes of images. Raises LookupError if two do, or one does in an
+    unknown way.
     """
     found = [name for name in NAMES if name in f.schema_arrow.names]
     columns = [c for name in found if (c := column_of(f, name, f.schema_arrow.field(name).type))]
@@ -121,9 +120,10 @@ def column_of(f, name: str, type) -> Column | None:
 
 
 @lru_cache(maxsize=4)
-def row_pictures(f, group: int, row: int) -> list[bytes | None]:
-    """The image files of one row. A row group is read from its start: small ones (100 rows, as
-    datasets writes) are quick."""
+def row_images(f, group: int, row: int) -> list[bytes | None]:
+    """The image files of one row. A row group is read from its start, so small ones (100 rows, as
+    `datasets` writes) are quick.
+    """
     for found in islice(group_bytes(f, group), row, None):
         return found
     raise LookupError("the row is gone")
@@ -141,61 +141,31 @@ def parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
     """(where, row) with the images as `Embedded`, as the path of an image whose bytes are null, or
     as None.
     """
-    try:
+    with reading(path):
         f = open_parquet(path)
         try:
             column = image_column(f)
         except LookupError:
-            leaves = ", ".join(f.schema.column(i).path for i in range(len(f.schema)))
-            raise UserError(
-                f"{path}: has the columns {shorten(leaves, 300)}; expected image or images, "
-                "not both, as {bytes (binary), path (text)}, bytes, or a list of "
-                "them"
-            ) from None
+            refuse_columns(path, [f.schema.column(i).path for i in range(len(f.schema))])
         names = f.schema_arrow.names
         n, others = 0, [name for name in names if column is None or name != column.name]
         for g in range(f.num_row_groups):
-            check_group(path, f.metadata.row_group(g), g, column)
+            check_group(path, f.metadata.row_group(g), g, column and column.name)
             rows = f.read_row_group(g, columns=others, use_threads=False).to_pylist()
-            images = group_pictures(f, path, g, column) if column else [None] * len(rows)
+            images = group_images(f, path, g, column) if column else [None] * len(rows)
             for row, found in zip(rows or [{}] * len(images), images, strict=True):
                 if column:
                     row = {**row, column.name: found if column.many else next(iter(found), None)}
                 yield f"row {n}", row
                 n += 1
-    except UserError:
-        raise
-    except OverflowError as e:
-        raise UserError(
-            f"{path}: a date or number is out of range ({shorten(e, 200)}); leave its column out, "
-            "or correct it"
-        ) from None
-    except DAMAGED as e:
-        raise UserError(
-            f"{path}: is not whole or not parquet ({shorten(e, 200)}); fetch it again"
-        ) from None
 
 
-def check_group(path: Path, group, g: int, images: Column | None) -> None:
-    """What a row group says it unpacks to is bounded: text at once, images by the row."""
-    text = pictures = 0
-    for i in range(group.num_columns):
-        column = group.column(i)
-        if images and column.path_in_schema.split(".")[0] == images.name:
-            pictures += column.total_uncompressed_size
-        else:
-            text += column.total_uncompressed_size
-    if text > MAX_GROUP or pictures > MAX_BYTES * max(group.num_rows, 1):
-        raise UserError(
-            f"{path}: row group {g} unpacks to {(text + pictures) >> 20} MiB, too much for "
-            f"{group.num_rows} "
-            "rows; write the file with smaller row groups"
-        )
+def group_images(f, path: Path, g: int, column: Column) -> list[list]:
+    """The images of each row of a group.
 
-
-def group_pictures(f, path: Path, g: int, column: Column) -> list[list]:
-    """Per row of a group what its images are. Where there are paths, the bytes are not read, unless
-    the file's own statistics say that some image has none, or there are no statistics."""
+    Where images have paths, the bytes are read only if some are null by the file's statistics, or
+    if there are none.
+    """
     rows = f.metadata.row_group(g).num_rows
     paths, nulls = [None] * rows, math.inf
     if column.path:

@@ -1,20 +1,19 @@
-"""Which template of chat.py a checkpoint wants, by its files and its jinja text, never run.
+"""Which chat template a checkpoint wants, by its files and its jinja text, which is never run.
 
-A jinja text is read as an outline: what it writes literally, where a message's role and text come
-in, and what depends on the role. It is one of ours if that is the outline of a form that writes
-what ours writes, whatever its variables are called. Other role words, another order, another system
-sentence are another outline: then the nearest is taken, by its marks or by the language model, and
-a warning says so.
+A jinja text is reduced to an outline: the text that it writes, where a message's role and text go,
+and what depends on the role. If that is the outline of one of FORMS, the template is known,
+whatever the variables are called. Any other outline gets the nearest template, by its role words or
+by the language model, and a warning.
 """
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from llava_min.data.chat import QWEN_SYSTEM, RECORD, TEMPLATES, VICUNA_SYSTEM, template
-from llava_min.errors import info, warn
+from llava_min.data.chat import QWEN_SYSTEM, TEMPLATE_KEY, TEMPLATES, VICUNA_SYSTEM, get_template
+from llava_min.errors import info, label, warn
 
-LONG = 20_000  # characters: a longer jinja text is none of ours, and is not read
+MAX_CHARACTERS = 20_000  # a longer jinja text is none of ours, and is not read
 STRING = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 CLOSE = {"{{": "}}", "{%": "%}", "{#": "#}"}
 PATH = rf"[A-Za-z_]\w*(?:\.\w+(?:\(\))?|\[\s*(?:{STRING}|0|1:)\s*\])*"
@@ -36,13 +35,14 @@ ELSE = {
 }
 
 
-def literal(text: str) -> str:
+def escape_literal(text: str) -> str:
     return text.replace("{", "(").replace("<s>", "{bos}").replace("</s>", "{eos}")
 
 
-def written(expression: str, names: dict[str, str]) -> str:
+def outline_expression(expression: str, names: dict[str, str]) -> str:
     """What a jinja expression writes: strings and `names` of strings as they are, {text}, {role},
-    {ROLE}, {bos}, {eos}, and {?} for what is not understood."""
+    {ROLE}, {bos}, {eos}, and {?} for anything else.
+    """
     if expression.startswith("raise_exception("):
         return ""
     out, at = "", 0
@@ -53,7 +53,7 @@ def written(expression: str, names: dict[str, str]) -> str:
         at, path = m.end(), m["path"]
         if m["string"]:
             unescaped = re.sub(r"(?s)\\(.)", lambda e: ESCAPES.get(e[1], e[1]), m["string"][1:-1])
-            out += literal(unescaped)
+            out += escape_literal(unescaped)
         elif path in ("bos_token", "eos_token"):
             out += "{" + path[:3] + "}"
         elif path in names:
@@ -67,7 +67,8 @@ def written(expression: str, names: dict[str, str]) -> str:
 
 def condition(text: str) -> str:
     """What a branch depends on: a message's role, a part's type, `prompt` for the generation
-    prompt, or what stands there."""
+    prompt, or else its own text.
+    """
     if m := ROLE.fullmatch(text):
         return ("first " if m[1].endswith("]") else "") + ("not " if m[2] == "!=" else "") + m[3]
     if m := TYPE.fullmatch(text):
@@ -75,13 +76,16 @@ def condition(text: str) -> str:
     return "prompt" if text == "add_generation_prompt" else re.sub(r"\s+", "", text)
 
 
-def of_block(block: str, branches: list[str], names: dict[str, str], inside: bool) -> str:
-    """The outline of a {% block %}. `branches`: what the open ones depend on; `names`: strings that
-    are set before the loop over the messages; `inside` that loop."""
+def outline_block(block: str, branches: list[str], names: dict[str, str], inside: bool) -> str:
+    """The outline of a {% block %}.
+
+    branches: what the open ones depend on. names: strings that are set before the loop over the
+    messages. inside: whether it is in that loop.
+    """
     word, rest = (*block.split(maxsplit=1), "", "")[:2]
     if word == "set":
         name, _, value = rest.partition("=")
-        new = written(value.strip(), names)
+        new = outline_expression(value.strip(), names)
         if new in ("{text}", "{role}", "{ROLE}"):  # a name for a part writes nothing yet
             return ""
         if inside or "{?}" in new:
@@ -93,7 +97,7 @@ def of_block(block: str, branches: list[str], names: dict[str, str], inside: boo
         return f"{{if {branches[-1]}:}}"
     if word in ("elif", "else") and branches:
         what = condition(rest) if word == "elif" else ELSE.get(branches[-1], "else")
-        branches[-1] = ""  # what a second else stands for depends on both
+        branches[-1] = ""  # a second else would depend on both
         return f"{{{what}:}}"
     if word == "endif":
         del branches[-1:]
@@ -108,9 +112,9 @@ def of_block(block: str, branches: list[str], names: dict[str, str], inside: boo
 
 
 def tags(source: str) -> Iterator[tuple[str, str, str]]:
-    """(text before it, its opening, what is in it) of each jinja tag, and the text after the last.
+    """(text before it, its opening, its content) of each jinja tag, and the text after the last.
 
-    Found without a regex, which a stranger's text could keep busy.
+    The end is found without a regex, which an untrusted text could make very slow.
     """
     at = 0
     while m := re.compile(r"\{[{%#]").search(source, at):
@@ -125,27 +129,27 @@ def tags(source: str) -> Iterator[tuple[str, str, str]]:
 
 
 def outline(source: str) -> tuple[str, str]:
-    """(what is written before the messages, whatever it depends on; what for and after them)."""
-    if len(source) > LONG:
+    """(the text before the messages, without conditions; the outline of them and the rest)."""
+    if len(source) > MAX_CHARACTERS:
         return "{?}", "{?}"
     head, body, branches, names = "", "", [], {}
     for text, kind, inside in tags(source):
-        if not text.strip() and "\n" in text:  # how the jinja text itself is laid out
+        if not text.strip() and "\n" in text:  # the layout of the jinja text itself
             text = ""
-        text = literal(text)
+        text = escape_literal(text)
         head, body = (head, body + text) if body else (head + text, "")
         if kind == "{{":
-            new = written(inside, names)
+            new = outline_expression(inside, names)
         else:
-            new = of_block(inside, branches, names, bool(body)) if kind == "{%" else ""
+            new = outline_block(inside, branches, names, bool(body)) if kind == "{%" else ""
         if body or kind == "{%" and inside.startswith("for"):
             body += new
         else:
             head += new
-    for _ in range(4):  # a last branch that writes nothing, in branches
+    for _ in range(4):  # drop last branches that write nothing, nested ones too
         body = re.sub(r"\{(?!if )[^{}]*:\}(?=\{end\})", "", body)
         body = re.sub(r"\{if [^{}]*:\}\{end\}", "", body)
-    return re.sub(r"\{(?!\?)[^{}]*\}", "", head), body  # BOS is the tokenizer's to put in
+    return re.sub(r"\{(?!\?)[^{}]*\}", "", head), body  # the tokenizer adds BOS
 
 
 _VICUNA = VICUNA_SYSTEM + " "
@@ -161,7 +165,7 @@ _PARTS = "{for text}{text} {next}"
 _NO_SYSTEM = "{if loop.firstandmessages[0]['role']!='system':}"
 _SYSTEM = "{if loop.firstandsystem_messageisdefined:}"
 _INST = " [INST] {text} [/INST]"
-# Outlines of forms that write what ours writes, with its spaces.
+# template -> outlines (see `outline`) of jinja texts that write the same, spaces included
 FORMS = {
     "vicuna_v1": [
         (
@@ -198,7 +202,7 @@ FORMS = {
     ],
     "llama3": [("", _HEADER % "{if prompt:}" + "{end}"), ("", _HEADER % "")],
 }
-_MARKS = {
+_ROLE_WORDS = {
     "<|im_start|>": "chatml",
     "<|start_header_id|>": "llama3",
     "[INST]": "mistral",
@@ -207,7 +211,7 @@ _MARKS = {
 
 
 def recognise(jinja: str) -> tuple[str | None, bool]:
-    """The template that a jinja text is a form of, or None; and whether its spaces are ours."""
+    """(the template that a jinja text writes, or None; whether its spaces are the same)."""
     bare = lambda parts: tuple("".join(part.split()) for part in parts)
     found = outline(jinja)
     forms = [
@@ -216,7 +220,7 @@ def recognise(jinja: str) -> tuple[str | None, bool]:
     return (forms[0][0], found in [form for _, form in forms]) if forms else (None, False)
 
 
-def choose(
+def find_template(
     config: dict,
     processor_config: dict | None = None,
     chat_template: str | None = None,
@@ -225,13 +229,12 @@ def choose(
 ) -> str:
     """The template name for a checkpoint.
 
-    `config` is its config.json, `processor_config` its processor_config.json (where we record the
-    name), `chat_template` the jinja text that `path` has, `tokenizer` anything with
-    `token_id(content)`.
+    config: its config.json. processor_config: its processor_config.json, where we record the name.
+    chat_template: the jinja text that the file `path` has. tokenizer: has `token_id(content)`.
     """
-    recorded = (processor_config or {}).get(RECORD)
+    recorded = (processor_config or {}).get(TEMPLATE_KEY)
     if recorded is not None:
-        template(recorded)
+        get_template(recorded)
         return recorded
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     if not isinstance(chat_template, str) or not chat_template.strip():
@@ -242,19 +245,20 @@ def choose(
         name = nearest(chat_template, flat) or by_model(text, tokenizer, flat=flat)
         warn(
             f"{path}: a chat template that is none of {', '.join(TEMPLATES)}; {name} is taken as "
-            "the nearest, and the model may have learned another; say which with --template"
+            "the nearest, and the model may have learned another; say which with "
+            f"{label('template')}"
         )
     elif not same:
         info(
-            f"{path}: taken as {name}, from which it differs in spaces alone; --template takes "
-            "another"
+            f"{path}: taken as {name}, from which it differs in spaces alone; {label('template')} "
+            "takes another"
         )
     return name
 
 
 def nearest(jinja: str, flat: bool) -> str | None:
-    """The template whose role words stand in a jinja text, if they are those of one."""
-    found = [name for mark, name in _MARKS.items() if mark in jinja]
+    """The template whose role words are in a jinja text, None if those of several or none are."""
+    found = [name for mark, name in _ROLE_WORDS.items() if mark in jinja]
     if len(found) != 1:
         return None
     vicuna = flat or VICUNA_SYSTEM in jinja.replace("\\'", "'")
@@ -262,7 +266,7 @@ def nearest(jinja: str, flat: bool) -> str | None:
 
 
 def by_model(text: dict, tokenizer, flat: bool) -> str:
-    """What models of this kind are mostly asked with; `flat`: the original's config.json."""
+    """The usual template of this language model; `flat`: config.json is the original LLaVA's."""
     kind = str(text.get("model_type", "llama"))
     if "qwen" in kind:
         return "chatml"

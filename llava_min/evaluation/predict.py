@@ -23,15 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_min.data.chat import render
+from llava_min.checks.formats import check_text
+from llava_min.data.chat import render, text_of
 from llava_min.data.data_uri import Encoded
 from llava_min.data.dataset import Dataset, evaluation_batch
+from llava_min.data.formats import Record
 from llava_min.data.loader import loader
 from llava_min.data.parquet import Embedded
 from llava_min.data.processor import Processor
-from llava_min.data.record import Bad, Record, check_text, text_of
-from llava_min.data.records import told
-from llava_min.errors import UserError, escape_controls, shorten, warn
+from llava_min.errors import UserError, escape_controls, preview, shorten, warn
 from llava_min.evaluation.metrics import Rule, blind, find, interval, measure, resampled
 from llava_min.generate import generate
 from llava_min.llava import Llava
@@ -76,7 +76,7 @@ def predict(
     world = world or World(0, 1, 0, model.device)
     options |= {
         "eos_token_id": processor.stop_ids,
-        "suppress_tokens": processor.silent_ids(model.config.text.vocab_size),
+        "suppress_tokens": processor.suppressed_ids(model.config.text.vocab_size),
     }
     rows = dict(done or {})
     order = sorted(
@@ -211,7 +211,7 @@ def batch_of(
     for record in records:
         rows.append(unanswered(record))
         try:
-            ready.append(replace(record, images=record.pictures(exif)))
+            ready.append(replace(record, images=record.open_images(exif)))
         except UserError as e:
             rows[-1]["error"] = str(e)
     return rows, evaluation_batch(ready, processor)[0] if ready else None
@@ -272,7 +272,7 @@ def cut_answers(rows: Sequence[dict], max_new_tokens: int) -> list[str]:
         return []
     return [
         f"{len(cut)} of {len(rows)} answers were cut at --max-new-tokens {max_new_tokens}, "
-        f"before their end: {told(map(shorten, cut), ', ')}; raise it"
+        f"before their end: {preview(map(shorten, cut), ', ')}; raise it"
     ]
 
 
@@ -283,10 +283,10 @@ def references(record: Record) -> list[str]:
     found = record.extra.get("references", [text_of(record.messages[-1])])
     try:
         if not isinstance(found, list) or not all(isinstance(r, str) for r in found):
-            raise Bad(f"references is {shorten(json.dumps(found))}, expected a list of texts")
+            raise UserError(f"references is {shorten(json.dumps(found))}, expected a list of texts")
         for r in found:
             check_text(r, "references")
-    except Bad as e:
+    except UserError as e:
         raise UserError(f"record {shorten(record.id)}: {e}; correct the record") from None
     return found
 
@@ -357,7 +357,7 @@ def read_answers(folder: Path, records: Sequence[Record]) -> dict[int, dict]:
         raise UserError(
             f"{folder}: {len(strange)} of its {n} answers are to questions that --data does not "
             "hold, or about "
-            f"other pictures ({told(map(shorten, strange), ', ')}); give another --out"
+            f"other pictures ({preview(map(shorten, strange), ', ')}); give another --out"
         )
     if twice:
         warn(f"{folder}: {twice} of its {n} answers stand there twice and count once")

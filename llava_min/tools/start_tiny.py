@@ -22,8 +22,7 @@ def main(argv: list[str]) -> None:
         raise UserError("OUT: give the one folder to write")
 
     from llava_min.config import LlavaConfig, TextConfig, VisionConfig
-    from llava_min.data.from_folder import CLIP_MEAN, CLIP_STD
-    from llava_min.data.image import ImageConfig
+    from llava_min.data.image import CLIP_MEAN, CLIP_STD, ImageConfig
     from llava_min.data.processor import Processor
     from llava_min.data.tokenizer import Tokenizer
     from llava_min.load import random_model, write_model

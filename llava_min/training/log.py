@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from llava_min.data.data_uri import Encoded
-from llava_min.data.record import Record, earlier
+from llava_min.data.formats import Record
 from llava_min.errors import UserError, escape_controls, info
 from llava_min.util.files import replace
 
@@ -79,7 +79,7 @@ class Log:
                 {
                     "step": step,
                     "id": row["id"],
-                    "earlier": earlier(record),
+                    "earlier": record.history(),
                     "prompt": row["prompt"],
                     "prediction": row["prediction"],
                     "reference": next(iter(row["references"]), ""),

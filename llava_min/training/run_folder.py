@@ -28,8 +28,8 @@ import torch
 from torch import nn
 
 from llava_min.checks.settings import FREE
-from llava_min.data.record import Record
-from llava_min.data.records import hash_pictures, hash_records, sources
+from llava_min.data.formats import Record
+from llava_min.data.records import hash_images, hash_records, sources
 from llava_min.errors import UserError, escape_controls, info, warn
 from llava_min.load import Checkpoint
 from llava_min.parallel.ranks import World
@@ -277,7 +277,7 @@ def identity_of(
         "weights of the data": [str(w) for _, w in mixture],
         "records": len(records),
         "ids and names of pictures": hash_records(records),
-        PICTURES: hash_pictures(records),
+        PICTURES: hash_images(records),
         **base_identity(ready),
         "rows of a step": rows,
         "steps": steps,

@@ -9,9 +9,11 @@ import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from llava_min.data.record import Bad, Record, check_text, in_folder, kind
-from llava_min.data.records import Files, parse, raw_records, sources, told
-from llava_min.errors import UserError, escape_controls, shorten, warn
+from llava_min.checks.formats import check_path, check_text, kind
+from llava_min.data.formats import Record
+from llava_min.data.json_file import parse
+from llava_min.data.records import ImageFiles, raw_records, sources
+from llava_min.errors import UserError, escape_controls, preview, shorten, warn
 from llava_min.util.files import check_file
 
 FOLDER = Path(__file__).parent
@@ -112,24 +114,24 @@ def benchmark_records(benchmark: Benchmark, data: str, image_folder: str | None)
         raise UserError(
             f"{shorten(root, 400)}: no such folder; give --image-folder, the folder of the pictures"
         )
-    files, records, bad = Files(root), [], []
+    files, records, bad = ImageFiles(root), [], []
     for n, raw in enumerate(first):
         try:
             for field, path, other, seen in joins:
                 key = key_of(raw, field)
                 if key not in other:
-                    raise Bad(f"{path.name} has none of its {field} {shorten(key)}")
+                    raise UserError(f"{path.name} has none of its {field} {shorten(key)}")
                 seen.add(key)
                 raw = other[key] | raw
             record = from_published(raw, benchmark, root)
-            if not files.have(record.images[0]):
-                raise Bad(f"no picture {shorten(record.images[0], 200)}")
+            if not files.has(record.images[0]):
+                raise UserError(f"no image {shorten(record.images[0], 200)}")
             records.append(record)
-        except Bad as e:
+        except UserError as e:
             bad.append(f"record {n}: {e}")
     if bad:
         raise UserError(
-            f"{shorten(data, 400)}: {len(bad)} of {len(first)} records are bad: {told(bad)}; "
+            f"{shorten(data, 400)}: {len(bad)} of {len(first)} records are bad: {preview(bad)}; "
             f"{takes}, and "
             "--image-folder where the pictures lie"
         )
@@ -147,7 +149,7 @@ def key_of(raw: dict, field: str) -> str | int:
     """What joins a record to one of another file. Raises Bad."""
     key = value(raw, field)
     if not isinstance(key, (str, int)):
-        raise Bad(f"{field}: {kind(key)}, expected text or a number")
+        raise UserError(f"{field}: {kind(key)}, expected text or a number")
     return key
 
 
@@ -156,9 +158,9 @@ def by_field(records: list[dict], field: str, path: Path, takes: str) -> dict[st
     for n, record in enumerate(records):
         try:
             if (key := key_of(record, field)) in found:
-                raise Bad(f"its {field} {shorten(key)} stands on another record too")
+                raise UserError(f"its {field} {shorten(key)} stands on another record too")
             found[key] = record
-        except Bad as e:
+        except UserError as e:
             raise UserError(f"{path}: record {n}: {e}; is it the right file? {takes}") from None
     return found
 
@@ -194,21 +196,24 @@ def from_published(raw: dict, benchmark: Benchmark, root: Path) -> Record:
     right = [r.get("answer") if isinstance(r, dict) else r for r in right]
     for r in right:
         if not isinstance(r, str):
-            raise Bad(f"{benchmark.answers}: {kind(r)}, expected texts")
+            raise UserError(f"{benchmark.answers}: {kind(r)}, expected texts")
         check_text(r, benchmark.answers)
     if not right:
-        raise Bad(f"{benchmark.answers}: is empty, expected the right answers")
+        raise UserError(f"{benchmark.answers}: is empty, expected the right answers")
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]},
         {"role": "assistant", "content": right[0]},
     ]
-    image = in_folder(fill(benchmark.image, raw), root, "image")
-    return Record(fill(benchmark.id, raw), messages, [image], root, raw | {"references": right})
+    path = fill(benchmark.image, raw)
+    check_path(path, root, "image")
+    return Record(
+        fill(benchmark.id, raw), messages, [root / path], root, raw | {"references": right}
+    )
 
 
 def value(raw: dict, field: str) -> object:
     if field not in raw:
-        raise Bad(f"has no field {field}")
+        raise UserError(f"has no field {field}")
     return raw[field]
 
 
@@ -216,13 +221,13 @@ def fill(form: str, raw: dict) -> str:
     def one(m: re.Match) -> str:
         x, how = value(raw, m[1]), m[2]
         if how and type(x) is not (str if how == "capitalize" else int):
-            raise Bad(
+            raise UserError(
                 f"{m[1]}: {shorten(x)}, expected "
                 f"{'text' if how == 'capitalize' else 'a whole number'}"
             )
         items = x if isinstance(x, list) else [x]
         if not all(type(i) in (str, int) for i in items):
-            raise Bad(f"{m[1]}: {shorten(x)}, expected text or numbers")
+            raise UserError(f"{m[1]}: {shorten(x)}, expected text or numbers")
         text = ", ".join(map(str, items))
         return text.capitalize() if how == "capitalize" else text.zfill(int(how or 0))
 

@@ -1,21 +1,22 @@
-"""What a raw record says that does not reach the model: told, or a reason to refuse the record.
+"""What a raw record says that does not reach the model: a reason to refuse it, or a warning.
 
-Beside formats.py, which asks here. Three things: media under a key or a mark that is not read,
-answers that are marked as not to be learnt, and fields that mean something elsewhere.
+For data/formats.py. Three things: images, video and sound under a key or a mark that is not read;
+answers that are marked as not to be learned; fields that mean something in other programs.
 """
 
 import re
 from functools import lru_cache
 
-from llava_min.data.record import Bad, Record, kind, text_of
-from llava_min.errors import shorten
+from llava_min.checks.formats import kind
+from llava_min.errors import UserError, shorten
 
 MEDIA = "image|img|picture|pic|photo|frame|media|video|film|clip|audio|sound|speech"
 PLACES = "path|file|name|url|uri|list|data|bytes|base64|b64|local|input"
 NAME = re.compile(rf"(?:({MEDIA})s?|(?:{PLACES})s?|[\W\d_])+", re.I)
 ENDINGS = "jpe?g|png|webp|gif|bmp|tiff?|mp4|avi|mov|mkv|webm|wav|mp3|flac|ogg|m4a"
 FILE = re.compile(rf"data:(image|video|audio)/|.{{1,1000}}\.({ENDINGS})$", re.I)
-# ms-swift and XTuner; LLaMA-Factory's and TRL's preference data; OpenAI; Axolotl; ms-swift
+# of a turn: whether its answer is learned, in ms-swift and XTuner; preference data of LLaMA-Factory
+# and TRL; OpenAI; Axolotl; ms-swift
 MARKERS = ("loss", "label", "weight", "train", "loss_scale")
 FIELDS = ("tools", "weight", "loss", "loss_scale")  # of a record
 # of an image part: sizes, which the vision tower fixes
@@ -51,18 +52,20 @@ def turns_of(raw: dict, read: tuple[str, ...]) -> list[dict]:
 
 
 def media_keys(raw: dict, read: tuple[str, ...]) -> list[str]:
-    """The keys of a record and of its turns that name media, but those that are `read`."""
+    """The keys of a record and of its turns that name media and are not among `read`."""
     said = [(key, value) for key, value in raw.items() if key not in read]
     for turn in turns_of(raw, read):
-        if len(turn) > 2:  # than who speaks and what
+        if len(turn) > 2:  # more than who speaks and what
             said += [(key, value) for key, value in turn.items() if key not in TURN]
     return [key for key, value in said if is_media(key, value)]
 
 
 def placeholder(question: str) -> str | None:
-    """The kind of media that a mark in a question stands for, where LLaVA, LLaMA-Factory and
-    ms-swift put them: at its beginning, or at its end behind a line or a sentence. Elsewhere
-    (`the <video> tag`) it is text."""
+    """The kind of media that a mark in a question stands for.
+
+    LLaVA, LLaMA-Factory and ms-swift put it at the beginning, or at the end after a line or a
+    sentence; elsewhere (`the <video> tag`) it is text.
+    """
     if "<" not in question:
         return None
     question = question.strip()
@@ -75,53 +78,56 @@ def placeholder(question: str) -> str | None:
     return None
 
 
-def check_media(record: Record, media: list[str]) -> None:
-    """A question about what the model would not see teaches it to guess. Raises Bad."""
-    if media and not record.images:
-        raise Bad(
+def check_media(media: list[str], questions: dict[int, str], has_image: bool) -> None:
+    """A question about what the model does not see would teach it to guess.
+
+    media: keys that name media and are not read. questions: the text of each user message, by the
+    message's index. has_image: whether some image is read.
+    """
+    if media and not has_image:
+        raise UserError(
             f"has {shorten(', '.join(dict.fromkeys(media)), 200)}, which is not read, and no "
             "image; expected images under image or images, or in the messages"
         )
-    for i, message in enumerate(record.messages):
-        mark = placeholder(text_of(message)) if message["role"] == "user" else None
-        if mark and (mark != "image" or not record.images):
+    for i, question in questions.items():
+        mark = placeholder(question)
+        if mark and (mark != "image" or not has_image):
             what = "a video" if mark == "video" else f"an {mark}"
-            raise Bad(f"message {i}: its <{mark}> stands for {what}, and none is read")
+            raise UserError(f"message {i}: its <{mark}> stands for {what}, and none is read")
 
 
-# ---- answers that are not to be learnt
+# ---- answers that are not to be learned
 
 
-def is_learnt(turn: dict, where: str) -> bool:
-    """Whether none of its MARKERS says no. Raises Bad."""
-    said = [name for name in MARKERS if name in turn]
-    for name in said:
-        value = turn[name]
-        number = isinstance(value, (bool, int, float))
-        if value is not None and not (number and value >= 0):
-            came = shorten(value) if number else kind(value)
-            raise Bad(f"{where}: {name} is {came}, expected true or false, 1 or 0")
-    return all(turn[name] != 0 for name in said)
+def check_markers(turn: dict, where: str) -> None:
+    """The markers of an answer are booleans or numbers of at least 0."""
+    for name in MARKERS:
+        value = turn.get(name)
+        is_number = isinstance(value, (bool, int, float))
+        if value is not None and not (is_number and value >= 0):
+            came = shorten(value) if is_number else kind(value)
+            raise UserError(f"{where}: {name} is {came}, expected true or false, 1 or 0")
 
 
-def check_learnt(raw: dict, record: Record) -> None:
-    """Raises Bad: no answer of a record is to be learnt. (Its `label` may also be a class, 0.)"""
+def check_supervised(raw: dict, messages: list[dict]) -> None:
+    """Some answer is to be learned. (The `label` of a record may also be a class, 0.)"""
     for name in (*MARKERS, "kto_tag"):
         value = raw.get(name)
         if value is False or name in FIELDS and isinstance(value, (int, float)) and value <= 0:
-            raise Bad(f"{name} is {str(value).lower()}: its answers are marked as not to be learnt")
-    if all(m.get("loss") is False for m in record.messages if m["role"] == "assistant"):
-        raise Bad("every answer is marked as not to be learnt")
+            said = f"{name} is {str(value).lower()}"
+            raise UserError(f"{said}: its answers are marked as not to be learned")
+    if all(m.get("loss") is False for m in messages if m["role"] == "assistant"):
+        raise UserError("every answer is marked as not to be learned")
 
 
-# ---- what is told of a good record
+# ---- warnings
 
 
-def unused(raw: dict, read: tuple[str, ...], record: Record) -> list[str]:
-    """The fields that would be expected to change what the model sees or learns, and do not."""
+def unused_fields(raw: dict, read: tuple[str, ...], has_image: bool) -> list[str]:
+    """The fields that one would expect to change what the model sees or learns."""
     names = [name for name in FIELDS if raw.get(name) not in (None, 1, "", [])]
     names += media_keys(raw, read)
-    if not record.images:
+    if not has_image:
         names += [key for key in raw if key not in (*read, "id") and looks_like_a_file(raw[key])]
     for turn in turns_of(raw, read):
         answer = turn.get("from", turn.get("role")) in ("gpt", "assistant")
@@ -136,7 +142,6 @@ def unused(raw: dict, read: tuple[str, ...], record: Record) -> list[str]:
     return names
 
 
-def marks_as_text(record: Record) -> list[str]:
+def marks_as_text(questions: dict[int, str]) -> list[str]:
     """The marks that stay text in the questions of a good record."""
-    questions = (text_of(m) for m in record.messages if m["role"] == "user")
-    return [found[0] for q in questions if "<" in q for found in re.finditer(MARK, q)]
+    return [found[0] for q in questions.values() for found in re.finditer(MARK, q)]
