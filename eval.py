@@ -12,17 +12,13 @@ and the benchmarks.
 """
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llava_min.checks.evaluation import (
-    check_all_scored,
-    check_group,
-    check_no_comparison,
-    check_references,
-)
+from llava_min.checks.evaluation import check_all_scored, check_no_comparison, check_questions
 from llava_min.errors import UserError, info, label
 from llava_min.util.cli import PathArg, PositiveInt, Seed, flags, parse, run
 
@@ -55,10 +51,7 @@ class EvalConfig:
         if self.data is None:
             raise UserError("--data: not given; give a file of records with answers")
         if self.logprob and self.out is None:
-            raise UserError(
-                "--logprob: is written into predictions.jsonl alone; give --out DIR, or leave it "
-                "out"
-            )
+            raise UserError("--logprob: is written into predictions.jsonl only; give --out, too")
 
 
 @dataclass
@@ -154,8 +147,8 @@ def read_questions(args: EvalConfig, benchmark: Any) -> list:
         records = benchmark_records(benchmark, args.data, args.image_folder)
     else:
         records = read_records(args.data, args.image_folder)
-    check_references([references(record) for record in records])
-    check_group(args.by, [record.extra for record in records])
+    right_answers = [references(record) for record in records]
+    check_questions(right_answers, [record.extra for record in records], args.by)
     return records
 
 
@@ -166,9 +159,7 @@ def compared_model(args: EvalConfig) -> tuple[str, str | None]:
     return args.compare, None
 
 
-def check_model(
-    args: EvalConfig, records: list, source: str, adapter: str | None
-) -> dict[str, str]:
+def check_model(args: EvalConfig, records: list, source: str, adapter: str | None) -> dict:
     """Find what is wrong with a model, its adapter or the room for answers before the first model
     answers, which may take hours. Returns the template and the image mode of its prompts.
     """
@@ -232,17 +223,16 @@ def answer(
     )
     rows = ask(records, args.batch_size, progress=progress, world=world, done=done, save=save)
 
+    # in half precision the order of a sum, and so the batch, can change a token: say how often
     if settings["dtype"] == "float32":
-        settings["checked"] = (
-            "fp32: the answers do not depend on the batch size or the number of ranks"
-        )
-    elif args.batch_size * world.size > 1:  # in half precision a sum's order can change a token
+        said = "fp32: the answers do not depend on the batch size or the number of ranks"
+        settings["checked"] = said
+    elif args.batch_size * world.size > 1:
         few = [i for i, row in enumerate(rows) if "error" not in row][:NUM_CHECKED]
         alone = ask([records[i] for i in few], 1)
         same = sum(row["prediction"] == rows[i]["prediction"] for i, row in zip(few, alone))
-        settings["checked"] = (
-            f"{settings['dtype']}: {same} of {len(few)} answers are the same one at a time"
-        )
+        said = f"{settings['dtype']}: {same} of {len(few)} answers are the same one at a time"
+        settings["checked"] = said
     return Answers(rows, settings)
 
 
@@ -254,10 +244,7 @@ def score(side: Answers, args: EvalConfig, records: list) -> None:
     from llava_min.evaluation.score import cut_answers, measure_all, remarks, table
 
     side.measured = measure_all(side.rows, args.metrics)
-    side.scores = table(side.measured, args.seed)
-    for value, members in groups(args, records, side).items():
-        part = table(side.measured, args.seed, members)
-        side.scores |= {f"{name} {value}": m for name, m in part.items()}
+    side.scores = each_group(args, records, lambda *rows: table(side.measured, args.seed, *rows))
     other = f", with another {label('out')}" if args.out else ""
     cut = [line + other for line in cut_answers(side.rows, args.max_new_tokens)]
     side.settings["remarks"] = remarks(side.rows) + cut
@@ -267,27 +254,25 @@ def compare(base: Answers, tuned: Answers, args: EvalConfig, records: list) -> d
     """The change of every score from base to tuned, and within each value of --by."""
     from llava_min.evaluation.score import difference
 
-    change = difference(base.measured, tuned.measured, args.seed)
-    for value, members in groups(args, records, tuned).items():
-        part = difference(base.measured, tuned.measured, args.seed, members)
-        change |= {f"{name} {value}": m for name, m in part.items()}
-    return change
+    change = lambda *rows: difference(base.measured, tuned.measured, args.seed, *rows)
+    return each_group(args, records, change)
 
 
-def groups(args: EvalConfig, records: list, side: Answers) -> dict[str, list[int]]:
-    """The scored rows of each value of --by."""
-    out: dict[str, list[int]] = {}
-    for i in side.measured.rows.tolist() if args.by else ():
-        out.setdefault(str(records[i].extra.get(args.by)), []).append(i)
-    return dict(sorted(out.items()))
+def each_group(args: EvalConfig, records: list, compute: Callable) -> dict[str, dict]:
+    """compute() as it is, and compute(indices) of each value of --by under `metric value`."""
+    out = compute()
+    groups: dict[str, list[int]] = {}
+    for i, record in enumerate(records if args.by else ()):
+        groups.setdefault(str(record.extra.get(args.by)), []).append(i)
+    for value, indices in sorted(groups.items()):
+        out |= {f"{name} {value}": m for name, m in compute(indices).items()}
+    return out
 
 
 # ---- the files
 
 
-def write_files(
-    out: Path, folders: tuple[Path, Path], sides: list[Answers], change: dict | None
-) -> None:
+def write_files(out: Path, folders: tuple, sides: list[Answers], change: dict | None) -> None:
     """metrics.json has the scores of --model, compare.json the change of all scores."""
     from llava_min.evaluation.answers import write_answers, write_json_lines, writing
 

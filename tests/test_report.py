@@ -25,8 +25,8 @@ from llava_min.data.record import Record
 from llava_min.errors import UserError
 from llava_min.report import curves, evaluation, write_eval_report, write_run_report
 from llava_min.report.page import escape, shown
-from llava_min.report.thumbnails import MAX_BYTES, Thumbnails
 from llava_min.report.run import read_lines, stored_images
+from llava_min.report.thumbnails import MAX_BYTES, Thumbnails
 from llava_min.training.log import Log
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">'\"&\u2028\u2029\x1b]0;x\x07\u202e<!--<script </script "

@@ -6,18 +6,16 @@ from pathlib import Path
 from llava_min.errors import UserError, label, shorten
 
 
-def check_references(references: Sequence[Sequence[str]]) -> None:
-    """Some record has a right answer."""
+def check_questions(
+    references: Sequence[Sequence[str]], fields: Iterable[dict], by: str | None
+) -> None:
+    """Some record has a right answer, and some record has the field `by` that groups the scores."""
     if not any(references):
         raise UserError(
             f"none of its {len(references)} records has a right answer to compare with; give one "
             "that has",
             "data",
         )
-
-
-def check_group(by: str | None, fields: Iterable[dict]) -> None:
-    """Some record has the field by whose values the scores are grouped."""
     if by and not any(by in extra for extra in fields):
         raise UserError(
             f"no record has a field {shorten(by)}; give one that stands beside the conversation",

@@ -282,7 +282,7 @@ def on_held_out(
     the scores do not show.
     """
     nll, num_tokens = 0.0, 0
-    own = [(i,) for i in range(world.rank, len(dataset), world.size)]
+    own = [(i,) for i in range(world.rank, len(dataset), world.size)]  # rows of one record each
     batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
     model.eval()
     with torch.no_grad(), uneven_forwards(model, world, stop_requested) as check:
@@ -290,10 +290,8 @@ def on_held_out(
             nll += float(loss_of(batch))
             num_tokens += count_supervised(batch)
             check()
-    rows = predict(
-        model, dataset.processor, records, batch_size, dataset.exif,
-        world=world, stop_requested=stop_requested, **options,
-    )  # fmt: skip
+    options |= {"world": world, "stop_requested": stop_requested}
+    rows = predict(model, dataset.processor, records, batch_size, dataset.exif, **options)
     model.train()
 
     nll, num_tokens = all_reduce_sum(world, nll, num_tokens)
