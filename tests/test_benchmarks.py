@@ -210,7 +210,7 @@ def test_what_belongs_to_no_question_is_said(files, capsys):
         (
             "vqav2",
             ["questions.json"],
-            "12 of 12 records are bad: record 0: has no field answers.*takes --data v2_OpenEnded",
+            "12 of 12 records are bad: record 0: has no field answers.*takes data v2_OpenEnded",
         ),
         ("vqav2", ["annotations.json", "questions.json"], "under 'questions'"),
         ("textvqa-ocr", ["textvqa.json"], "no field ocr_tokens"),
@@ -219,7 +219,7 @@ def test_what_belongs_to_no_question_is_said(files, capsys):
         (
             "textvqa-ocr",
             ["ocr.json", "textvqa.json"],
-            "textvqa.json: record 1: its image_id ab0 stands on another.*is it the right file",
+            "textvqa.json: record 1: another record has the same image_id ab0.*is it the right file",
         ),
         ("vqav2", ["questions.json", "other.json"], "other.json has none of its question_id 42001"),
         ("vqav2", ["questions.json", "listed.json"], "listed.json: record 0: question_id: a list"),
@@ -233,7 +233,7 @@ def test_what_belongs_to_no_question_is_said(files, capsys):
         ("pope", ["number.json"], "label: a number"),
         ("pope", ["empty.json"], "label: is empty, expected the right answers"),
         ("pope", ["absent.json"], "absent.json"),
-        ("pope", ["pope.json@2"], "leave @WEIGHT out"),
+        ("pope", ["pope.json@2"], "omit @WEIGHT"),
         ("textvqa", ["counted.json"], "question: 5, expected text"),
     ],
 )
@@ -266,7 +266,7 @@ def test_a_folder_of_pictures_that_is_not_there_is_one_line(files):
         (('id = "{question_id}"', ""), "id is missing"),
         (("title", "[title"), "correct the file"),
         (('["pope"]', "[1]"), "metrics is"),
-        (("{text}", "{text:title}"), "prompt: {text:title} is no form"),
+        (("{text}", "{text:title}"), "prompt: {text:title} is not known"),
         (('name = "coco_pope_random.json"', ""), "files 0: name"),
         (("[[files]]", "[[files]]\nname = 'x'\n[[files]]"), "files 1: join"),
     ],

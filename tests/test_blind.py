@@ -6,7 +6,7 @@ import pytest
 
 from llava_min.evaluation.metrics import blind
 from llava_min.evaluation.metrics.words import words
-from llava_min.evaluation.predict import score
+from llava_min.evaluation.score import score
 
 SACREBLEU = "what computes this metric; pip install -e '.[metrics]'"
 
@@ -149,10 +149,10 @@ def test_a_remark_is_said_once():
         "x left": {"remarks": ["1 of 1 examples see nothing; use eyes"]},
         "z left": {"remarks": [line]},
     }
-    assert blind.told(table) == [f"x, y, z left: {line}", f"y: {other}"]
+    assert blind.remark_lines(table) == [f"x, y, z left: {line}", f"y: {other}"]
 
 
 def test_the_english_models_are_said_to_be_english():
     (check,) = blind.CHECKS["nli"]
-    assert check.unseen("一只猫", ["a cat"]) and check.unseen("cat", ["Кот"])
-    assert not check.unseen("the café 3", ["été"]) and not check.unseen("3", ["?"])
+    assert check.unmeasured("一只猫", ["a cat"]) and check.unmeasured("cat", ["Кот"])
+    assert not check.unmeasured("the café 3", ["été"]) and not check.unmeasured("3", ["?"])

@@ -20,10 +20,16 @@ from test_snapshot import ALONE
 from llava_min.data.records import read_records
 from llava_min.decoding import beam_search, decode
 from llava_min.errors import UserError
-from llava_min.evaluation import predict
-from llava_min.evaluation.predict import difference, measure_all, predict, read_answers, score
+from llava_min.evaluation import answers as answering
+from llava_min.evaluation import predict as predicting
+from llava_min.evaluation import score as scoring
+from llava_min.evaluation import settings as describing
+from llava_min.evaluation import show as showing
+from llava_min.evaluation.answers import read_answers
+from llava_min.evaluation.predict import predict
+from llava_min.evaluation.score import difference, measure_all
 from llava_min.load import TINY, load
-from llava_min.options import read_options
+from llava_min.sampling import read_options
 from llava_min.toy import draw as toy
 
 script = load_script("eval")
@@ -92,9 +98,9 @@ def test_the_model_is_left_as_it_was(data, tiny):
 
 
 def test_pictures_are_turned_as_they_were_asked_for(data, tiny, monkeypatch):
-    seen, open_images = [], predict.Record.open_images
+    seen, open_images = [], predicting.Record.open_images
     monkeypatch.setattr(
-        predict.Record,
+        predicting.Record,
         "open_images",
         lambda self, exif=False: (
             seen.append((type(self.images[0]), exif)) or open_images(self, exif)
@@ -106,9 +112,11 @@ def test_pictures_are_turned_as_they_were_asked_for(data, tiny, monkeypatch):
 
 
 def test_an_answer_is_text_and_nothing_around_it(data, tiny, monkeypatch):
-    (model, processor), asked, generate = tiny, {}, predict.generate
+    (model, processor), asked, generate = tiny, {}, predicting.generate
     monkeypatch.setattr(
-        predict, "generate", lambda *a, **options: asked.update(options) or generate(*a, **options)
+        predicting,
+        "generate",
+        lambda *a, **options: asked.update(options) or generate(*a, **options),
     )
     monkeypatch.setattr(type(processor), "decode", lambda self, ids: " red\n")
     assert (
@@ -125,7 +133,7 @@ def test_an_answer_is_text_and_nothing_around_it(data, tiny, monkeypatch):
 def test_an_answer_is_cut_where_no_end_token_came(data, tiny, options):
     """Of any batch; an answer whose end token is the last one that there was room for is whole."""
     (model, processor), records = tiny, read_records(data)[:9]
-    ends, silent = processor.stop_ids, processor.suppressed_ids(model.config.text.vocab_size)
+    ends, silent = processor.stop_ids, processor.silent_ids(model.config.text.vocab_size)
     seen = set()
     for most in range(1, 6):
         rows = predict(model, processor, records, batch_size=4, max_new_tokens=most, **options)
@@ -133,7 +141,7 @@ def test_an_answer_is_cut_where_no_end_token_came(data, tiny, options):
             {"max_new_tokens": most, "eos_token_id": ends, "suppress_tokens": silent, **options}
         )
         for record, row in zip(records, rows, strict=True):
-            batch, _, _ = predict.evaluation_batch([record], processor)
+            batch, _, _ = predicting.evaluation_batch([record], processor)
             raw = (
                 beam_search(model, batch, o)[0].tolist()
                 if options
@@ -227,8 +235,10 @@ def test_logprob_is_that_of_the_answer_token_by_token(data, tiny):
     records = read_records(data)[:5]
     rows = predict(model, processor, records, batch_size=5, max_new_tokens=24, logprob=True)
     for record, row in zip(records, rows):
-        batch, _, _ = predict.evaluation_batch([record], processor)
-        ids = predict.generate(model, batch, max_new_tokens=24, eos_token_id=processor.stop_ids)[0]
+        batch, _, _ = predicting.evaluation_batch([record], processor)
+        ids = predicting.generate(model, batch, max_new_tokens=24, eos_token_id=processor.stop_ids)[
+            0
+        ]
         total = 0.0
         for i in range(len(ids)):
             fed = torch.cat([batch["input_ids"], torch.tensor([ids[:i]], dtype=torch.long)], 1)
@@ -287,7 +297,7 @@ def test_the_script_writes_predictions_and_metrics(data, tmp_path, capsys):
 
 def interrupt(monkeypatch, after: int) -> None:
     """generate raises in the batch that comes after so many."""
-    real, left = predict.generate, [after]
+    real, left = predicting.generate, [after]
 
     def generate(*args, **options):
         if not left[0]:
@@ -295,7 +305,7 @@ def interrupt(monkeypatch, after: int) -> None:
         left[0] -= 1
         return real(*args, **options)
 
-    monkeypatch.setattr(predict, "generate", generate)
+    monkeypatch.setattr(predicting, "generate", generate)
 
 
 def test_an_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(
@@ -317,16 +327,16 @@ def test_an_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(
     run(data, "--out", str(out), "--batch-size", "3")  # of which the answers do not depend
     said = capsys.readouterr().err
     assert (
-        "goes on after 12 of 18" in said
+        "continues after 12 of 18" in said
         and "cut short" in said
-        and "1 of its 13 answers stand there twice" in said
+        and "1 of its 13 answers are there twice" in said
     )
     for name in ("predictions.jsonl", "metrics.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
     assert not (out / "predictions-1.jsonl").exists()
 
     # all is answered: other metrics of the same answers
-    monkeypatch.setattr(predict, "generate", None)
+    monkeypatch.setattr(predicting, "generate", None)
     run(data, "--out", str(out), "--metrics", "exact_match,token_f1")
     assert set(json.loads((out / "metrics.json").read_text())) == {"exact_match", "token_f1"}
 
@@ -375,17 +385,17 @@ def test_answers_made_otherwise_are_not_mixed(data, tmp_path, changed):
 @pytest.mark.parametrize(
     "change, named",
     [
-        (lambda row: {}, "predictions.jsonl:2: is no answer"),
-        (lambda row: [row], "predictions.jsonl:2: is no answer"),
-        (lambda row: row | {"prediction": 5}, "predictions.jsonl:2: is no answer"),
-        (lambda row: row | {"prediction": "\ud800"}, "predictions.jsonl:2: is no answer"),
+        (lambda row: {}, "predictions.jsonl:2: is not an answer"),
+        (lambda row: [row], "predictions.jsonl:2: is not an answer"),
+        (lambda row: row | {"prediction": 5}, "predictions.jsonl:2: is not an answer"),
+        (lambda row: row | {"prediction": "\ud800"}, "predictions.jsonl:2: is not an answer"),
         (
             lambda row: {k: v for k, v in row.items() if k != "record"},
-            "predictions.jsonl:2: is no answer",
+            "predictions.jsonl:2: is not an answer",
         ),
         (lambda row: row | {"id": []}, "1 of its 18 answers are to questions"),
         (lambda row: row | {"references": [{}]}, "1 of its 18 answers are to questions"),
-        (None, "predictions.jsonl:2: is no answer"),
+        (None, "predictions.jsonl:2: is not an answer"),
     ],
 )
 def test_a_damaged_line_is_one_line(answered, data, change, named):
@@ -444,25 +454,23 @@ def test_every_small_file_that_makes_an_answer_is_looked_at(tmp_path, monkeypatc
         "special_tokens_map.json",
         "added_tokens.json",
     ]
-    seen = [script.small_files(str(tmp_path / "model"), None)]
+    seen = [describing.hash_small_files(str(tmp_path / "model"), None)]
     for name in names:
         with open(tmp_path / "model" / name, "a") as f:
             f.write("\n")
-        monkeypatch.setattr(
-            sys.modules["llava_min.load"], "read_config", lambda folder: (None, None)
-        )
-        seen.append(script.small_files(str(tmp_path / "model"), None))
+        monkeypatch.setattr(describing, "read_config", lambda folder: (None, None))
+        seen.append(describing.hash_small_files(str(tmp_path / "model"), None))
     assert len(set(seen)) == 1 + len(names)
 
 
 def test_the_weight_of_a_file_is_part_of_the_data(data):
-    assert script.hashes(f"{data}@2")[0] == script.hashes(str(data))[0] + " @2"
+    assert describing.hash_data(f"{data}@2")[0] == describing.hash_data(str(data))[0] + " @2"
 
 
 def test_the_intervals_are_those_of_the_seed(data, tmp_path, monkeypatch):
-    seeds, resampled = [], predict.resampled
+    seeds, resampled = [], scoring.resampled
     monkeypatch.setattr(
-        predict,
+        scoring,
         "resampled",
         lambda statistics, seed: seeds.append(seed) or resampled(statistics, seed),
     )
@@ -487,7 +495,7 @@ def test_answers_about_other_pictures_of_the_same_names_are_not_taken(answered, 
     before = {p: p.read_bytes() for p in answered.iterdir() if p.name != "settings.json"}
     with pytest.raises(
         UserError,
-        match="1 of its 18 answers are to questions .* or about other pictures .questions-val-000004",
+        match="1 of its 18 answers are to questions .* or about other images .questions-val-000004",
     ):
         run(data, "--image-folder", str(other), "--out", str(answered))
     assert before == {p: p.read_bytes() for p in answered.iterdir() if p.name != "settings.json"}
@@ -501,20 +509,20 @@ def test_two_runs_do_not_write_to_one_folder(data, tmp_path, monkeypatch):
     before = (out / "settings.json").read_bytes()
     with open(out / "predictions.jsonl", "a") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another run writes there"):
+        with pytest.raises(UserError, match="another run writes into"):
             run(data, "--out", str(out), "--batch-size", "3")
     assert before == (out / "settings.json").read_bytes()
 
 
 def test_a_folder_is_locked_until_all_of_it_is_written(data, tmp_path, monkeypatch):
-    out, real = tmp_path / "out", script.finish
+    out, real = tmp_path / "out", answering.write_answers
 
     def finish(folder, rows, settings):
         with open(out / "predictions.jsonl", "a") as f, pytest.raises(BlockingIOError):
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         real(folder, rows, settings)
 
-    monkeypatch.setattr(script, "finish", finish)
+    monkeypatch.setattr(answering, "write_answers", finish)
     run(data, "--out", str(out))
 
 
@@ -522,7 +530,7 @@ def test_a_folder_that_nothing_could_be_written_into_does_not_stay(data, tmp_pat
     def put(*args, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(script, "put", put)
+    monkeypatch.setattr(answering, "write_json_lines", put)
     (tmp_path / "mine").mkdir()
     for name in ("out", "mine"):
         with pytest.raises(UserError, match="cannot be written .No space left"):
@@ -553,7 +561,7 @@ def test_what_cannot_be_scored_is_counted_and_named(changed, tmp_path, capsys):
     shutil.copy(path.parent / records[3].images[0], path.parent / records[0].images[0])
     run(path, "--out", str(out), "--by", "kind")
     assert (
-        "goes on after 17 of 18" in capsys.readouterr().err
+        "continues after 17 of 18" in capsys.readouterr().err
         and "error" not in lines(out / "predictions.jsonl")[0]
     )
     assert json.loads((out / "metrics.json").read_text())["exact_match"]["n"] == 17
@@ -564,7 +572,7 @@ def test_empty_predictions_are_counted(capsys):
         {"id": "a", "prediction": "", "references": ["x"]},
         {"id": "b", "prediction": "x", "references": ["x"]},
     ]
-    assert script.remarks(rows) == ["1 of 2 records have an empty prediction: a"]
+    assert scoring.remarks(rows) == ["1 of 2 records have an empty prediction: a"]
 
 
 def test_records_of_one_id_keep_their_own_answers(changed, tmp_path, capsys):
@@ -574,7 +582,7 @@ def test_records_of_one_id_keep_their_own_answers(changed, tmp_path, capsys):
 
     path = changed(change)
     run(path, "--out", str(tmp_path / "out"))
-    assert "1 ids are on more than one record" in capsys.readouterr().err
+    assert "1 ids stand on more than one record" in capsys.readouterr().err
     first = lines(tmp_path / "out" / "predictions.jsonl")
     run(path, "--out", str(tmp_path / "out"))
     assert lines(tmp_path / "out" / "predictions.jsonl") == first and len(first) == 18
@@ -613,7 +621,9 @@ def test_records_that_differ_by_picture_or_earlier_turns_alone_keep_their_own_an
 
 def test_what_cannot_be_printed_is_written_all_the_same(data, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        script, "show", lambda scores: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe"))
+        showing,
+        "show_scores",
+        lambda scores: (_ for _ in ()).throw(BrokenPipeError(32, "Broken pipe")),
     )
     with pytest.raises(BrokenPipeError):
         run(data, "--out", str(tmp_path / "out"))
@@ -739,7 +749,7 @@ def test_two_ranks_answer_as_one(data, tmp_path):
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("exact_match") == 1 and (
-            "goes on after 7 of 18 answers" in done.stderr
+            "continues after 7 of 18 answers" in done.stderr
         ) == (out.name == "begun")
         assert {p.name for p in out.iterdir()} == {
             "predictions.jsonl",
@@ -760,7 +770,7 @@ def test_two_ranks_answer_as_one(data, tmp_path):
         (["--batch-size", "0"], "--batch-size"),
         (["--benchmark", "vqa"], "did you mean vqav2"),
         (["--compare", "absent"], "absent"),
-        (["--by", "sort"], "--by sort: no record"),
+        (["--by", "sort"], "--by: no record has a field sort"),
         (["--device", "tpu"], "--device: 'tpu'"),
         (["--template", "poem"], "--template: poem"),
         (["--logprob"], "--logprob: is written"),
@@ -770,7 +780,7 @@ def test_two_ranks_answer_as_one(data, tmp_path):
             "--max-new-tokens: 1020 and the .* tokens of record questions-val-000000 .* context of "
             "1024",
         ),
-        (["--out", "/proc/x"], "--out /proc/x: cannot be written"),
+        (["--out", "/proc/x"], "--out: /proc/x cannot be written"),
     ],
 )
 def test_mistakes_are_one_line_before_weights_are_read(data, argv, named, monkeypatch):
@@ -818,7 +828,7 @@ def test_references_are_looked_at_before_weights_are_read(changed, monkeypatch):
     ],
 )
 def test_mistakes_are_found_before_anything_is_answered(data, flag, value, names, monkeypatch):
-    monkeypatch.setattr(predict, "predict", lambda *a, **k: pytest.fail("a model answered"))
+    monkeypatch.setattr(predicting, "predict", lambda *a, **k: pytest.fail("a model answered"))
     with pytest.raises(UserError, match=names):
         run(data, flag, value)
 
@@ -826,7 +836,7 @@ def test_mistakes_are_found_before_anything_is_answered(data, flag, value, names
 def test_how_an_adapter_is_asked_is_looked_at_before_anything_is_answered(
     data, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(predict, "predict", lambda *a, **k: pytest.fail("a model answered"))
+    monkeypatch.setattr(predicting, "predict", lambda *a, **k: pytest.fail("a model answered"))
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "processor_config.json").write_text('{"llava_min_template": "poem"}')
     with pytest.raises(UserError, match="template: poem"):
@@ -836,8 +846,13 @@ def test_how_an_adapter_is_asked_is_looked_at_before_anything_is_answered(
 def test_a_folder_whose_answers_cannot_be_read_stays_as_it_was(data, tmp_path):
     (tmp_path / "settings.json").write_text('{"seed": 0}')
     (tmp_path / "predictions.jsonl").write_text("[]\n{}\n")
-    with pytest.raises(UserError, match="predictions.jsonl:1: is no answer"), ExitStack() as held:
-        script.open_answers(tmp_path, {"seed": 0, "batch_size": 3}, read_records(data), ALONE, held)
+    with (
+        pytest.raises(UserError, match="predictions.jsonl:1: is not an answer"),
+        ExitStack() as held,
+    ):
+        answering.open_answers(
+            tmp_path, {"seed": 0, "batch_size": 3}, read_records(data), ALONE, held
+        )
     assert (tmp_path / "settings.json").read_text() == '{"seed": 0}' and (
         tmp_path / "predictions.jsonl"
     ).read_text() == "[]\n{}\n"

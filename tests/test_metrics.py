@@ -17,7 +17,7 @@ from llava_min.evaluation.metrics import METRICS, Corpus, find, interval, measur
 from llava_min.evaluation.metrics.text import edit_distance, letter
 from llava_min.evaluation.metrics.vqa import APOSTROPHES, normalize
 from llava_min.evaluation.metrics.yes_no import says_yes
-from llava_min.evaluation.predict import score
+from llava_min.evaluation.score import score
 
 TEN = ["red"] * 4 + ["dark red"] * 3 + ["crimson"] * 2 + ["blue"]
 
@@ -422,7 +422,7 @@ def test_what_is_not_installed_or_not_on_disk_is_one_line(monkeypatch, tmp_path)
             ("bertscore", "bert-score"),
             ("nli", "transformers"),
         ):
-            assert f"--metrics {name}: needs {package} (" in one_line(name) and one_line(
+            assert f"metrics: {name} needs {package} (" in one_line(name) and one_line(
                 name
             ).endswith("pip install 'llava_min[metrics]'")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

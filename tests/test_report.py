@@ -25,8 +25,8 @@ from llava_min.data.parquet import Embedded
 from llava_min.errors import UserError
 from llava_min.report import curves, evaluation, write_eval_report, write_run_report
 from llava_min.report.page import escape, shown
-from llava_min.report.pictures import PICTURES, Thumbnails
-from llava_min.report.run import found, read_lines
+from llava_min.report.run import read_lines, stored_images
+from llava_min.report.thumbnails import MAX_BYTES, Thumbnails
 from llava_min.training.log import Log
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">'\"&\u2028\u2029\x1b]0;x\x07\u202e<!--<script </script "
@@ -161,7 +161,7 @@ def test_eval_page(tmp_path):
         "p": [0],
         "l": -0.25,
     }
-    assert len(page.data["pictures"]) == 1, "the same picture travels once"
+    assert len(page.data["images"]) == 1, "the same picture travels once"
     assert page.data["metrics"] == [
         {"name": "exact_match", "low": 0.0, "high": 1.0},
         {"name": "f1", "low": 0.0, "high": 1.0},
@@ -351,14 +351,14 @@ def test_where_pictures_are_comes_back(tmp_path):
     )
     (row,) = read_lines(tmp_path / "samples.jsonl", [])
     assert (
-        found(tmp_path, row["images"])
-        == found(tmp_path, ["a.png", ["b.parquet", 1, 2, 3], ["b.parquet", "1", 2, 3]])
+        stored_images(tmp_path, row["images"])
+        == stored_images(tmp_path, ["a.png", ["b.parquet", 1, 2, 3], ["b.parquet", "1", 2, 3]])
         == record.images
     )
 
 
 def test_the_worst_of_a_comparison_are_what_became_worse(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "ROWS", 2)
+    monkeypatch.setattr(evaluation, "MAX_ROWS", 2)
     rows = [
         {
             "id": name,
@@ -438,7 +438,7 @@ def test_run_page_of_nearly_nothing(tmp_path):
     assert (
         "1 lines of metrics.jsonl" in text
         and "config.json could not be read." in text
-        and "1 pictures could not be opened." in text
+        and "1 images could not be opened." in text
     )
 
 
@@ -456,7 +456,7 @@ def test_run_page_of_nearly_nothing(tmp_path):
 )
 def test_curve_places(values):
     c = curves.curve("x", dict(enumerate(values)))
-    assert len(c.points["x"]) <= curves.POINTS and "nan" not in c.svg and "inf" not in c.svg
+    assert len(c.points["x"]) <= curves.MAX_POINTS and "nan" not in c.svg and "inf" not in c.svg
     assert all(0 <= x <= curves.WIDTH for x in c.points["x"]) and all(
         0 <= y <= curves.HEIGHT for y in c.points["y"]
     )
@@ -469,7 +469,7 @@ def test_ticks_and_thinning():
     values = [0.0] * 50000
     values[31234] = 7.0
     kept = curves.thinned(values)
-    assert 31234 in kept and len(kept) <= curves.POINTS and kept[-1] == 49999
+    assert 31234 in kept and len(kept) <= curves.MAX_POINTS and kept[-1] == 49999
 
 
 # ---- hostile data
@@ -602,7 +602,7 @@ def test_every_kind_of_picture(tmp_path):
 
 
 def test_texts_and_rows_have_a_budget(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "ROWS", 10)
+    monkeypatch.setattr(evaluation, "MAX_ROWS", 10)
     rows = rows_of(30)
     rows[0]["prediction"] = "x" * 9000
     write_eval_report(tmp_path / "r.html", rows, TABLE, {})
@@ -630,8 +630,8 @@ def large(tmp_path_factory):
 def test_5000_examples(large):
     path, seconds = large
     page = Page(path)
-    assert len(page.data["rows"]) == 5000 and len(page.data["pictures"]) > 4900
-    assert path.stat().st_size < PICTURES + 2**22
+    assert len(page.data["rows"]) == 5000 and len(page.data["images"]) > 4900
+    assert path.stat().st_size < MAX_BYTES + 2**22
     assert seconds < 30
 
 

@@ -1,13 +1,12 @@
-"""report.html: what an evaluation or a training run gave, as one file that opens anywhere and asks
-no network.
+"""report.html of an evaluation or of a training run: one file that works offline.
 
-The last station: `eval.py` hands over its rows and scores (evaluation.py), `train.py` its run
-folder (run.py). Python writes everything that stands still: scores, settings, curves as SVG
-(curves.py); eval.js draws the examples as they are scrolled to and filters them, run.js shows the
-values under the pointer. page.py holds what both pages are made of, pictures.py the thumbnails.
+`eval.py` passes its rows and scores to evaluation.py, `train.py` its run folder to run.py. Python
+writes the static parts: scores, settings, curves as SVG (curves.py). eval.js draws the examples as
+they scroll into view and filters them; run.js shows a curve's value at the pointer. page.py has the
+parts that both pages share, thumbnails.py the images.
 """
 
-from llava_min.report.evaluation import write_eval_report
+from llava_min.report.evaluation import rows_to_show, write_eval_report
 from llava_min.report.run import write_run_report
 
-__all__ = ["write_eval_report", "write_run_report"]
+__all__ = ["rows_to_show", "write_eval_report", "write_run_report"]

@@ -75,21 +75,21 @@ function example(row) {
   put(row.r.length > 1 ? "References" : "Reference", ...references);
   if (data.compare) put("Base", ...answer(row.b, row.t, row.y));
   put(data.compare ? "Tuned" : "Answer", ...answer(row.a, row.s, row.x));
-  const [question, ...more] = row.q.split("\n");  // what follows is often the same in every example, or words read in the picture
+  const [question, ...more] = row.q.split("\n");  // what follows is often the same in every example, or words read in the image
   const asked = el("p", "question", bdi(question), ...more.length ? [el("span", "more", "\n", bdi(more.join("\n")))] : []);
   const words = el("div", "words", el("div", "top", el("p", "id", bdi(row.id)), chips(row)),
     ...row.e ? [el("p", "earlier", bdi(row.e))] : [], asked, texts);
   const card = el("article", "example");
   if (row.p) {
-    const pictures = el("div", "pictures");
+    const images = el("div", "images");
     for (const place of row.p) {
-      if (place === null) { pictures.append(el("div", "nopicture", "no picture")); continue; }
+      if (place === null) { images.append(el("div", "noimage", "no image")); continue; }
       const img = el("img");
       img.alt = "";
-      img.src = data.pictures[place];
-      pictures.append(img);
+      img.src = data.images[place];
+      images.append(img);
     }
-    card.append(pictures);
+    card.append(images);
   }
   card.append(words);
   return card;

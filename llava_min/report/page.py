@@ -1,10 +1,8 @@
-"""What both pages are made of: text that is safe to show, the HTML file around it, headings, notes
-and settings.
+"""The parts of both reports: safe text, the HTML file around it, headings, notes and settings.
 
-Whatever comes from data is hostile until shown. Static text goes through `escape`, what a script
-draws travels as JSON in which `<`, `>` and `&` are written as \\u escapes and comes out through
-textContent alone. The policy in the page's head (CSP level 3, W3C) names our script and style by
-their hashes; nothing else runs or loads.
+Text from data is untrusted. Static text goes through `escape`; what a script draws is JSON in which
+`<`, `>` and `&` are written as \\u escapes, and is only ever assigned to textContent. The policy in
+the page's head (CSP level 3, W3C) allows our script and style by their hashes and nothing else.
 """
 
 import base64
@@ -19,7 +17,7 @@ from pathlib import Path
 from llava_min.errors import UserError, escape_controls
 from llava_min.util.files import replace
 
-LONGEST = 4000  # characters of a text; the rest is left out, and the page says so
+MAX_TEXT = 4000  # characters of a text; the rest is left out, and the page says so
 
 
 def shown(x: object) -> str:
@@ -31,11 +29,9 @@ def shown(x: object) -> str:
 
 def cut(x: object, limit: int) -> str:
     text = str(x)
-    return (
-        shown(text)
-        if len(text) <= limit
-        else f"{shown(text[:limit])} … ({len(text) - limit:,} characters more)"
-    )
+    if len(text) <= limit:
+        return shown(text)
+    return f"{shown(text[:limit])} … ({len(text) - limit:,} characters more)"
 
 
 def escape(x: object) -> str:
@@ -49,7 +45,7 @@ def number(x: object) -> str:
 
 
 def finite(x: object) -> float | None:
-    """A score that is one: NaN, infinity and what is no number are none."""
+    """`x` as a float if it is a finite number, else None."""
     return float(x) if isinstance(x, (int, float)) and math.isfinite(x) else None
 
 
@@ -57,11 +53,8 @@ def flat(settings: dict, prefix: str = "") -> dict:
     """{"lora": {"r": 16}} → {"lora.r": 16}"""
     out = {}
     for key, value in settings.items():
-        out |= (
-            flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict) and value
-            else {f"{prefix}{key}": value}
-        )
+        nested = isinstance(value, dict) and value
+        out |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return out
 
 
@@ -75,14 +68,18 @@ def asset(name: str) -> str:
 def page(title: str, body: str, data: object, script: str) -> str:
     """A whole HTML file: `body` is ours, `data` is what `script` draws."""
     css, js = asset("page.css"), asset(script)
-    allow = [base64.b64encode(hashlib.sha256(x.encode()).digest()).decode() for x in (css, js)]
+    digest = lambda text: hashlib.sha256(text.encode()).digest()
+    style, code = (base64.b64encode(digest(text)).decode() for text in (css, js))
+    policy = (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; "
+        f"script-src 'sha256-{code}'; base-uri 'none'; form-action 'none'"
+    )
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     text = re.sub("[<>&\u2028\u2029]", lambda m: f"\\u{ord(m[0]):04x}", text)
     return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'sha256-{allow[0]}'; \
-script-src 'sha256-{allow[1]}'; base-uri 'none'; form-action 'none'">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta name="referrer" content="no-referrer">
@@ -111,27 +108,27 @@ def write(path: Path, text: str) -> None:
 
 def heading(kind: str, title: object, under: Iterable[object]) -> str:
     parts = "".join(f"<span>{escape(x)}</span>" for x in under)
-    return f'<header><p class="kind">{kind}</p><h1>{escape(title)}</h1><p class="under">{parts}</p></header>'
+    return (
+        f'<header><p class="kind">{kind}</p><h1>{escape(title)}</h1>'
+        f'<p class="under">{parts}</p></header>'
+    )
 
 
 def settings_list(settings: dict, title: str) -> str:
-    """What is not set is left out."""
+    """A list of names and values; those that are None or [] are left out."""
     items = ""
     for name, value in flat(settings).items():
         if value is None or value == []:
             continue
-        value = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-        text = (
-            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        if not isinstance(text, str):
+            text = json.dumps(text, ensure_ascii=False, default=str)
+        width = "wide" if len(text) > 60 or "\n" in text else "long" if len(text) > 18 else ""
+        width = f' class="{width}"' if width else ""
+        items += (
+            f"<div{width}><dt>{escape(name)}</dt>"
+            f"<dd><bdi>{escape(cut(text, MAX_TEXT))}</bdi></dd></div>"
         )
-        room = (
-            ' class="wide"'
-            if len(text) > 60 or "\n" in text
-            else ' class="long"'
-            if len(text) > 18
-            else ""
-        )
-        items += f"<div{room}><dt>{escape(name)}</dt><dd><bdi>{escape(cut(text, LONGEST))}</bdi></dd></div>"
     return (
         f"<section><details open><summary><h2>{title}</h2></summary>"
         f'<dl class="settings">{items}</dl></details></section>'
@@ -139,6 +136,5 @@ def settings_list(settings: dict, title: str) -> str:
 
 
 def notes_list(notes: Sequence[str]) -> str:
-    return (
-        f'<ul class="notes">{"".join(f"<li>{escape(n)}</li>" for n in notes)}</ul>' if notes else ""
-    )
+    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return f'<ul class="notes">{items}</ul>' if notes else ""

@@ -1,6 +1,5 @@
-"""Benchmarks by name: a settings file says how the files that a benchmark publishes are read, what
-is asked and how it is scored. One more benchmark is one more file; docs/evaluation.md lists its
-keys.
+"""Benchmarks by name: a settings file says how to read the files that a benchmark publishes, what
+to ask and how to score it. To add a benchmark, add a file; docs/evaluation.md lists its keys.
 """
 
 import difflib
@@ -9,26 +8,28 @@ import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from llava_min.checks.formats import check_path, check_text, kind
+from llava_min.checks.formats import check_text, check_path, kind
 from llava_min.data.formats import Record
+from llava_min.errors import UserError
 from llava_min.data.json_file import parse
 from llava_min.data.records import ImageFiles, raw_records, sources
-from llava_min.errors import UserError, escape_controls, preview, shorten, warn
+from llava_min.errors import preview
+from llava_min.errors import UserError, escape_controls, label, shorten, warn
 from llava_min.util.files import check_file
 
 FOLDER = Path(__file__).parent
-FORM = re.compile(r"\{(\w+)(?::(\w*))?\}")
+FIELD = re.compile(r"\{(\w+)(?::(\w*))?\}")
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """`id`, `image` and `prompt` are forms: `{field}` is a field of a published record, a list with
-    commas between its items; `{field:012}` is a number with leading zeros, `{field:capitalize}` a
-    text that begins with a capital.
+    """`id`, `image` and `prompt` are templates: `{field}` is a field of a published record, a list
+    with commas between its items; `{field:012}` is a number with leading zeros,
+    `{field:capitalize}` a text that begins with a capital.
     """
 
     title: str
-    # name; records: the key its records stand under; join: the field it shares with the first file
+    # name; records: the key of its list of records; join: the field it shares with the first file
     files: list[dict]
     id: str
     image: str
@@ -42,15 +43,13 @@ class Benchmark:
 
 
 def read_benchmark(name: str) -> Benchmark:
-    """A benchmark of this folder, or of a .toml file. Raises UserError for a file that is not one."""
+    """A benchmark of this folder, or a .toml file. UserError says what is wrong with the file."""
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not path.is_file():
         names = sorted(p.stem for p in FOLDER.glob("*.toml"))
         near = difflib.get_close_matches(name, names, n=1)
-        raise UserError(
-            f"--benchmark {escape_controls(name)}: no such benchmark or .toml file; "
-            + (f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}")
-        )
+        guess = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+        raise UserError(f"{shorten(name)}: no such benchmark or .toml file; {guess}", "benchmark")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as e:
@@ -59,16 +58,13 @@ def read_benchmark(name: str) -> Benchmark:
     for key, value in data.items():
         if key not in keys:
             near = difflib.get_close_matches(key, keys, n=1)
-            raise UserError(
-                f"{path}: {escape_controls(key)} is not a setting; "
-                + (f"did you mean {near[0]}?" if near else f"there are {', '.join(keys)}")
-            )
+            guess = f"did you mean {near[0]}?" if near else f"there are {', '.join(keys)}"
+            raise UserError(f"{path}: {escape_controls(key)} is not a setting; {guess}")
         expected = getattr(keys[key], "__origin__", keys[key])
-        if (
-            type(value) is not expected
-            or expected is list
-            and not all(type(x) is keys[key].__args__[0] for x in value)
-        ):
+        fits = type(value) is expected
+        if fits and expected is list:
+            fits = all(type(x) is keys[key].__args__[0] for x in value)
+        if not fits:
             raise UserError(f"{path}: {key} is {shorten(value)}, expected {keys[key]}; correct it")
     if absent := [key for key in keys if not data.get(key)]:
         raise UserError(f"{path}: {absent[0]} is missing; give it")
@@ -79,31 +75,29 @@ def read_benchmark(name: str) -> Benchmark:
                     f"{path}: files {i}: {key} is {shorten(file.get(key))}, expected text; give it"
                 )
     for key in ("id", "image", "prompt"):
-        for m in FORM.finditer(data[key]):
+        for m in FIELD.finditer(data[key]):
             if m[2] is not None and not re.fullmatch(r"capitalize|0\d+", m[2]):
                 raise UserError(
-                    f"{path}: {key}: {escape_controls(m[0])} is no form; write {{{m[1]}}}, "
-                    f"{{{m[1]}:012}} or "
-                    f"{{{m[1]}:capitalize}}"
+                    f"{path}: {key}: {escape_controls(m[0])} is not known; write {{{m[1]}}}, "
+                    f"{{{m[1]}:012}} or {{{m[1]}:capitalize}}"
                 )
     return Benchmark(**data)
 
 
 def benchmark_records(benchmark: Benchmark, data: str, image_folder: str | None) -> list[Record]:
-    """The records of published files: `data` names those of `benchmark.files`, in their order, with
+    """The records of published files; `data` names those of `benchmark.files`, in their order, with
     commas between.
 
-    Raises UserError: a file cannot be read or is another, or records are bad; all are counted and
-    the first named.
+    Raises UserError if a file cannot be read or is a different one, or if records are bad: all are
+    counted and the first ones named.
     """
     paths, weights = zip(*sources(data))
-    takes = f"{benchmark.title} takes --data {','.join(f['name'] for f in benchmark.files)}"
+    names = ",".join(f["name"] for f in benchmark.files)
+    takes = f"{benchmark.title} takes {label('data')} {names}"
     if len(paths) > len(benchmark.files):
-        raise UserError(f"--data: {len(paths)} files; {takes}")
+        raise UserError(f"{len(paths)} files; {takes}", "data")
     if any(weight != 1 for weight in weights):
-        raise UserError(
-            f"--data {shorten(data, 400)}: a benchmark is asked whole; leave @WEIGHT out"
-        )
+        raise UserError(f"{shorten(data, 400)}: a benchmark has no weights; omit @WEIGHT", "data")
     first, *others = (read(path, layout, takes) for path, layout in zip(paths, benchmark.files))
     joins = [
         (layout["join"], path, by_field(other, layout["join"], path, takes), set())
@@ -112,7 +106,8 @@ def benchmark_records(benchmark: Benchmark, data: str, image_folder: str | None)
     root = Path(image_folder or paths[0].parent).absolute()
     if not root.is_dir():
         raise UserError(
-            f"{shorten(root, 400)}: no such folder; give --image-folder, the folder of the pictures"
+            f"{shorten(root, 400)}: no such folder; give {label('image_folder')}, the folder of "
+            "the images"
         )
     files, records, bad = ImageFiles(root), [], []
     for n, raw in enumerate(first):
@@ -132,15 +127,13 @@ def benchmark_records(benchmark: Benchmark, data: str, image_folder: str | None)
     if bad:
         raise UserError(
             f"{shorten(data, 400)}: {len(bad)} of {len(first)} records are bad: {preview(bad)}; "
-            f"{takes}, and "
-            "--image-folder where the pictures lie"
+            f"{takes}, and {label('image_folder')} with the images"
         )
     for field, path, other, seen in joins:
         if alone := [key for key in other if key not in seen]:
             warn(
                 f"{path.name}: {len(alone)} of {len(other)} records belong to no question and are "
-                "left out, for example "
-                f"{field} {shorten(alone[0])}"
+                f"left out, for example {field} {shorten(alone[0])}"
             )
     return records
 
@@ -158,7 +151,7 @@ def by_field(records: list[dict], field: str, path: Path, takes: str) -> dict[st
     for n, record in enumerate(records):
         try:
             if (key := key_of(record, field)) in found:
-                raise UserError(f"its {field} {shorten(key)} stands on another record too")
+                raise UserError(f"another record has the same {field} {shorten(key)}")
             found[key] = record
         except UserError as e:
             raise UserError(f"{path}: record {n}: {e}; is it the right file? {takes}") from None
@@ -166,7 +159,7 @@ def by_field(records: list[dict], field: str, path: Path, takes: str) -> dict[st
 
 
 def read(path: Path, layout: dict, takes: str) -> list[dict]:
-    """The records of one file: under a key of an object, a list, or one a line."""
+    """The records of one file: the list under a key of an object, a list, or one per line."""
     if key := layout.get("records"):
         check_file(path)
         try:
@@ -178,18 +171,15 @@ def read(path: Path, layout: dict, takes: str) -> list[dict]:
         found = found.get(key) if isinstance(found, dict) else None
     else:
         found = [record for _, record in raw_records(path)]
-    if (
-        not isinstance(found, list)
-        or not found
-        or not all(isinstance(record, dict) for record in found)
-    ):
+    is_list = isinstance(found, list) and all(isinstance(record, dict) for record in found)
+    if not is_list or not found:
         what = f"has no list of records under {key!r}" if key else "holds no records"
         raise UserError(f"{path}: {what}; is it the right file? {takes}")
     return found
 
 
 def from_published(raw: dict, benchmark: Benchmark, root: Path) -> Record:
-    """Raises Bad."""
+    """A published record as ours, with all right answers as `references`. Raises Bad."""
     prompt, right = fill(benchmark.prompt, raw), value(raw, benchmark.answers)
     check_text(prompt, "prompt")
     right = right if isinstance(right, list) else [right]
@@ -204,11 +194,10 @@ def from_published(raw: dict, benchmark: Benchmark, root: Path) -> Record:
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]},
         {"role": "assistant", "content": right[0]},
     ]
-    path = fill(benchmark.image, raw)
-    check_path(path, root, "image")
-    return Record(
-        fill(benchmark.id, raw), messages, [root / path], root, raw | {"references": right}
-    )
+    image = fill(benchmark.image, raw)
+    check_path(image, root, "image")
+    images = [root / image]
+    return Record(fill(benchmark.id, raw), messages, images, root, raw | {"references": right})
 
 
 def value(raw: dict, field: str) -> object:
@@ -217,18 +206,20 @@ def value(raw: dict, field: str) -> object:
     return raw[field]
 
 
-def fill(form: str, raw: dict) -> str:
+def fill(template: str, raw: dict) -> str:
+    """`template` with the fields of a record. Raises Bad for a field that is missing or does not
+    fit.
+    """
+
     def one(m: re.Match) -> str:
         x, how = value(raw, m[1]), m[2]
         if how and type(x) is not (str if how == "capitalize" else int):
-            raise UserError(
-                f"{m[1]}: {shorten(x)}, expected "
-                f"{'text' if how == 'capitalize' else 'a whole number'}"
-            )
+            expected = "text" if how == "capitalize" else "a whole number"
+            raise UserError(f"{m[1]}: {shorten(x)}, expected {expected}")
         items = x if isinstance(x, list) else [x]
         if not all(type(i) in (str, int) for i in items):
             raise UserError(f"{m[1]}: {shorten(x)}, expected text or numbers")
         text = ", ".join(map(str, items))
         return text.capitalize() if how == "capitalize" else text.zfill(int(how or 0))
 
-    return FORM.sub(one, form)
+    return FIELD.sub(one, template)

@@ -1,9 +1,9 @@
-"""Metrics of generated text, and how sure their overall scores are.
+"""Metrics of generated text, and the confidence intervals of their overall scores.
 
 A metric is a function `metric(predictions, references) -> scores`: N strings and N lists of strings
-in, N numbers out; the overall score is their mean. Where a field has another rule (BLEU, POPE), the
-metric is a `Corpus`. `text`, `vqa` and `yes_no` are ours, `library` holds those that a package
-computes; yours is named `module:function`. `blind` says which examples a metric does not measure.
+in, N numbers out; the overall score is their mean. If it has another rule (BLEU, POPE), the metric
+is a `Corpus`. `text`, `vqa` and `yes_no` are implemented here, `library` wraps packages, and
+`module:function` names your own. `blind` knows which examples a metric does not measure.
 """
 
 import functools
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_min.errors import UserError, escape_controls
+from llava_min.errors import UserError, escape_controls, shorten
 from llava_min.evaluation.metrics import library
 from llava_min.evaluation.metrics.text import (
     anls,
@@ -34,8 +34,9 @@ Rule = Callable[[np.ndarray], dict[str, np.ndarray]]
 class Corpus:
     """A metric whose overall score is a rule on sums over the examples.
 
-    rows: (predictions, references) -> one (score, statistic, statistic, …) per example overall: the
-    statistics summed (R, K) -> {suffix: (R,)}; "" is the metric's own name, NaN what is not defined
+    rows: (predictions, references) -> one (score, statistic, statistic, …) per example.
+    overall: the summed statistics (R, K) -> {suffix: (R,)}; the suffix "" is the metric itself, NaN
+    a value that is not defined.
     """
 
     rows: Callable[[list[str], list[list[str]]], Sequence[Sequence[float]]]
@@ -65,10 +66,10 @@ EXTRAS: dict[str, Callable[[], Metric]] = {
 
 
 def find(names: Sequence[str]) -> dict[str, Metric]:
-    """The metrics by name, ready to use; `rouge` stands for its four.
+    """The metrics by name, ready to use; `rouge` means its four.
 
-    Raises UserError for a name that is none, a package that is not installed, a model that is not
-    on disk.
+    Raises UserError for an unknown name, a package that is not installed, a model that is not on
+    disk.
     """
     names = [n for name in names for n in (ROUGE if name == "rouge" else (name,))]
     return {name: load(name) for name in names}
@@ -82,10 +83,11 @@ def load(name: str) -> Metric:
         return EXTRAS[name]()
     module, colon, function = name.partition(":")
     if not colon:
+        known = ", ".join([*METRICS, *EXTRAS, "rouge"])
         raise UserError(
-            f"--metrics: {escape_controls(name)!r} is not one of {', '.join([*METRICS, *EXTRAS])}, "
-            "rouge; choose "
-            "among them, or name your own as module:function"
+            f"{shorten(name)!r} is not one of {known}; choose among them, or name your own as "
+            "module:function",
+            "metrics",
         )
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -93,15 +95,15 @@ def load(name: str) -> Metric:
         metric = getattr(importlib.import_module(module), function)
     except Exception as e:
         raise UserError(
-            f"--metrics {escape_controls(name)}: cannot be imported ({type(e).__name__}: "
-            f"{escape_controls(e)}); "
-            "give module:function of a module that lies here or is installed"
+            f"{shorten(name)} cannot be imported ({type(e).__name__}: {escape_controls(e)}); give "
+            "module:function of a module that is in this folder or installed",
+            "metrics",
         ) from None
     if not callable(metric) and not isinstance(metric, Corpus):
         raise UserError(
-            f"--metrics {escape_controls(name)}: is a {type(metric).__name__}, expected a function "
-            "of predictions "
-            "and references"
+            f"{shorten(name)} is a {type(metric).__name__}, expected a function of predictions and "
+            "references; name one",
+            "metrics",
         )
     return metric
 
@@ -116,13 +118,13 @@ def mean(sums: np.ndarray) -> dict[str, np.ndarray]:
 def measure(
     metric: Metric, predictions: list[str], references: list[list[str]]
 ) -> tuple[list[float], np.ndarray, Rule]:
-    """Each example's score (N), the statistics whose sums make the overall (N, K), and the rule
-    that makes it.
+    """Each example's score (N), the statistics (N, K) whose sums give the overall score, and the
+    rule that gives it.
 
-    Raises ValueError for scores that are too few or too many, no numbers, or not finite.
+    Raises ValueError for too few or too many scores, and for scores that are not finite numbers.
     """
     rows = metric.rows if isinstance(metric, Corpus) else metric
-    # its own: what it does to them, no other metric sees
+    # copies: a metric that changes its arguments does not change those of the next
     found = rows(list(predictions), [list(r) for r in references])
     values = np.asarray(found, dtype=np.float64)
     if len(values) != len(predictions) or values.ndim != 1 + isinstance(metric, Corpus):
@@ -139,9 +141,9 @@ def measure(
 
 
 def resampled(statistics: np.ndarray, seed: int = 0, rounds: int = 1000) -> np.ndarray:
-    """Sums of the statistics (N, K) -> (1 + rounds, K): of the examples themselves, then of each
-    bootstrap sample of them (Efron 1979). The samples depend on N and the seed alone, so that two
-    systems can be compared on them.
+    """Sums of the statistics (N, K) -> (1 + rounds, K): of all examples, then of each bootstrap
+    sample of them (Efron 1979). The samples depend only on N and the seed, so two systems can be
+    compared on the same ones.
     """
     n, rng = len(statistics), np.random.default_rng(seed)
     sums = np.empty((1 + rounds, statistics.shape[1]))
@@ -152,8 +154,8 @@ def resampled(statistics: np.ndarray, seed: int = 0, rounds: int = 1000) -> np.n
 
 
 def interval(values: np.ndarray, n: int) -> dict:
-    """{"score", "low", "high", "n"} of what `resampled` led to: the first value, and where 95 % of
-    the others lie.
+    """{"score", "low", "high", "n"} of scores (1 + R,) from `resampled`: the first one, and the
+    middle 95 % of the others.
     """
     low, high = np.nanpercentile(values[1:], [2.5, 97.5])
     return {"score": float(values[0]), "low": float(low), "high": float(high), "n": n}

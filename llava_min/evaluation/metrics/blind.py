@@ -1,7 +1,7 @@
-"""What a metric does not see: examples whose score comes from its rules and not from the answer.
+"""What a metric does not measure: examples whose score comes from its rules, not from the answer.
 
-A score stays what its paper or package says, even a 0 for answers that are all right. What is said
-beside it is how many examples it does not measure, why, and which metric does.
+A score is always what its paper or package says, even if that is 0 for right answers. Remarks say
+how many examples it does not measure, why, and which metric does.
 """
 
 import re
@@ -17,41 +17,41 @@ from llava_min.evaluation.metrics.vqa import normalize, normalize_textvqa
 from llava_min.evaluation.metrics.words import SPACELESS, ascii_words, words
 from llava_min.evaluation.metrics.yes_no import says_yes
 
-Unseen = Callable[[str, list[str]], bool]
+Unmeasured = Callable[[str, list[str]], bool]
 
 
 @dataclass(frozen=True)
 class Check:
-    """unseen: (prediction, references) -> the metric does not measure this example
-    says: what stands behind "3 of 18 examples"
-    least: the share of the examples from which on it is said; 0 is any of them
+    """unmeasured: (prediction, references) -> True if the metric does not measure this example.
+    text: what follows "3 of 18 examples".
+    min_share: remark on it only if it concerns this share of the examples; 0 is any of them.
     """
 
-    unseen: Unseen
-    says: str
-    least: float = 0.0
+    unmeasured: Unmeasured
+    text: str
+    min_share: float = 0.0
 
 
-def lost(sees: Callable[[str], object]) -> Unseen:
-    """The metric sees nothing of the prediction, or of any reference, though each is a text."""
+def lost(sees: Callable[[str], object]) -> Unmeasured:
+    """The metric `sees` nothing of the prediction, or of any reference, though it is not empty."""
     hidden = lambda text: bool(text.strip()) and not sees(text)
     return lambda p, rs: hidden(p) or all(map(hidden, rs))
 
 
-def any_text(has: Callable[[str], object]) -> Unseen:
+def any_text(has: Callable[[str], object]) -> Unmeasured:
     return lambda p, rs: any(map(has, (p, *rs)))
 
 
 @lru_cache(100_000)
 def bleu_words(text: str) -> int:
-    """How many sacrebleu's default tokenizer finds."""
+    """How many words sacrebleu's default tokenizer finds."""
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
     return len(Tokenizer13a()(text.rstrip()).split())
 
 
 def foreign(text: str) -> bool:
-    """It has letters, and none of a to z."""
+    """The text has letters, but none of a to z."""
     return any(map(str.isalpha, text)) and not re.search("[a-z]", text, re.IGNORECASE | re.ASCII)
 
 
@@ -68,8 +68,8 @@ NO_WORD = Check(lost(words), f"have no letter or digit {SIDE} and score 0; use e
 OTHER = Check(
     any_text(lambda text: words(text) != tuple(ascii_words(text))),
     "have letters beyond a to z, which rouge-score's own tokenizer drops and this one keeps as "
-    "words (of Chinese, Japanese, Thai as characters); say so beside the score, or use chrf, which "
-    "needs no words",
+    "words (in Chinese, Japanese and Thai as characters); say so beside the score, or use chrf, "
+    "which needs no words",
 )
 ENGLISH = Check(
     any_text(foreign),
@@ -88,7 +88,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
         ),
         Check(
             any_text(SPACELESS.search),
-            "are in a script without spaces, where token_f1 takes what stands between two spaces "
+            "are in a script without spaces, where token_f1 takes all text between two spaces "
             "for one word; use chrf or rouge1",
         ),
     ),
@@ -102,20 +102,18 @@ CHECKS: dict[str, tuple[Check, ...]] = {
         ),
     ),
     "pope": (
-        Check(
-            neither, "say neither yes nor no and count as yes, as POPE has it; ask for yes or no"
-        ),
+        Check(neither, "say neither yes nor no and count as yes, as in POPE; ask for yes or no"),
     ),
     "bleu": (
         Check(
             lost(lambda text: bleu_words(text) >= 4),
-            f"have fewer than 4 words {SIDE} and so no 4-gram that can be right; BLEU is 0 where "
-            "none has one; use chrf, exact_match or token_f1",
-            least=0.5,
+            f"have fewer than 4 words {SIDE} and so no 4-gram that can be right; BLEU is 0 if no "
+            "example has one; use chrf, exact_match or token_f1",
+            min_share=0.5,
         ),
         Check(
             any_text(foreign),
-            "have a text without Latin letters, and sacrebleu's default tokenizer (13a) parts "
+            "have a text without Latin letters, and sacrebleu's default tokenizer (13a) splits "
             "words at spaces and ASCII punctuation alone; use chrf or rougeL",
         ),
     ),
@@ -137,29 +135,29 @@ CHECKS: dict[str, tuple[Check, ...]] = {
 Found = list[tuple[Check, np.ndarray]]
 
 
-def unseen(metric: str, predictions: list[str], references: list[list[str]]) -> Found:
-    """The metric's checks, each with the examples (N,) bool that it is about."""
+def unmeasured(metric: str, predictions: list[str], references: list[list[str]]) -> Found:
+    """The metric's checks, each with the examples (N,) bool that it concerns."""
     pairs = list(zip(predictions, references, strict=True))
     return [
-        (check, np.array([check.unseen(p, rs) for p, rs in pairs]))
+        (check, np.array([check.unmeasured(p, rs) for p, rs in pairs]))
         for check in CHECKS.get(metric, ())
     ]
 
 
 def remarks(found: Found, keep: np.ndarray | slice = slice(None)) -> list[str]:
-    """A line for each check that is about some of the examples, or about as many as it asks for."""
+    """A line for each check that concerns some of the examples, and at least its `min_share`."""
     out = []
     for check, which in found:
         n, total = int(which[keep].sum()), len(which[keep])
-        if n and n >= check.least * total:
-            out.append(f"{n} of {total} examples {check.says}")
+        if n and n >= check.min_share * total:
+            out.append(f"{n} of {total} examples {check.text}")
     return out
 
 
-def told(table: Mapping[str, dict]) -> list[str]:
-    """The remarks in a table of scores, each once, behind the names of the metrics it is about.
+def remark_lines(table: Mapping[str, dict]) -> list[str]:
+    """The remarks in a table of scores, each once, after the names of the metrics it concerns.
 
-    That of a group (`metric group`) is left out where all examples together have one of its kind.
+    One of a group (`metric group`) is left out if there is one of the same kind on all examples.
     """
     kind = lambda line: line.partition(" examples ")[2]
     lines: dict[str, list[str]] = {}

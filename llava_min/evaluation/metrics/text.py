@@ -22,7 +22,7 @@ def best(
 
 
 def exact_match(predictions: list[str], references: list[list[str]]) -> list[float]:
-    """1 where the prediction is one of its references, white space at the ends aside."""
+    """1 if the prediction equals one of its references, ignoring white space at the ends."""
     return best(lambda p, r: p.strip() == r.strip(), predictions, references)
 
 
@@ -64,9 +64,9 @@ def similarity(predicted: str, right: str) -> float:
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Levenshtein's, a column of the table at a time in the bits of two integers (Myers 1999, as
-    Hyyrö 2003 has it): `up` and `down` say where a cell is one more, one less than the cell above
-    it.
+    """Levenshtein distance, one column of the table at a time in the bits of two integers (Myers
+    1999, in the form of Hyyrö 2003): `up` and `down` mark the cells that are one more, one less
+    than the cell above.
     """
     if not a:
         return len(b)
@@ -87,7 +87,7 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def relaxed_accuracy(predictions: list[str], references: list[list[str]]) -> list[float]:
-    """1 where a number is within 5 % of the right one, and other answers are equal but for case
+    """1 if a number is within 5 % of the right one, or another answer is equal ignoring case
     (ChartQA, Masry et al. 2022, https://arxiv.org/abs/2203.10244, in Pix2Struct's form: a right
     answer of 0 is compared as text).
     """
@@ -107,15 +107,15 @@ def number(text: str) -> float | None:
 
 
 def multiple_choice(predictions: list[str], references: list[list[str]]) -> list[float]:
-    """1 where the chosen letter, or else the whole text, is the right one.
+    """1 if the chosen letter, or else the whole text, is the right one.
 
     A letter is chosen by "B", "b", "(B)", "B.", "B) two dogs", "B" on a line of its own, "Answer:
     B", "The answer is (B).", "The best of them is B." and the like, also in full width; "A dog" and
     "A or B" choose none, and neither do two such sentences that differ. LLaVA's rule for ScienceQA
-    is the part of it with capitals, "B. …" and "The answer is B." VLMEvalKit (can_infer_option)
-    takes the one option letter among the last four words, which makes a choice of "It shows A
-    dog.": ours asks for an end behind the letter, and for "is" or "answer" before one inside the
-    text.
+    is a subset: capitals, "B. …" and "The answer is B." VLMEvalKit (can_infer_option) takes the
+    only option letter among the last four words, so that "It shows A dog." chooses A. Here a letter
+    must be followed by a mark or the end of the line, and inside a text preceded by "is" or
+    "answer".
     """
     return best(chosen, predictions, references)
 
@@ -126,7 +126,7 @@ def chosen(predicted: str, right: str) -> bool:
 
 
 NOUN = r"(?:answer|option|choice)"
-END = r"(?=[.):,;、。]|[^\S\n]*(?:\n|$))"  # behind a letter: a mark, or the end of the line
+END = r"(?=[.):,;、。]|[^\S\n]*(?:\n|$))"  # after a letter: a mark, or the end of the line
 AND = r"\s*(?:[,/&]|or\b|and\b)\s*"
 MORE = rf"(?!{AND}(?:\([A-Za-z]\)|(?-i:[A-Z])(?={AND}|[.\s]*$)))"  # "(A) or (B)" chooses none
 BEGIN = re.compile(

@@ -1,10 +1,9 @@
 """VQA accuracy (Antol et al. 2015, https://arxiv.org/abs/1505.00468): an answer is right when three
 of ten people gave it.
 
-Ten references per question; the score is averaged over the ten ways of leaving one of them out, as
-in the authors' script (GT-Vision-Lab/VQA, vqaEval.py). Both sides go through its normaliser,
-always: the script leaves out questions whose ten answers are one string, where "Yes" for "yes"
-would be wrong.
+The score is averaged over the ten ways to leave one of ten references out, as in the authors'
+script (GT-Vision-Lab/VQA, vqaEval.py). Unlike there, both sides are always normalised: the script
+skips questions whose ten answers are one string, so "Yes" for "yes" would be wrong.
 """
 
 import re
@@ -21,15 +20,19 @@ NUMBERS = {
 }
 ARTICLES = ("a", "an", "the")
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
-    he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't
-    not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
-    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're
-    there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
-    when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
-    wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
-# Written with one of its apostrophes missing -> as it should be; and one that the script has the
-# wrong way round.
+CONTRACTIONS = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+    haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't
+    mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
+    she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+    someone'd've someone'll someone's something'd something'd've something'll that's there'd
+    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've
+    we've weren't what'll what're what's what've when's where'd where's where've who'd
+    who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all
+    y'all'll y'all'd've you'd you'd've you'll you're you've
+""".split()
+# A contraction without one of its apostrophes -> with it; and one pair that the script has in the
+# wrong order.
 APOSTROPHES = {
     word[:i] + word[i + 1 :]: word for word in CONTRACTIONS for i, c in enumerate(word) if c == "'"
 }
@@ -38,8 +41,8 @@ APOSTROPHES |= {"somebody'd": "somebodyd"}
 
 @lru_cache(100_000)
 def normalize(text: str) -> str:
-    """The script's processPunctuation and processDigitArticle. A mark beside a space vanishes, and
-    so does every one where a comma stands between digits; any other becomes a space. A period stays
+    """The script's processPunctuation and processDigitArticle. A mark beside a space is removed,
+    and so is every mark if a comma is between digits; any other becomes a space. A period stays
     only before a digit.
     """
     text = out = text.replace("\n", " ").replace("\t", " ").strip()
@@ -56,14 +59,14 @@ def normalize(text: str) -> str:
 
 @lru_cache(100_000)
 def normalize_textvqa(text: str) -> str:
-    """TextVQA's (facebookresearch/mmf, EvalAIAnswerProcessor, which LLaVA uses): a step more before
-    the other.
+    """TextVQA's normaliser (facebookresearch/mmf, EvalAIAnswerProcessor, which LLaVA uses): one
+    more step, then VQA's.
     """
     return normalize(text.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
 
 
 def vqa(predictions: list[str], references: list[list[str]]) -> list[float]:
-    """0 to 100. UserError where there are not ten references."""
+    """0 to 100. Raises UserError unless every question has ten references."""
     return accuracy(predictions, references, normalize)
 
 
@@ -78,11 +81,10 @@ def accuracy(predictions: list[str], references: list[list[str]], normalize) -> 
         if len(rs) != 10:
             raise UserError(
                 f"{len(rs)} references, the first {escape_controls(rs[0])[:40]!r}, where VQA "
-                "accuracy takes 10 for "
-                "each question; with fewer use exact_match, token_f1 or anls"
+                "accuracy takes 10 for each question; with fewer use exact_match, token_f1 or anls"
             )
         same = sum(normalize(r) == normalize(p) for r in rs)
-        # leaving out one of the `same` people who agree leaves one less; leaving out another
+        # leaving out one of the `same` people who agree leaves same - 1; leaving out another
         # changes nothing
         scores.append(100 * (same * min(1, (same - 1) / 3) + (10 - same) * min(1, same / 3)) / 10)
     return scores

@@ -8,8 +8,8 @@ from llava_min.errors import UserError, escape_controls
 
 
 def says_yes(text: str) -> bool:
-    """The authors' rule (RUCAIBox/POPE, evaluate.py): "no" or "not" among the words of the first
-    sentence is a no, everything else a yes.
+    """The authors' rule (RUCAIBox/POPE, evaluate.py): "no" or "not" in the first sentence means no,
+    everything else yes.
     """
     words = text.split(".")[0].replace(",", "").split(" ")
     return not {"No", "not", "no"} & set(words)
@@ -28,21 +28,14 @@ def pope_rows(predictions: list[str], references: list[list[str]]) -> list[tuple
                 "choose another metric"
             )
         said, is_so = says_yes(p), label == "yes"
-        rows.append(
-            (
-                said == is_so,
-                said and is_so,
-                said and not is_so,
-                not said and not is_so,
-                not said and is_so,
-            )
-        )
+        counts = said and is_so, said and not is_so, not said and not is_so, not said and is_so
+        rows.append((said == is_so, *counts))
     return rows
 
 
 def pope_overall(sums: np.ndarray) -> dict[str, np.ndarray]:
-    """Fractions. Accuracy goes by the metric's own name; precision is not defined where no answer
-    is yes, recall where no label is.
+    """Fractions; the metric itself is accuracy. Precision is not defined if no answer is yes,
+    recall if no label is.
     """
     tp, fp, tn, fn = sums.T
     n = tp + fp + tn + fn
