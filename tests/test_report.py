@@ -394,6 +394,7 @@ def test_tiles_tell_the_best_and_the_last(tmp_path):
         "eval_loss": (2, 1.5, 1.75),
         "eval_bleu": (10, 90, 50),
         "eval_cut_answers": (3, 1, 2),
+        "eval_small_loss": (3e-4, 1e-4, 2.5e-4),
     }
     (tmp_path / "metrics.jsonl").write_text(
         "".join(
@@ -411,7 +412,8 @@ def test_tiles_tell_the_best_and_the_last(tmp_path):
         ("loss", "2.000", "best 1.000 at step 5"),
         ("eval loss", "1.750", "best 1.500 at step 5"),
         ("bleu", "50.0", "best 90.0 at step 5"),
-        ("cut_answers", "2.000", "best 1.000 at step 5"),
+        ("cut_answers", "2", "best 1 at step 5"),
+        ("small_loss", "2.500e-04", "best 1.000e-04 at step 5"),
     ]
 
 

@@ -42,7 +42,7 @@ from llava_min.sampling import Options
 from llava_min.training.batch_size import count_supervised
 from llava_min.training.log import clock
 
-PROGRESS_SECONDS = 2.0  # between two lines of progress
+PROGRESS_SECONDS = 2.0
 
 
 def predict(
@@ -155,8 +155,7 @@ def answer(
     limit = options.get("max_new_tokens", Options.max_new_tokens)
     for row, ids in zip(rows, answers, strict=True):
         row["prediction"] = processor.decode(ids).strip()
-        # EOS counts towards the limit and is not among the ids, so a full answer has none
-        if len(ids) == limit:
+        if len(ids) == limit:  # EOS counts towards the limit and is not among the ids
             row["stopped"] = "limit"
     if logprob:
         for row, value in zip(rows, mean_logprobs(model, batch, answers), strict=True):

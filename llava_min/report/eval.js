@@ -55,7 +55,7 @@ function chips(row) {
     chip.append(el("b", "", number(s)));
     out.append(chip);
   });
-  if (row.l !== undefined) out.append(el("span", "chip none", el("span", "name", "log p"), " ", el("b", "", row.l.toFixed(3))));
+  if (row.l !== undefined) out.append(el("span", "chip none", el("span", "name", "log p"), " ", el("b", "", (row.l > -0.0005 ? 0 : row.l).toFixed(3))));
   return out;
 }
 

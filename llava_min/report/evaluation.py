@@ -223,13 +223,15 @@ def score_row(
     ends = ends or scale([m.get("score"), m.get("high"), old.get("score")])
     bars = bar(old, ends, "base", 3) + bar(m, ends, "own", 11) if old else bar(m, ends, "own", 7)
     difference = compare.get("difference", {}).get(name) if compare else None
+    digits = 3 if ends[1] <= 1 else 1
+    low, high = (number(m.get(end), digits) for end in ("low", "high"))
     cells = [
         f'<th scope="row"><bdi>{escape(group or name)}</bdi></th>',
-        f'<td class="num muted old">{number(old.get("score"))}</td>' if compare else "",
-        f'<td class="num score">{number(m.get("score"))}</td>',
+        f'<td class="num muted old">{number(old.get("score"), digits)}</td>' if compare else "",
+        f'<td class="num score">{number(m.get("score"), digits)}</td>',
         f'<td class="plot"><svg class="bar" height="{22 if old else 14}">{bars}</svg></td>',
-        f'<td class="num muted ci">{number(m.get("low"))} – {number(m.get("high"))}</td>',
-        change(difference, 3 if ends[1] <= 1 else 1) if compare else "",
+        f'<td class="num muted ci">{low} – {high}</td>',
+        change(difference, digits) if compare else "",
         f'<td class="num muted n">{m.get("n", 0):,}</td>',
     ]
     return f"<tr{' class=group' if group else ''}>{''.join(cells)}</tr>"

@@ -38,10 +38,10 @@ def escape(x: object) -> str:
     return html.escape(shown(x), quote=True)
 
 
-def number(x: object) -> str:
+def number(x: object, digits: int) -> str:
     if finite(x) is None:
         return "–"
-    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.{digits}f}"
 
 
 def finite(x: object) -> float | None:

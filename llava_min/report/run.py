@@ -10,7 +10,7 @@ from pathlib import Path
 from llava_min.data.data_uri import Encoded, from_data_uri, is_data_uri
 from llava_min.data.parquet import Embedded
 from llava_min.errors import UserError
-from llava_min.report.curves import curve, figures
+from llava_min.report.curves import curve, figures, value_text
 from llava_min.report.page import (
     MAX_TEXT,
     cut,
@@ -150,14 +150,21 @@ def tiles(series: dict[str, dict[float, float]]) -> str:
         falls = any(word in name for word in FALLING)
         best = (min if falls else max)(values, key=values.get)
         title = "eval loss" if name == "eval_loss" else name.removeprefix("eval_")
-        under = f"best {number(values[best])} at step {best:,.0f}"
-        items.append((title, number(values[max(values)]), under))
+        under = f"best {tile_text(name, values[best])} at step {best:,.0f}"
+        items.append((title, tile_text(name, values[max(values)]), under))
     cells = "".join(
         f"<div><dt>{escape(title)}</dt><dd>{escape(value)}</dd>"
         f'<dd class="muted">{escape(under)}</dd></div>'
         for title, value, under in items
     )
     return f'<dl class="tiles">{cells}</dl>' if items else ""
+
+
+def tile_text(name: str, value: float) -> str:
+    """Aligned digits, but counts as whole numbers, and no small loss as 0.000."""
+    if "cut_answers" in name or 0 < abs(value) < 1e-3:
+        return value_text(value)
+    return number(value, 3 if abs(value) < 10 else 1)
 
 
 def samples_section(folder: Path, samples: list[dict]) -> str:
