@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load_script
-from test_snapshot import ALONE
+from test_checkpoint import ALONE
 
 from llava_min.data.records import read_records
 from llava_min.decoding import beam_search, decode

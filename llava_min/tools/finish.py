@@ -34,10 +34,10 @@ class Knobs:
 def find_checkpoint(source: Path) -> Path:
     """The checkpoint that is meant, every bit of it verified."""
     from llava_min.training.checkpoint import verify
-    from llava_min.training.run_folder import find
+    from llava_min.training.run_folder import newest_checkpoint
 
     if (source / "checkpoints").is_dir():
-        if (found := find(source / "checkpoints")) is None:
+        if (found := newest_checkpoint(source / "checkpoints")) is None:
             raise UserError(f"{source}: a run without a checkpoint; it has nothing to finish yet")
         return found.resolve()
     if not any((source / name).exists() for name in ("manifest.json", "state.json")):
@@ -70,7 +70,7 @@ def write_from_base(
     from llava_min.load import prepare, write_model
     from llava_min.parallel.ranks import World
     from llava_min.training.checkpoint import restore
-    from llava_min.training.run_folder import base_identity, differences
+    from llava_min.training.identity import as_stored, base_identity, differences
     from llava_min.training.trainable import set_trainable
     from llava_min.util.files import new_folder
     from llava_min.weights import DTYPES
@@ -83,7 +83,7 @@ def write_from_base(
     except UserError as e:
         line = f"the base model of {folder}: {e}; --model tells where it lies now"
         raise UserError(line) from None
-    now = json.loads(json.dumps(base_identity(ready)))
+    now = as_stored(base_identity(ready))
     if changed := differences({name: state["run"]["identity"].get(name) for name in now}, now):
         told = ", ".join(list(changed.values())[:4])
         raise UserError(

@@ -51,7 +51,11 @@ def flags(knobs: Any) -> Iterator[None]:
         for name in given
         if name not in map(str, given.values())
     }
-    set_labels({name.removeprefix("eval_"): flag for name, flag in named.items()} | named)
+    every = {name: "--" + name.replace("_", "-") for name in vars(knobs)}
+    set_labels(
+        {name.removeprefix("eval_"): flag for name, flag in every.items()} | every,
+        {name.removeprefix("eval_"): flag for name, flag in named.items()} | named,
+    )
     try:
         yield
     finally:
