@@ -405,7 +405,7 @@ def test_other_mixtures_and_pictures_are_named(home, tmp_path, capsys):
     go_on(f"{folder / 'train.json'}@2,{folder / 'text.json'}", "swapped")
     assert (
         "warning" in (said := capsys.readouterr().err)
-        and "some pictures are not what they were" in said
+        and "some images have changed" in said
     )
     with pytest.raises(
         UserError, match=r"contents of pictures \(was \w{12}, is \w{12}\), lora_r \(was"
@@ -544,7 +544,7 @@ def test_a_checkpoint_that_was_copied(home, tmp_path):
     for folder in ("sub/step-000002", "ckpt"):
         flags = argv(home, "", *base, "--resume", str(mine / folder))
         del flags[flags.index("--out") : flags.index("--out") + 2]
-        with pytest.raises(UserError, match="lies in no run's folder; give --out"):
+        with pytest.raises(UserError, match="is in no run's folder; give --out too"):
             train.main(flags)
     assert sorted(p.name for p in mine.iterdir()) == ["ckpt", "sub"] and [
         p.name for p in (mine / "sub").iterdir()
@@ -577,7 +577,7 @@ def test_only_the_model(home, tmp_path):
 
 def test_random_streams_come_back():
     random_state.reseed(3, 5, 0)
-    numbers, tensors = checkpoint.rng_state(torch.device("cpu"))
+    numbers, tensors = random_state.get_rng_state(torch.device("cpu"))
     numbers = json.loads(json.dumps(numbers))
     draw = lambda: (
         random.random(),
@@ -586,7 +586,7 @@ def test_random_streams_come_back():
     )
     first = draw()
     assert draw() != first
-    checkpoint.set_rng_state(numbers, tensors, torch.device("cpu"))
+    random_state.set_rng_state(numbers, tensors, torch.device("cpu"))
     assert draw() == first
     random_state.reseed(3, 5, 0)
     assert draw() == first
