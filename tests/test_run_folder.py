@@ -21,6 +21,7 @@ from llava_min.training.saver import (
     prune,
     update_symlink,
 )
+from llava_min.training.state import TrainState
 
 
 def test_a_newer_format_says_so(tmp_path, monkeypatch):
@@ -225,3 +226,33 @@ def test_two_checkpoints_fit(tmp_path, monkeypatch, only_model, need):
     free[0] -= 1
     with pytest.raises(UserError, match="two checkpoints take"):
         check_space(tmp_path, model, only_model)
+
+
+def test_the_state_in_a_checkpoint_keeps_its_names():
+    """Those of checkpoints that users have."""
+    stored = {
+        "step": 7,
+        "evaluated": 4,
+        "best": 0.5,
+        "best_step": 4,
+        "waited": 1,
+        "skipped": 3,
+        "lost": 2,
+    }
+    state = TrainState.from_stored(stored)
+    assert (state.last_evaluation, state.evals_without_improvement) == (4, 1)
+    assert state.consecutive_skips == 2 and list(state.as_stored().items()) == list(stored.items())
+
+
+def test_the_best_evaluation():
+    state = TrainState(step=2)
+    assert state.improves("loss", {"loss": 2.0}) and (state.best, state.best_step) == (-2.0, 2)
+    state.step = 4
+    for value in (2.0, 3.0, float("nan")):
+        assert not state.improves("loss", {"loss": value})
+    assert (state.best_step, state.evals_without_improvement) == (2, 3)
+    assert state.improves("loss", {"loss": 1.0}) and state.evals_without_improvement == 0
+    state.forget_best()
+    assert state.improves("bleu", {"loss": 9.0, "bleu": 0.0})
+    with pytest.raises(UserError, match="^best_metric: rouge is not among loss, bleu"):
+        state.improves("rouge", {"loss": 9.0, "bleu": 0.0})

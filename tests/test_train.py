@@ -2,6 +2,7 @@
 weight is read.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -32,7 +33,7 @@ from llava_min.training.batch_size import row_length
 from llava_min.training.dry_run import named_config
 from llava_min.training.log import Log
 from llava_min.training.wrap import add_neftune, compile_blocks, enable_gradient_checkpointing
-from llava_min.util.cli import parse
+from llava_min.util.cli import comments, parse
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +270,21 @@ def test_what_decides_the_weights_of_the_end_is_no_idle_line_of_a_recipe(tmp_pat
         check("--recipe", str(path))
     # a regex may name layers of the tower
     check("--data", "x", "--lora-targets", "vision_tower.*q_proj", "--vision-lr", "1")
+
+
+def test_every_setting_has_its_help():
+    names = [f.name for f in dataclasses.fields(train.TrainConfig)]
+    assert list(comments(train.TrainConfig)) == names
+
+
+def test_the_tables_of_settings_name_settings():
+    """And each message can be made, whatever the values are."""
+    config = train.TrainConfig()
+    labels = {name: f"--{name}" for name in vars(config)}
+    for field, _, message in train.settings.RULES:
+        assert hasattr(config, field) and message.format(value="x", tasks="y", **labels)
+    for fields, _, what in train.settings.NEEDS:
+        assert all(hasattr(config, field) for field in fields.split()) and what.format(**labels)
 
 
 def test_a_damaged_picture_of_the_first_step_is_found_before_weights_are_read(
