@@ -10,6 +10,7 @@ from collections.abc import Iterable
 MAX_LINE = 2000  # characters of one line on the terminal
 
 _flags: dict[str, str] = {}  # field of the library -> flag of the script that runs, see `label`
+_prefixes: dict[str, str] = {}  # of them, those that `by_flag` puts in the place of a first word
 
 
 class UserError(ValueError):
@@ -33,14 +34,16 @@ def label(field: str) -> str:
     return _flags.get(field, field)
 
 
-def set_labels(flags: dict[str, str]) -> None:
+def set_labels(flags: dict[str, str], prefixes: dict[str, str] = {}) -> None:
     """From here on `label` gives these flags for their fields; {} for none."""
     _flags.clear()
     _flags.update(flags)
+    _prefixes.clear()
+    _prefixes.update(prefixes)
 
 
 def by_flag(line: str) -> str:
-    for keyword, flag in _flags.items():
+    for keyword, flag in _prefixes.items():
         if begins := re.match(rf"(--)?{keyword.replace('_', '[_ -]')}(?=:| .*:)", line):
             return flag + line[begins.end() :]
     return line

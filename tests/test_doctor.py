@@ -12,7 +12,7 @@ import pytest
 from conftest import load_script, their_model
 
 from llava_min.checks.doctor import files, rules
-from llava_min.checks.doctor.facts import DIALECTS, SFT, SILENT, Setting
+from llava_min.checks.doctor.facts import DIALECTS, SILENT, Setting
 from llava_min.checks.doctor.files import read_input
 from llava_min.checks.doctor.lora import fits
 from llava_min.checks.doctor.rules import compare, examine
@@ -93,9 +93,9 @@ def one(given: str, rule: str):
 def settings_of(t: Translation):
     """A translation as train.py itself reads it."""
     argv = shlex.split(" ".join(" ".join(flag) for flag in t.flags))
-    knobs = parse(train.Knobs, argv, "A test.", recipes=train.RECIPES)
-    check_settings(knobs, argv)
-    return knobs
+    config = parse(train.TrainConfig, argv, "A test.", recipes=train.RECIPES)
+    check_settings(config, argv)
+    return config
 
 
 # ---- what is published
@@ -111,10 +111,10 @@ def test_the_official_scripts_are_in_order_and_are_our_recipes(name, tmp_path):
     assert t.launcher() == "torchrun --nproc_per_node=8 train.py"
     ours, recipe = (
         settings_of(t),
-        parse(train.Knobs, ["--recipe", name], "A test.", recipes=train.RECIPES),
+        parse(train.TrainConfig, ["--recipe", name], "A test.", recipes=train.RECIPES),
     )
     elsewhere = {"recipe", "model", "out", "resume", "save_every", "data", "image_folder", "log"}
-    for f in fields(train.Knobs):
+    for f in fields(train.TrainConfig):
         if f.name not in elsewhere and not (f.name.startswith("lora_") and recipe.train != "lora"):
             assert getattr(ours, f.name) == getattr(recipe, f.name), f.name
     assert ours.data.endswith(recipe.data) and ours.model == (
@@ -493,7 +493,7 @@ def test_targets_are_pefts():
 
 
 def test_defaults_are_the_tools_own():
-    ours = {f.name: f.default for f in fields(train.Knobs)}
+    ours = {f.name: f.default for f in fields(train.TrainConfig)}
     for fact, (names, default) in DIALECTS["train.py"].items():
         assert default in (ours[names[0]], SILENT), fact
     transformers = pytest.importorskip(
@@ -842,8 +842,8 @@ def test_the_command_can_be_pasted(tmp_path, capsys):
     begin = next(i for i, line in enumerate(lines) if "torchrun" in line)
     end = next(i for i in range(begin, len(lines)) if not lines[i].endswith("\\"))
     argv = shlex.split(" ".join(line.removesuffix("\\") for line in lines[begin : end + 1]))
-    knobs = parse(train.Knobs, argv[3:], "A test.", recipes=train.RECIPES)
-    assert (knobs.lora_r, knobs.seed, knobs.log) == (128, 7, ("wandb",))
+    config = parse(train.TrainConfig, argv[3:], "A test.", recipes=train.RECIPES)
+    assert (config.lora_r, config.seed, config.log) == (128, 7, ("wandb",))
 
 
 def test_it_imports_no_torch_and_is_quick(tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load_script
-from test_snapshot import ALONE
+from test_checkpoint import ALONE
 
 from llava_min.data.records import read_records
 from llava_min.decoding import beam_search, decode
@@ -29,7 +29,7 @@ from llava_min.evaluation.answers import read_answers
 from llava_min.evaluation.predict import predict
 from llava_min.evaluation.score import difference, measure_all
 from llava_min.load import TINY, load
-from llava_min.sampling import read_options
+from llava_min.options import read_options
 from llava_min.toy import draw as toy
 
 script = load_script("eval")

@@ -19,7 +19,7 @@ from llava_min.data.dataset import Dataset
 from llava_min.errors import Interrupted, UserError
 from llava_min.evaluation import predict
 from llava_min.llava import Llava
-from llava_min.training import checkpoint, run_folder
+from llava_min.training import checkpoint, run_folder, saver
 from llava_min.training.signals import Signals
 
 SHAPE = (
@@ -131,7 +131,7 @@ def test_a_signal_saves_and_stops(home, never, tmp_path, monkeypatch, place, gro
     else:
         step = {"loading": 2, "step": 4, "evaluation": 4, "save": 4}[place]
         assert said[-1].startswith(f"saved step {step}, resume with "), said[-3:]
-        assert [p.name for p in run_folder.steps(tmp_path / "run" / "checkpoints")][
+        assert [p.name for p in saver.list_checkpoints(tmp_path / "run" / "checkpoints")][
             0
         ] == f"step-{step:06}"
     assert train.main([*command, "--resume", "auto"]) is None
@@ -171,7 +171,7 @@ def test_a_second_signal_stops_at_once_and_damages_nothing(home, never, tmp_path
         return train.main(command)
 
     assert child(work) == -signal.SIGTERM
-    assert run_folder.find(tmp_path / "run" / "checkpoints").name == "step-000003"
+    assert run_folder.newest_checkpoint(tmp_path / "run" / "checkpoints").name == "step-000003"
     assert train.main([*command, "--resume", "auto"]) is None and final(tmp_path / "run") == final(
         never
     )
@@ -185,7 +185,7 @@ def test_ctrl_c_in_a_save(home, tmp_path, monkeypatch):
         return train.main(argv(home, tmp_path / "run", *SHAPE))
 
     assert child(work) == 130  # the save comes to its end, then the step
-    assert run_folder.find(tmp_path / "run" / "checkpoints").name == "step-000007"
+    assert run_folder.newest_checkpoint(tmp_path / "run" / "checkpoints").name == "step-000007"
     assert train.main([*argv(home, tmp_path / "run", *SHAPE), "--resume", "auto"]) is None
 
 
@@ -542,7 +542,9 @@ def test_a_picture_that_is_damaged_on_the_way_loses_nothing(home, tmp_path, worl
         codes == [2] * world
         and "record 7: a.png: is damaged" in (tmp_path / "log-0").read_text().splitlines()[-1]
     )
-    assert [p.name for p in run_folder.steps(tmp_path / "run" / "checkpoints")] == ["step-000002"]
+    assert [p.name for p in saver.list_checkpoints(tmp_path / "run" / "checkpoints")] == [
+        "step-000002"
+    ]
     for out in ("run", "never"):
         again = [*command(out), "--resume", "auto"]
         assert (
@@ -576,7 +578,7 @@ def test_a_damaged_picture_saves_nothing_where_nothing_is_to_be_saved(
             "--save-every",
             every,
         )
-    assert not run_folder.steps(tmp_path / "run" / "checkpoints")
+    assert not saver.list_checkpoints(tmp_path / "run" / "checkpoints")
 
 
 def test_when_a_rank_dies_the_job_ends(home, tmp_path):

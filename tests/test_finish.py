@@ -285,7 +285,7 @@ def test_an_adapter_takes_no_base(home, tmp_path, capsys):
         (dict(run=[]), "not the state of a run"),
         (dict(precision="fp8"), "precision: 'fp8' is not one of"),
         (dict(train=["x"]), "train: .* is not text"),
-        (dict(train="last:9"), "--train last:9: not one of"),
+        (dict(train="last:9"), "train: 'last:9' is not one of"),
         (dict(train="full"), "trainable tensors are not those"),
         (dict(model=None), "does not say where its base model is"),
     ],

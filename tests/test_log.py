@@ -44,7 +44,7 @@ def test_every_number_is_kept_and_the_line_fits_the_terminal(tmp_path, capsys):
     assert lines[2] == {"step": 8001, "loss": None}
     line = capsys.readouterr().err.strip()
     assert (
-        line.startswith("8000/9000 loss 0.123 lr 1.5e-4 grad 12 9760 tok/s 31 pic/s 22.1 GB 0:")
+        line.startswith("8000/9000 loss 0.123 lr 1.5e-4 grad 12 9760 tok/s 31 img/s 22.1 GB 0:")
         and len(line) <= WIDTH
     )
 
@@ -108,9 +108,7 @@ def test_answers_are_shown_before_and_after(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_an_absent_extra_is_one_line(name, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=rf"--log {name}: the package is not installed; pip install"
-    ):
+    with pytest.raises(UserError, match=rf"log: {name}: the package is not installed; pip install"):
         check_packages([name])
 
 
@@ -207,7 +205,7 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
 
 def test_the_time_left_is_that_of_the_steps_since_the_resume(tmp_path, capsys, monkeypatch):
     log = Log(tmp_path, total=1000, start=900)
-    monkeypatch.setattr("llava_min.training.log.time.perf_counter", lambda: log.begun + 50)
+    monkeypatch.setattr("llava_min.training.log.time.perf_counter", lambda: log.started + 50)
     log.step(950, loss=1.0)
     assert capsys.readouterr().err.endswith(" 0:50 left\n")
 

@@ -1,4 +1,4 @@
-"""The recipes: each fits train.py's knobs, plans without weights, and trains what its source
+"""The recipes: each fits train.py's settings, plans without weights, and trains what its source
 published.
 """
 
@@ -148,19 +148,19 @@ for s in DECODER:
 
 
 def read(name: str, *flags: str):
-    return parse(train.Knobs, ["--recipe", name, *flags], "A test.", recipes=train.RECIPES)
+    return parse(train.TrainConfig, ["--recipe", name, *flags], "A test.", recipes=train.RECIPES)
 
 
-def trained(config: LlavaConfig, knobs) -> dict[str, int]:
+def trained(config: LlavaConfig, args) -> dict[str, int]:
     """Trained parameters by part, the head with the language model."""
     model = on_meta(config)
-    if knobs.train == "lora":
+    if args.train == "lora":
         add_lora(
             model,
-            LoRAConfig(knobs.lora_r, knobs.lora_alpha, targets=knobs.lora_targets, dora=knobs.dora),
+            LoRAConfig(args.lora_r, args.lora_alpha, targets=args.lora_targets, dora=args.dora),
         )
     set_trainable(
-        model, knobs.train, train_projector=knobs.train_projector, train_vision=knobs.train_vision
+        model, args.train, train_projector=args.train_projector, train_vision=args.train_vision
     )
     counts: dict[str, int] = {}
     for name, p in model.named_parameters():
@@ -175,18 +175,18 @@ def test_every_recipe_is_here():
 
 
 @pytest.mark.parametrize("name", ["toy", "tiny"])
-def test_ours_fit_the_knobs(name):
+def test_ours_fit_the_settings(name):
     assert read(name).recipe == name
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_settings_are_the_published_ones(name):
     gpus, rows, parts, settings = PUBLISHED[name]
-    knobs = read(name)
-    assert {key: getattr(knobs, key) for key in settings} == settings
-    assert knobs.batch_size * knobs.grad_accum * gpus == rows
+    args = read(name)
+    assert {key: getattr(args, key) for key in settings} == settings
+    assert args.batch_size * args.grad_accum * gpus == rows
     assert (
-        trained(QWEN if name == "qwen-clip" else SIZES["13b" if "13b" in name else "7b"], knobs)
+        trained(QWEN if name == "qwen-clip" else SIZES["13b" if "13b" in name else "7b"], args)
         == parts
     )
 

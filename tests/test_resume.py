@@ -16,7 +16,7 @@ from training import argv, child, final, lines, make_home, run, train
 
 from llava_min.checks import settings
 from llava_min.errors import UserError
-from llava_min.training import checkpoint, run_folder
+from llava_min.training import checkpoint, durable, random_state, saver
 from llava_min.util.cli import parse
 
 STEPS = 12  # of 6 rows: three epochs of 24 records
@@ -71,7 +71,7 @@ def test_resumed_twice_in_one_epoch_and_with_workers(home, whole, tmp_path):
     again = tmp_path / "run"
     shutil.copytree(out, again, symlinks=True)
     for start in (5, 7):  # both in the second epoch
-        for path in run_folder.steps(again / "checkpoints"):
+        for path in saver.list_checkpoints(again / "checkpoints"):
             if int(path.name[-6:]) > start:
                 shutil.rmtree(path)
         (
@@ -178,8 +178,10 @@ def count_down(n: int) -> dict[str, int]:
     (
         watch(checkpoint, "write_tensors"),
         watch(checkpoint, "write"),
+        watch(durable, "write"),
         watch(checkpoint, "sha256"),
-        watch(checkpoint, "raw"),
+        watch(durable, "sha256"),
+        watch(durable, "raw_bytes"),
     )
     return calls
 
@@ -284,9 +286,9 @@ def test_other_settings_are_named(home, tmp_path):
 
 
 def test_what_a_resumed_run_may_not_change():
-    """Whatever else decides what a run computes belongs here, and not into FREE."""
-    names = set(train.Knobs.__dataclass_fields__)
-    assert settings.FREE <= names and names - settings.FREE == set(
+    """Whatever else decides what a run computes belongs here, and not into MAY_CHANGE."""
+    names = set(train.TrainConfig.__dataclass_fields__)
+    assert settings.MAY_CHANGE <= names and names - settings.MAY_CHANGE == set(
         """skip_bad train train_projector train_vision lora_r lora_alpha lora_dropout lora_targets
         dora rslora lr projector_lr vision_lr optimizer weight_decay betas warmup_ratio warmup_steps
         schedule max_grad_norm epochs max_steps max_length too_long group_by_length packing
@@ -297,11 +299,11 @@ def test_what_a_resumed_run_may_not_change():
 
 def test_what_a_finished_run_may_be_asked_for_again(tmp_path):
     """With 16 rows a step, on two ranks."""
-    knobs = lambda argv: parse(train.Knobs, ["--data", "a.json", *argv], "A test.")
+    config = lambda argv: parse(train.TrainConfig, ["--data", "a.json", *argv], "A test.")
     (tmp_path / "config.json").write_text(
-        json.dumps(vars(knobs([])) | {"out": "runs/a", "ranks": 2})
+        json.dumps(vars(config([])) | {"out": "runs/a", "ranks": 2})
     )
-    ask = lambda ranks, *typed: settings.check_finished(tmp_path, knobs(typed), typed, ranks)
+    ask = lambda ranks, *typed: settings.check_finished(tmp_path, config(typed), typed, ranks)
     for ranks, *typed in (
         (2,),
         (1,),
@@ -321,7 +323,7 @@ def test_what_a_finished_run_may_be_asked_for_again(tmp_path):
 def test_a_run_goes_on_with_toy_data_or_without(tmp_path):
     def ask(was, now, resume="auto"):
         (tmp_path / "config.json").write_text(json.dumps({"data": was}))
-        settings.check_begun(tmp_path, SimpleNamespace(data=now, resume=resume))
+        settings.check_same_kind_of_data(tmp_path, SimpleNamespace(data=now, resume=resume))
 
     (
         ask("a.json", "moved/a.json"),
@@ -329,7 +331,7 @@ def test_a_run_goes_on_with_toy_data_or_without(tmp_path):
         ask("a.json", "toy:captions", "never"),
     )
     for was, now in (("a.json", "toy:captions"), ("toy:captions", "a.json")):
-        with pytest.raises(UserError, match=f"was started with --data {was} and not {now}"):
+        with pytest.raises(UserError, match=f"was started with data {was} and not {now}"):
             ask(was, now)
 
 
@@ -401,10 +403,7 @@ def test_other_mixtures_and_pictures_are_named(home, tmp_path, capsys):
     a.rename(folder / "t"), b.rename(a), (folder / "t").rename(b)
     capsys.readouterr()
     go_on(f"{folder / 'train.json'}@2,{folder / 'text.json'}", "swapped")
-    assert (
-        "warning" in (said := capsys.readouterr().err)
-        and "some pictures are not what they were" in said
-    )
+    assert "warning" in (said := capsys.readouterr().err) and "some images have changed" in said
     with pytest.raises(
         UserError, match=r"contents of pictures \(was \w{12}, is \w{12}\), lora_r \(was"
     ):
@@ -514,7 +513,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_only_damaged_ones_are_an_error(
     run(home, out, *base)
     whole = final(out)
     shutil.rmtree(out / "adapter")
-    for path in run_folder.steps(out / "checkpoints"):
+    for path in saver.list_checkpoints(out / "checkpoints"):
         with pytest.raises(UserError, match="state.json"):
             damage(path / "state.json")
             run(home, tmp_path / "other", *base, "--resume", str(path))
@@ -542,7 +541,7 @@ def test_a_checkpoint_that_was_copied(home, tmp_path):
     for folder in ("sub/step-000002", "ckpt"):
         flags = argv(home, "", *base, "--resume", str(mine / folder))
         del flags[flags.index("--out") : flags.index("--out") + 2]
-        with pytest.raises(UserError, match="lies in no run's folder; give --out"):
+        with pytest.raises(UserError, match="is in no run's folder; give --out too"):
             train.main(flags)
     assert sorted(p.name for p in mine.iterdir()) == ["ckpt", "sub"] and [
         p.name for p in (mine / "sub").iterdir()
@@ -574,15 +573,19 @@ def test_only_the_model(home, tmp_path):
 
 
 def test_random_streams_come_back():
-    run_folder.reseed(3, 5, 0)
-    numbers, tensors = checkpoint.rng_state(torch.device("cpu"))
+    random_state.reseed(3, 5, 0)
+    numbers, tensors = random_state.get_rng_state(torch.device("cpu"))
     numbers = json.loads(json.dumps(numbers))
-    draw = lambda: (random.random(), torch.rand(3).tolist(), run_folder.np.random.rand(2).tolist())
+    draw = lambda: (
+        random.random(),
+        torch.rand(3).tolist(),
+        random_state.np.random.rand(2).tolist(),
+    )
     first = draw()
     assert draw() != first
-    checkpoint.set_rng_state(numbers, tensors, torch.device("cpu"))
+    random_state.set_rng_state(numbers, tensors, torch.device("cpu"))
     assert draw() == first
-    run_folder.reseed(3, 5, 0)
+    random_state.reseed(3, 5, 0)
     assert draw() == first
-    run_folder.reseed(3, 5, 1)
+    random_state.reseed(3, 5, 1)
     assert draw() != first

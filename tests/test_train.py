@@ -2,6 +2,7 @@
 weight is read.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -32,7 +33,7 @@ from llava_min.training.batch_size import row_length
 from llava_min.training.dry_run import named_config
 from llava_min.training.log import Log
 from llava_min.training.wrap import add_neftune, compile_blocks, enable_gradient_checkpointing
-from llava_min.util.cli import parse
+from llava_min.util.cli import comments, parse
 
 
 @pytest.fixture(scope="module")
@@ -166,14 +167,14 @@ def test_bf16_keeps_what_is_trained_in_fp32(data, tmp_path):
         (["--template", "chatml"], "--template: chatml needs"),
         (["--train", "all"], "--train: .all. is not one of"),
         (["--train", "last:9"], "last:9"),
-        (["--warmup-steps", "50"], "--warmup-steps 50"),
+        (["--warmup-steps", "50"], "--warmup-steps: 50"),
         (["--batch-size", "25"], "--batch-size: 24 records"),
         (["--save-every", "5s"], "--save-every"),
         (["--eval-metrics", "beauty", "--eval-data", "VAL"], "--eval-metrics: 'beauty'"),
         (["--optimizer", "torch.optim:Adamw"], "--optimizer: torch.optim:Adamw"),
         (["--optimizer", "torch.optim:LBFGS"], "--optimizer: torch.optim:LBFGS"),
         (["--log", "paper"], "--log"),
-        (["--resume", "no/checkpoint"], "--resume no/checkpoint"),
+        (["--resume", "no/checkpoint"], "--resume: no/checkpoint"),
         (["--lr", "0"], "--lr"),
         (["--timeout", "1e30"], "--timeout"),
         (["--image-folder", ""], "--image-folder: is empty"),
@@ -258,17 +259,32 @@ def test_mistakes_are_one_line_before_weights_are_read_and_leave_nothing(
 def test_what_decides_the_weights_of_the_end_is_no_idle_line_of_a_recipe(tmp_path):
     path, check = (
         tmp_path / "mine.toml",
-        lambda *argv: train.check_settings(
-            parse(train.Knobs, [*argv], "A test.", recipes=train.RECIPES), argv
+        lambda *argv: train.settings.check_settings(
+            parse(train.TrainConfig, [*argv], "A test.", recipes=train.RECIPES), argv
         ),
     )
     path.write_text('data = "x"\ntrain = "full"\nlora_r = 8\n')
     check("--recipe", str(path))
     path.write_text('data = "x"\nbest_metric = "loss"\n')
-    with pytest.raises(UserError, match="--best-metric: has no effect without --eval-data"):
+    with pytest.raises(UserError, match="best_metric: has no effect without eval_data"):
         check("--recipe", str(path))
     # a regex may name layers of the tower
     check("--data", "x", "--lora-targets", "vision_tower.*q_proj", "--vision-lr", "1")
+
+
+def test_every_setting_has_its_help():
+    names = [f.name for f in dataclasses.fields(train.TrainConfig)]
+    assert list(comments(train.TrainConfig)) == names
+
+
+def test_the_tables_of_settings_name_settings():
+    """And each message can be made, whatever the values are."""
+    config = train.TrainConfig()
+    labels = {name: f"--{name}" for name in vars(config)}
+    for field, _, message in train.settings.RULES:
+        assert hasattr(config, field) and message.format(value="x", tasks="y", **labels)
+    for fields, _, what in train.settings.NEEDS:
+        assert all(hasattr(config, field) for field in fields.split()) and what.format(**labels)
 
 
 def test_a_damaged_picture_of_the_first_step_is_found_before_weights_are_read(
@@ -286,7 +302,7 @@ def test_a_damaged_picture_of_the_first_step_is_found_before_weights_are_read(
 
 
 def test_every_number_refuses_what_is_none():
-    kinds, asked = typing.get_type_hints(train.Knobs), 0
+    kinds, asked = typing.get_type_hints(train.TrainConfig), 0
     for name in (
         n
         for n, kind in kinds.items()
@@ -295,7 +311,7 @@ def test_every_number_refuses_what_is_none():
         flag = "--" + name.replace("_", "-")
         for value in ("-1", "nan", "inf", "1e400", "some", ""):
             with pytest.raises(UserError, match=f"{flag}: '{value}' is not a") as e:
-                parse(train.Knobs, [f"{flag}={value}"], "A test.")
+                parse(train.TrainConfig, [f"{flag}={value}"], "A test.")
             assert "\n" not in str(e.value)
             asked += 1
     assert asked >= 30 * 6
@@ -310,13 +326,13 @@ def test_an_existing_run_is_not_written_over(data, tmp_path):
 
 
 def test_runs_are_numbered(tmp_path):
-    from llava_min.training.run_folder import place
+    from llava_min.training.run_folder import choose_folder
 
     for n in (1, 2, 10):
         (tmp_path / f"toy-{n}").mkdir()
     (tmp_path / "toy-x").mkdir()
     names = [
-        Path(place(None, resume, tmp_path, name)[0]).name
+        Path(choose_folder(None, resume, tmp_path, name)[0]).name
         for resume in ("never", "auto")
         for name in ("toy", "other")
     ]
@@ -756,7 +772,7 @@ def test_early_stopping_counts_evaluations_since_the_last_gain(home, tmp_path, m
         predict, "score", lambda rows, names: {"exact_match": {"score": next(scores)}}
     )
     monkeypatch.setattr(
-        "llava_min.training.log.show_samples", lambda folder, last: shown.append(last)
+        "llava_min.training.run.show_samples", lambda folder, last: shown.append(last)
     )
     log = training.run(
         home,

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from llava_min.data.formats import Record
-from llava_min.errors import preview
-from llava_min.errors import UserError, escape_controls, label, shorten, warn
+from llava_min.errors import UserError, escape_controls, label, preview, shorten, warn
 from llava_min.evaluation.predict import unanswered
 from llava_min.parallel.ranks import World, all_gather
 from llava_min.util.files import check_free, read_json, replace

@@ -21,16 +21,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llava_min.data.chat import render
+from llava_min.checks.formats import check_text
+from llava_min.data.chat import render, text_of
 from llava_min.data.data_uri import Encoded
 from llava_min.data.dataset import Dataset, evaluation_batch
+from llava_min.data.formats import Record
 from llava_min.data.loader import loader
 from llava_min.data.parquet import Embedded
 from llava_min.data.processor import Processor
-from llava_min.checks.formats import check_text
-from llava_min.data.chat import text_of
-from llava_min.data.formats import Record
-from llava_min.errors import UserError
 from llava_min.errors import UserError, escape_controls, shorten
 from llava_min.evaluation.metrics import blind, find
 from llava_min.evaluation.score import cut_answers, score
@@ -75,7 +73,7 @@ def predict(
     world = world or World(0, 1, 0, model.device)
     options |= {
         "eos_token_id": processor.stop_ids,
-        "suppress_tokens": processor.silent_ids(model.config.text.vocab_size),
+        "suppress_tokens": processor.suppressed_ids(model.config.text.vocab_size),
     }
     rows = dict(done or {})
     # sorted by length there is little padding; the longest first, so memory runs out at once

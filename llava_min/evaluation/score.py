@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llava_min.errors import preview
-from llava_min.errors import UserError, escape_controls, label, shorten, warn
+from llava_min.errors import UserError, escape_controls, label, preview, shorten, warn
 from llava_min.evaluation.metrics import Rule, blind, find, interval, measure, resampled
 
 MAX_ERRORS = 5  # unreadable records whose error is quoted in full

@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from llava_min.data.chat import render
-from llava_min.data.processor import Processor
 from llava_min.data.formats import Record
+from llava_min.data.processor import Processor
 from llava_min.data.records import sources
 from llava_min.fast.cpu_linear import unpacked
 from llava_min.hub import find_folder

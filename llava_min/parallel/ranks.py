@@ -1,7 +1,7 @@
-"""Processes that work on one model together: who takes part, and what they tell each other.
+"""The ranks of a job: how they find each other, exchange values, and end together.
 
-Started by torchrun or SLURM; plain `python` is one process without a group, and then all of this is
-free.
+torchrun or SLURM starts them. Plain `python` is one process without a group, where nothing here
+costs anything.
 """
 
 import json
@@ -22,14 +22,14 @@ from llava_min.errors import UserError, escape_controls, info
 
 # torchrun's variables, and SLURM's for the same.
 RANKS = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-# from which a SLURM job takes one by its id, so that two jobs of one machine do not meet
+# a SLURM job takes one of these by its id, so that two jobs on one machine do not collide
 PORTS = 20000, 30000
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all. `with start(...) as world:` ends the job in one line when any rank
-    fails.
+    """This process among all ranks. `with start(...) as world:` ends the whole job, with a message
+    of one line, when any rank fails.
     """
 
     rank: int
@@ -51,10 +51,10 @@ class World:
 
 
 def read_ranks() -> tuple[int, int, int]:
-    """(rank, size, local rank) of torchrun or else SLURM, (0, 1, 0) without; SLURM's become
-    torchrun's variables.
+    """(rank, size, local rank) from torchrun's variables or else SLURM's; (0, 1, 0) without.
 
-    Raises UserError for variables that are incomplete, no numbers, or contradict each other.
+    SLURM's are copied to torchrun's. Raises UserError for variables that are incomplete, no
+    numbers, or contradict each other.
     """
     env = os.environ
     if (
@@ -101,35 +101,35 @@ def first_host(nodes: str) -> str:
 
 
 def pick_device(device: str | torch.device) -> torch.device:
+    """The device to run on; auto is the GPU if there is one. Raises UserError if it is absent."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError):
         raise UserError(
-            f"device: {device!r} is not a device; give auto, cpu, cuda or cuda:N"
+            f"{device!r} is not a device; give auto, cpu, cuda or cuda:N", "device"
         ) from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(
-            f"device: {device} is not a device that this code runs on; give auto, cpu, cuda or "
-            "cuda:N"
+            f"{device} is not a device that this code runs on; give auto, cpu, cuda or cuda:N",
+            "device",
         )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "device: cuda was asked for and torch finds no CUDA GPU on this machine; give cpu"
+            "cuda was asked for and torch finds no CUDA GPU on this machine; give cpu", "device"
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise UserError(f"device: {device} was asked for and there are {count} GPUs; give cuda:0")
+        raise UserError(f"{device} was asked for and there are {count} GPUs; give cuda:0", "device")
     return device
 
 
 def start(device: str | torch.device = "auto", timeout: float = 600.0) -> World:
-    """Join the other ranks, if there are any. `timeout`: seconds any of them may keep the others
-    waiting.
+    """Join the other ranks, if there are any.
 
-    Raises UserError for launch variables that cannot be right, and when the ranks do not find each
-    other.
+    timeout: seconds a rank may keep the others waiting. Raises UserError for launch variables that
+    cannot be right, and when the ranks do not find each other.
     """
     rank, size, local_rank = read_ranks()
     device = pick_device(device)
@@ -138,8 +138,9 @@ def start(device: str | torch.device = "auto", timeout: float = 600.0) -> World:
     if device.type == "cuda":
         if device.index is not None:
             raise UserError(
-                f"device: {device} was asked for by each of {size} ranks; "
-                "give cuda, and each takes its own"
+                f"{device} was asked for by each of {size} ranks; give cuda, and each takes its "
+                "own",
+                "device",
             )
         if local_rank >= (count := torch.cuda.device_count()):
             raise UserError(
@@ -168,9 +169,7 @@ def backend(device: torch.device) -> str:
 
 
 def use_all_cores(rank: int) -> None:
-    """torchrun sets OMP_NUM_THREADS to 1 where it is unset, and most cores of the machine would be
-    idle.
-    """
+    """Undo torchrun's OMP_NUM_THREADS=1, its default, which leaves most cores idle."""
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
         threads = len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])
         if threads > 1:
@@ -180,7 +179,7 @@ def use_all_cores(rank: int) -> None:
 
 
 def leave(world: World) -> None:
-    """Leave the group, once all have come this far; RuntimeError where another did not."""
+    """Leave the group once all ranks are here; RuntimeError if one is not."""
     if dist.is_initialized():
         any_rank(world, False)
         dist.destroy_process_group()
@@ -189,29 +188,10 @@ def leave(world: World) -> None:
 def abort(world: World, error: BaseException) -> NoReturn:
     """End this process at once, the cause in one line.
 
-    Nothing is taken down in order: that would wait for ranks that no longer answer. torchrun ends
+    Nothing is shut down in order: that would wait for ranks that no longer answer. torchrun ends
     its report with the line of the rank that failed first.
     """
-    reason, code = f"{type(error).__name__}: {first_line(error)}", 1
-    if isinstance(error, SystemExit):
-        reason, code = (
-            (None, error.code or 0) if isinstance(error.code, int | None) else (error.code, 1)
-        )
-    elif isinstance(error, KeyboardInterrupt):
-        reason, code = "stopped", 130
-    elif isinstance(error, UserError):
-        reason, code = str(error), 2
-    elif (
-        isinstance(error, dist.DistError)
-        or isinstance(error, RuntimeError)
-        and "gloo" in str(error)
-    ):
-        # without gloo's file and line
-        what = re.sub(r"^\[\S*\] ", "", first_line(error)).partition(". ")[0]
-        reason = f"another rank ended or does not answer ({what}); its own message says why"
-        time.sleep(1)  # so that it comes first
-    else:
-        traceback.print_exception(error)
+    reason, code = exit_reason(error)
     if reason is not None:
         line = f"error: rank {world.rank}: {reason}"
         info(line)
@@ -224,11 +204,31 @@ def abort(world: World, error: BaseException) -> NoReturn:
     os._exit(code)
 
 
+def exit_reason(error: BaseException) -> tuple[str | None, int]:
+    """(message, exit code) for what ended a rank; None without a message."""
+    if isinstance(error, SystemExit):
+        if isinstance(error.code, int | None):
+            return None, error.code or 0
+        return error.code, 1
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped", 130
+    if isinstance(error, UserError):
+        return str(error), 2
+    is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+    if isinstance(error, dist.DistError) or is_gloo:
+        time.sleep(1)  # so that the message of the rank that failed comes first
+        # without gloo's file and line
+        what = re.sub(r"^\[\S*\] ", "", first_line(error)).partition(". ")[0]
+        return f"another rank ended or does not answer ({what}); its own message says why", 1
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {first_line(error)}", 1
+
+
 def first_line(error: BaseException) -> str:
     return escape_controls(str(error).strip().partition("\n")[0])[:300]
 
 
-# ---- what the ranks tell each other; in one process, what it knows itself
+# ---- collectives; in one process they return its own values
 
 
 def all_reduce_sum(world: World, *numbers: float | Tensor) -> list[float]:
@@ -240,6 +240,7 @@ def all_reduce_sum(world: World, *numbers: float | Tensor) -> list[float]:
 
 
 def any_rank(world: World, flag: bool) -> bool:
+    """Whether `flag` is true on any rank."""
     return all_reduce_sum(world, flag)[0] > 0
 
 
@@ -252,7 +253,10 @@ def all_gather(world: World, value: Any) -> list[Any]:
 
 
 def assert_same_on_ranks(world: World, name: str, value: Any) -> None:
-    """`value` is the same on every rank, or UserError on all of them; of a dict it names the key."""
+    """Raises UserError on all ranks unless they have the same `value`.
+
+    For dicts it names the first key that differs.
+    """
     first, *others = all_gather(world, value)
     for rank, other in enumerate(others, 1):
         if other != first:

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from llava_min.errors import UserError, info, shorten
-from llava_min.util.cli import PathArg, convert, parse
+from llava_min.errors import UserError, info, label, shorten
+from llava_min.util.cli import PathArg, convert, flags, parse
 
 SETTINGS = {  # of the run, what decides how its model is built and stored
     "train": str,
@@ -26,18 +26,18 @@ SETTINGS = {  # of the run, what decides how its model is built and stored
 
 
 @dataclass
-class Knobs:
-    folders: list[str] = field(default_factory=list)  # a run (for its newest) or a checkpoint; OUT
-    model: PathArg | None = None  # where the base model lies now; where the run had it if not given
+class FinishConfig:
+    folders: list[str] = field(default_factory=list)  # a run (its newest) or a checkpoint; OUT
+    model: PathArg | None = None  # where the base model is now; where the run had it by default
 
 
 def find_checkpoint(source: Path) -> Path:
     """The checkpoint that is meant, every bit of it verified."""
     from llava_min.training.checkpoint import verify
-    from llava_min.training.run_folder import find
+    from llava_min.training.run_folder import newest_checkpoint
 
     if (source / "checkpoints").is_dir():
-        if (found := find(source / "checkpoints")) is None:
+        if (found := newest_checkpoint(source / "checkpoints")) is None:
             raise UserError(f"{source}: a run without a checkpoint; it has nothing to finish yet")
         return found.resolve()
     if not any((source / name).exists() for name in ("manifest.json", "state.json")):
@@ -62,7 +62,7 @@ def read_settings(folder: Path, run: Any) -> SimpleNamespace:
 
 
 def write_from_base(
-    folder: Path, state: dict[str, Any], k: SimpleNamespace, base: str | None, out: Path
+    folder: Path, state: dict[str, Any], settings: SimpleNamespace, base: str | None, out: Path
 ) -> None:
     """The model of a run without LoRA: the trained tensors of `folder`, the rest of the base."""
     import torch
@@ -70,29 +70,37 @@ def write_from_base(
     from llava_min.load import open_checkpoint, write_model
     from llava_min.parallel.ranks import World
     from llava_min.training.checkpoint import restore
-    from llava_min.training.run_folder import base_identity, differences
+    from llava_min.training.identity import as_stored, base_identity, differences
     from llava_min.training.trainable import set_trainable
     from llava_min.util.files import new_folder
     from llava_min.weights import DTYPES
 
     base = base or state["run"].get("model")
     if not base:
-        raise UserError(f"{folder}: does not say where its base model is; give it with --model")
+        raise UserError(f"{folder}: does not say where its base model is; give it", "model")
     try:
-        ready = open_checkpoint(base, image_aspect_ratio=k.image_aspect_ratio, template=k.template)
+        ready = open_checkpoint(
+            base, image_aspect_ratio=settings.image_aspect_ratio, template=settings.template
+        )
     except UserError as e:
-        line = f"the base model of {folder}: {e}; --model tells where it lies now"
-        raise UserError(line) from None
-    now = json.loads(json.dumps(base_identity(ready)))
-    if changed := differences({name: state["run"]["identity"].get(name) for name in now}, now):
-        told = ", ".join(list(changed.values())[:4])
         raise UserError(
-            f"{base}: is not the base model that {folder} was trained from: {told}; "
-            "give that with --model"
+            f"the base model of {folder}: {e}; {label('model')} says where it is now"
+        ) from None
+    now = as_stored(base_identity(ready))
+    if changed := differences({name: state["run"]["identity"].get(name) for name in now}, now):
+        shown = ", ".join(list(changed.values())[:4])
+        raise UserError(
+            f"{base}: is not the base model that {folder} was trained from: {shown}; "
+            f"give that with {label('model')}"
         )
 
-    model, device, dtype = ready.model, torch.device("cpu"), DTYPES[k.precision]
-    set_trainable(model, k.train, train_projector=k.train_projector, train_vision=k.train_vision)
+    model, device, dtype = ready.model, torch.device("cpu"), DTYPES[settings.precision]
+    set_trainable(
+        model,
+        settings.train,
+        train_projector=settings.train_projector,
+        train_vision=settings.train_vision,
+    )
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     frozen = lambda name: not model.get_parameter(name).requires_grad
     ready.entries = {name: entry for name, entry in ready.entries.items() if frozen(name)}
@@ -107,8 +115,13 @@ def write_from_base(
 
 def main(argv: list[str]) -> None:
     what = "Write the adapter or model of a checkpoint, as the run would have at its end."
-    knobs = parse(Knobs, argv, what, positional="folders")
-    if len(knobs.folders) != 2:
+    config = parse(FinishConfig, argv, what, positional="folders")
+    with flags(config):
+        finish(config)
+
+
+def finish(config: FinishConfig) -> None:
+    if len(config.folders) != 2:
         raise UserError(
             "FOLDER: give two, a run or one of its checkpoints, and the folder to write"
         )
@@ -117,7 +130,7 @@ def main(argv: list[str]) -> None:
 
     from llava_min.util.files import check_free, new_folder
 
-    source, out = map(Path, knobs.folders)
+    source, out = map(Path, config.folders)
     check_free(out)
     folder = find_checkpoint(source)
     kept = folder.parent if folder.parent.name == "checkpoints" else folder
@@ -130,10 +143,10 @@ def main(argv: list[str]) -> None:
     settings = read_settings(folder, state["run"])
     result = "adapter" if settings.train == "lora" else "model"
     if result == "model":
-        write_from_base(folder, state, settings, knobs.model, out)
-    elif knobs.model:
+        write_from_base(folder, state, settings, config.model, out)
+    elif config.model:
         raise UserError(
-            "--model: has no effect, an adapter is written without its base; leave it out"
+            "has no effect, an adapter is written without its base; leave it out", "model"
         )
     else:
         with new_folder(out) as aside:

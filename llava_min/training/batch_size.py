@@ -3,13 +3,19 @@ memory.
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llava_min.config import IGNORE
+from llava_min.data.dataset import Dataset
+from llava_min.data.loader import loader
 from llava_min.errors import UserError, label
+from llava_min.parallel.ranks import World, any_rank
+from llava_min.training.loss import summed_loss
 
 DEFAULT_MAX_LENGTH = 2048  # LLaVA's model_max_length
 
@@ -59,6 +65,28 @@ def out_of_memory(step: int, batch_size: int, rows: int) -> UserError:
         f"step {step}: out of memory with {label('batch_size')} {batch_size}; give "
         f"{same}{savings()}"
     )
+
+
+def find_batch_size(
+    config: Any,
+    world: World,
+    dataset: Dataset,
+    lengths: Sequence[int],
+    model: nn.Module,
+    dtype: torch.dtype,
+) -> int:
+    """`largest_batch` by trying the longest records, for which every rank must have the memory."""
+    longest = sorted(range(len(lengths)), key=lambda i: -abs(lengths[i]))
+
+    def loss_of_longest(n: int) -> Tensor:
+        batch, _ = next(loader(dataset, [[(i,) for i in longest[:n]]]))
+        return summed_loss(model, dtype, world.device, batch)
+
+    def fits(n: int) -> bool:
+        too_large = not try_step(partial(loss_of_longest, n), model)
+        return not any_rank(world, too_large)
+
+    return largest_batch(config.batch_size * config.grad_accum, fits)
 
 
 def try_step(loss: Callable[[], Tensor], model: nn.Module) -> bool:

@@ -1,7 +1,6 @@
-"""What a run says while it works: a progress line for the person, a line of JSON for every number
-worth keeping.
+"""The log of a run: a progress line on stderr, and every number as a line of JSON.
 
-On several ranks the first one speaks; the others have a Log that is silent.
+Rank 0 writes it; the other ranks have a Log that is silent.
 """
 
 import importlib.util
@@ -18,7 +17,7 @@ import torch
 
 from llava_min.data.data_uri import Encoded
 from llava_min.data.formats import Record
-from llava_min.errors import UserError, escape_controls, info
+from llava_min.errors import UserError, escape_controls, info, label
 from llava_min.util.files import replace
 
 WIDTH = 79  # columns of a progress line
@@ -28,9 +27,9 @@ class Log:
     """Progress on stderr, `metrics.jsonl` and `samples.jsonl` in the run folder, and copies for
     TensorBoard or W&B.
 
-    start: the step a resumed run goes on from, -1 for one that begins; what an interrupted run
-    logged after it is taken out.
-    folder: None on ranks that are silent.
+    folder: None for a silent rank. total: steps of the run. start: the step a resumed run continues
+    from, -1 for a new run; what the interrupted run logged after it is removed. copies: names of
+    COPIES, which get the numbers too, with the run's `settings`.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class Log:
         settings: dict[str, Any] = {},
     ):
         self.folder, self.total, self.first = folder, total, max(start, 0)
-        self.begun, self.tty = time.perf_counter(), sys.stderr.isatty()
+        self.started, self.tty = time.perf_counter(), sys.stderr.isatty()
         self.copies = (
             [] if folder is None else [COPIES[name](folder, settings, start) for name in copies]
         )
@@ -51,6 +50,7 @@ class Log:
                 rewind(folder / name, start)
 
     def write(self, *, step: int, **values: Any) -> None:
+        """Add a line to metrics.jsonl."""
         if self.folder is None:
             return
         # JSON has no NaN
@@ -63,17 +63,12 @@ class Log:
             copy(step, {k: v for k, v in values.items() if isinstance(v, int | float)})
 
     def samples(self, step: int, rows: Sequence[dict], records: Sequence[Record]) -> None:
-        """Answers of the model on the way, each a row of evaluate.py, with where the pictures of
-        its record are.
+        """Add answers of an evaluation to samples.jsonl: `rows` of predict.py, and where the images
+        of their records are.
         """
-        place = lambda p: (
-            str(p)
-            if isinstance(p, Path)
-            else p.uri
-            if isinstance(p, Encoded)
-            else [str(p.path.absolute()), p.group, p.row, p.index]
-        )
-        for row, record in zip(rows, records) if self.folder else ():
+        if self.folder is None:
+            return
+        for row, record in zip(rows, records):
             self.append(
                 "samples.jsonl",
                 {
@@ -83,7 +78,7 @@ class Log:
                     "prompt": row["prompt"],
                     "prediction": row["prediction"],
                     "reference": next(iter(row["references"]), ""),
-                    "images": [place(p) for p in record.images],
+                    "images": [image_source(image) for image in record.images],
                 },
             )
 
@@ -94,29 +89,26 @@ class Log:
                 file.write(json.dumps(values, ensure_ascii=False) + "\n")
         except OSError as e:
             raise UserError(
-                f"{path}: cannot be written ({e.strerror}); free space, then go on with --resume "
-                "auto"
+                f"{path}: cannot be written ({e.strerror}); free space, then continue with "
+                f"{label('resume')} auto"
             ) from None
 
     def step(self, step: int, **values: float) -> None:
-        """Record the numbers of an optimizer step and show them: one line that is drawn over on a
-        terminal.
+        """Log the numbers of an optimizer step, and show them: a terminal keeps only the last line.
+
+        The time left is that of the steps since the start of this process.
         """
-        seconds = time.perf_counter() - self.begun
+        seconds = time.perf_counter() - self.started
         self.write(step=step, seconds=round(seconds, 3), **values)
-        if self.folder is not None:
-            line = progress(
-                step, self.total, seconds / max(step - self.first, 1) * (self.total - step), values
-            )
-            print(
-                f"\r{line}\033[K" if self.tty else line,
-                end="" if self.tty else "\n",
-                file=sys.stderr,
-                flush=True,
-            )
+        if self.folder is None:
+            return
+        left = seconds / max(step - self.first, 1) * (self.total - step)
+        line = progress(step, self.total, left, values)
+        line = f"\r{line}\033[K" if self.tty else f"{line}\n"
+        print(line, end="", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Show a line that stays."""
         if self.folder is None:
             return
         if self.tty:
@@ -124,28 +116,35 @@ class Log:
         info(text)
 
 
-# The progress line, from what is left out last to what is left out first when it does not fit.
+def image_source(image: Any) -> str | list[Any]:
+    """Where an image of a record is: a path, a data URI, or a row of a parquet file."""
+    if isinstance(image, Path):
+        return str(image)
+    if isinstance(image, Encoded):
+        return image.uri
+    return [str(image.path.absolute()), image.group, image.row, image.index]
+
+
+# The parts of the progress line; where they do not fit, the last are dropped first.
 SHOWN = {
     "loss": "loss {:.3g}",
     "lr": "lr {:.1e}",
     "grad_norm": "grad {:.2g}",
     "tokens_per_s": "{:g} tok/s",
-    "pictures_per_s": "{:g} pic/s",
+    "pictures_per_s": "{:g} img/s",
     "peak_gb": "{:.1f} GB",
 }
 
 
 def progress(step: int, total: int, left: float, values: dict[str, float]) -> str:
-    """One line of at most WIDTH columns."""
-    values = {
-        k: round(v, 1 if v < 10 else None) if k.endswith("_per_s") else v for k, v in values.items()
-    }
-    shown = (
-        text.format(values[name]).replace("e-0", "e-")
-        for name, text in SHOWN.items()
-        if name in values
-    )
-    parts = [f"{step}/{total}", *shown]
+    """One line of at most WIDTH columns; `left`: seconds to the end of the run."""
+    parts = [f"{step}/{total}"]
+    for name, text in SHOWN.items():
+        if name in values:
+            value = values[name]
+            if name.endswith("_per_s"):
+                value = round(value, 1 if value < 10 else None)
+            parts.append(text.format(value).replace("e-0", "e-"))
     end = f"{clock(left)} left"
     while len(" ".join(parts)) + len(end) + 1 > WIDTH:
         parts.pop()
@@ -153,16 +152,17 @@ def progress(step: int, total: int, left: float, values: dict[str, float]) -> st
 
 
 def clock(seconds: float) -> str:
+    """M:SS, or H:MM:SS."""
     m, s = divmod(round(seconds), 60)
     return f"{m // 60}:{m % 60:02}:{s:02}" if m >= 60 else f"{m}:{s:02}"
 
 
 def rewind(path: Path, step: int) -> None:
-    """Take out the lines after `step`, and one that a kill tore."""
+    """Remove the lines after `step`, and a half-written one."""
     if not path.exists():
         return
     kept = []
-    # splitlines would cut at U+2028, too
+    # not splitlines, which would also split at U+2028
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             if json.loads(line)["step"] <= step:
@@ -173,7 +173,7 @@ def rewind(path: Path, step: int) -> None:
 
 
 def show_samples(folder: Path, last: int) -> None:
-    """Print the answers before the first step and after step `last`, one above the other."""
+    """Print each question with the answers before the first step and after step `last`."""
     path = folder / "samples.jsonl"
     rows = (
         [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
@@ -188,23 +188,23 @@ def show_samples(folder: Path, last: int) -> None:
             "after": row["prediction"],
             "expected": row["reference"],
         }
-        for label, text in texts.items():
-            print(f"  {label:<9} {escape_controls(text) or '(empty)'}")
+        for when, text in texts.items():
+            print(f"  {when:<9} {escape_controls(text) or '(empty)'}")
 
 
 def check_packages(copies: Sequence[str]) -> None:
-    """What the copies are made with is installed (the packages have their names), or UserError."""
+    """Raises UserError unless the packages of the copies, of the same names, are installed."""
     for name in copies:
         if importlib.util.find_spec(name) is None:
             raise UserError(
-                f"--log {name}: the package is not installed; pip install 'llava_min[log]'"
+                f"{name}: the package is not installed; pip install 'llava_min[log]'", "log"
             )
 
 
 def to_tensorboard(folder: Path, settings: dict[str, Any], start: int):
     from torch.utils.tensorboard import SummaryWriter
 
-    # of an older file no value is shown from purge_step on
+    # TensorBoard hides the values that an interrupted run wrote from purge_step on
     writer = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
 
     def copy(step: int, values: dict[str, float]) -> None:

@@ -4,10 +4,12 @@ import importlib
 import inspect
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llava_min.checks.training import check_warmup
 from llava_min.errors import UserError, escape_controls, label
 from llava_min.parallel.dtensor import is_sharded
 
@@ -35,6 +37,12 @@ def parameter_groups(
         {"params": params, "lr": rate, "base_lr": rate, "weight_decay": decay}
         for (rate, decay), params in groups.items()
     ]
+
+
+def config_groups(model: nn.Module, config: Any) -> list[dict]:
+    """`parameter_groups` as train.py's `config` asks for them."""
+    rates = (config.projector_lr, config.vision_lr)
+    return parameter_groups(model, config.lr, config.weight_decay, *rates)
 
 
 def make_optimizer(
@@ -86,6 +94,13 @@ def check_optimizer(
                 f"{label('optimizer')}",
                 keyword,
             )
+
+
+def warmup_steps(config: Any, steps: int) -> int:
+    """The steps of warmup in a run of `steps`; UserError if that is longer than the run."""
+    warmup = config.warmup_steps or round(config.warmup_ratio * steps)
+    check_warmup(warmup, steps)
+    return warmup
 
 
 def lr_factor(step: int, total: int, warmup: int, schedule: str) -> float:

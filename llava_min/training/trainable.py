@@ -14,7 +14,7 @@ from torch import nn
 from llava_min.errors import UserError, label, shorten
 from llava_min.lora import LoRAConfig
 from llava_min.parallel.dtensor import local_shard
-from llava_min.training.optim import check_optimizer, parameter_groups
+from llava_min.training.optim import check_optimizer, config_groups
 from llava_min.training.targets import add_lora
 
 VISION, PROJECTOR = "vision_tower", "multi_modal_projector"
@@ -45,8 +45,7 @@ def setup_lora(model: nn.Module, config: Any, device: torch.device) -> LoRAConfi
             )
         add_lora(model, lora)
     set_trainable(model, c.train, c.train_projector, c.train_vision)
-    groups = parameter_groups(model, c.lr, c.weight_decay, c.projector_lr, c.vision_lr)
-    check_optimizer(c.optimizer, groups, c.betas, device)
+    check_optimizer(c.optimizer, config_groups(model, config), c.betas, device)
     return lora
 
 

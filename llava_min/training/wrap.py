@@ -26,7 +26,7 @@ def add_neftune(model: nn.Module, alpha: float) -> None:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile each block; equal blocks share one program, so this takes as long as compiling one."""
+    """Compile each block; equal blocks share one program, so the first alone takes time."""
     for block in (*model.language_model.layers, *model.vision_tower.layers):
         block.forward = torch.compile(block.forward, dynamic=True)
 

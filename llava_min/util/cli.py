@@ -43,7 +43,11 @@ def flags(config: Any) -> Iterator[None]:
     }
     # a message may also begin with a file that is called like a field
     named = {name: flag_of(name) for name in given if name not in map(str, given.values())}
-    set_labels({name.removeprefix("eval_"): flag for name, flag in named.items()} | named)
+    every = {name: flag_of(name) for name in vars(config)}
+    set_labels(
+        {name.removeprefix("eval_"): flag for name, flag in every.items()} | every,
+        {name.removeprefix("eval_"): flag for name, flag in named.items()} | named,
+    )
     try:
         yield
     finally:

@@ -8,13 +8,11 @@ import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from llava_min.checks.formats import check_text, check_path, kind
+from llava_min.checks.formats import check_path, check_text, kind
 from llava_min.data.formats import Record
-from llava_min.errors import UserError
 from llava_min.data.json_file import parse
 from llava_min.data.records import ImageFiles, raw_records, sources
-from llava_min.errors import preview
-from llava_min.errors import UserError, escape_controls, label, shorten, warn
+from llava_min.errors import UserError, escape_controls, label, preview, shorten, warn
 from llava_min.util.files import check_file
 
 FOLDER = Path(__file__).parent
