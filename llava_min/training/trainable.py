@@ -91,7 +91,7 @@ def set_trainable(
 
 
 def trained_modules(train: str, blocks: int) -> set[str]:
-    """The modules that `train` names, of a decoder of so many blocks."""
+    """The modules that `train` names, of a decoder with `blocks` blocks."""
     if train in PARTS:
         return PARTS[train]
     last = train.removeprefix("last:")
