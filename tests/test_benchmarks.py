@@ -219,7 +219,8 @@ def test_what_belongs_to_no_question_is_said(files, capsys):
         (
             "textvqa-ocr",
             ["ocr.json", "textvqa.json"],
-            "textvqa.json: record 1: another record has the same image_id ab0.*is it the right file",
+            "textvqa.json: record 1: another record has the same image_id ab0.*is it the right "
+            "file",
         ),
         ("vqav2", ["questions.json", "other.json"], "other.json has none of its question_id 42001"),
         ("vqav2", ["questions.json", "listed.json"], "listed.json: record 0: question_id: a list"),

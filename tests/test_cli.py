@@ -250,7 +250,8 @@ def test_help_fits_the_terminal(capsys, monkeypatch):
 def test_closed_streams_are_no_fault(tmp_path, closed):
     page = tmp_path / "page.py"
     page.write_text(
-        "import sys\nfrom llava_min.errors import info\nfrom llava_min.util.script import run\n\n\ndef main(argv):\n    "
+        "import sys\nfrom llava_min.errors import info\nfrom llava_min.util.script import "
+        "run\n\n\ndef main(argv):\n    "
         "print(sys.stderr.isatty())\n    info('told')\n\n\nrun(main)\n"
     )
     done = subprocess.run(

@@ -133,7 +133,7 @@ def test_an_answer_is_text_and_nothing_around_it(data, tiny, monkeypatch):
 def test_an_answer_is_cut_where_no_end_token_came(data, tiny, options):
     """Of any batch; an answer whose end token is the last one that there was room for is whole."""
     (model, processor), records = tiny, read_records(data)[:9]
-    ends, silent = processor.stop_ids, processor.silent_ids(model.config.text.vocab_size)
+    ends, silent = processor.stop_ids, processor.suppressed_ids(model.config.text.vocab_size)
     seen = set()
     for most in range(1, 6):
         rows = predict(model, processor, records, batch_size=4, max_new_tokens=most, **options)

@@ -113,8 +113,8 @@ def test_the_page_of_the_interface(folder):
 
 
 def test_the_model_alone_and_in_two_steps(folder):
-    """`load` is `open_checkpoint` and `load_weights`; without the processor it is `load_model`. What is trained is
-    in fp32.
+    """`load` is `open_checkpoint` and `load_weights`; without the processor it is `load_model`.
+    What is trained is in fp32.
     """
     model, _ = llava_min.load(folder, dtype="bf16", device="cpu")
     alone, ready = load_model(folder, torch.bfloat16, CPU), open_checkpoint(folder)

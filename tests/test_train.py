@@ -186,7 +186,7 @@ def test_bf16_keeps_what_is_trained_in_fp32(data, tmp_path):
         ),
         (["--device", "meta"], "--device: meta is not"),
         (["--device", "xpu"], "--device: xpu is not"),
-        (["--lora-alpha", "2e6"], "--lora-alpha: '2e6' is not"),
+        (["--lora-alpha", "2e6"], "--lora-alpha: 2000000.0 was given"),
         (["--lora-r", "2000000000"], "--lora-r: 2000000000 is above the model's width"),
         (["--epochs", "1e9"], "--epochs: 1e.09"),
         (["--max-steps", "2000000000"], "--max-steps: 2000000000 steps would be 1.6e.10 rows"),
@@ -310,7 +310,7 @@ def test_every_number_refuses_what_is_none():
     ):
         flag = "--" + name.replace("_", "-")
         for value in ("-1", "nan", "inf", "1e400", "some", ""):
-            with pytest.raises(UserError, match=f"{flag}: '{value}' is not a") as e:
+            with pytest.raises(UserError, match=rf"{flag}: .*(is not a|was given, expected a)") as e:
                 parse(train.TrainConfig, [f"{flag}={value}"], "A test.")
             assert "\n" not in str(e.value)
             asked += 1
