@@ -582,7 +582,7 @@ def test_records_of_one_id_keep_their_own_answers(changed, tmp_path, capsys):
 
     path = changed(change)
     run(path, "--out", str(tmp_path / "out"))
-    assert "1 ids stand on more than one record" in capsys.readouterr().err
+    assert "1 ids are on more than one record" in capsys.readouterr().err
     first = lines(tmp_path / "out" / "predictions.jsonl")
     run(path, "--out", str(tmp_path / "out"))
     assert lines(tmp_path / "out" / "predictions.jsonl") == first and len(first) == 18
