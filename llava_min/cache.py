@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from llava_min.config import TextConfig
 
-MIN_CAPACITY = 256  # slots of a cache that outlives one call, or that a step is compiled for
+MIN_CAPACITY = 256  # the fewest slots of a chat's cache, or of one that a step is compiled for
 
 
 def causal_mask(valid: Tensor) -> Tensor:
     """valid (B, T) bool, False at padding -> what each token may see (B, 1, T, T) bool.
 
-    Padding sees itself, because a softmax over nothing is NaN and NaN spreads even with weight
-    zero.
+    Padding sees itself: a softmax over no key is NaN, and 0 * NaN is NaN in the rows that look at
+    it.
     """
     t = valid.shape[1]
     past = torch.ones(t, t, dtype=torch.bool, device=valid.device).tril()
@@ -31,7 +31,10 @@ def causal_mask(valid: Tensor) -> Tensor:
 
 
 def attention_scores(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
-    """q (R, M, D), k (R, S, D) -> scaled scores (R, M, S), plus an additive mask of that shape."""
+    """q (R, Q, D), k (R, S, D) -> scaled scores (R, Q, S) of R groups of Q queries.
+
+    mask: what is added to them, (R, Q, S) with Q in two dimensions.
+    """
     scale = q.shape[-1] ** -0.5
     if mask is None:
         return torch.baddbmm(q.new_zeros(1), q, k.mT, beta=0, alpha=scale)
@@ -44,12 +47,11 @@ class KVCache:
     `prefix` has S slots for each of the B rows. After `fork(n, slots)` each row is n beams that
     share the prefix, so a prompt is prefilled once, and append to a `suffix` of their own.
 
-    A forward is `advance` (counts, on the host), `positions_and_mask` (on the device), and in each
+    A forward is `advance` (counts, on the host), `place_tokens` (on the device), and in each
     block `update`, then `attend` unless this is the prefill, whose tokens need only each other.
 
     `static_shapes`: attend to all slots under a mask, so that every step has the same shapes, as
-    CUDA graphs want. bf16 on CPU does the same, because its products would copy a part of the cache
-    first.
+    CUDA graphs want. bf16 on CPU does so too: multiplying a slice of the cache would copy it first.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class KVCache:
             batch, dtype=torch.long, device=device
         )  # of each row's next token
         self.next_slot = torch.zeros(1, dtype=torch.long, device=device)  # `length`, on the device
+        self.new_slots: Tensor | None = None  # of the tokens that `place_tokens` placed last
         self.length = 0  # slots in use, the same for every row: prompts are padded on the left
         self.is_prefill = True  # the cache was empty before the forward that `advance` counted
         self.padded = False  # a prompt has padding, which later tokens must not see
@@ -126,14 +129,15 @@ class KVCache:
                 "a fork grows by one token at a time"
             )
 
-    def positions_and_mask(
+    def place_tokens(
         self, tokens: int, valid: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Positions (B, T) of the tokens just counted, and the mask under which they attend.
+        """Give the tokens just counted their slots and positions; this changes the cache.
 
-        valid (B, T) bool is False at padding; None when nothing is. The mask is (B, 1, T, T) bool
-        for the prefill, additive over the prefix (B*K, N*G, T, S) later, and None where a token may
-        see all that came before it.
+        Returns positions (B, T), and the mask under which the tokens attend. valid (B, T) bool is
+        False at padding; None when nothing is. The mask is (B, 1, T, T) bool for the prefill,
+        additive over the prefix (B*K, N*G, T, S) later, and None where a token may see all that
+        came before it.
         """
         if valid is None:
             shape = len(self.positions), tokens
@@ -145,7 +149,7 @@ class KVCache:
             visible = self.valid[:, None, : self.length]
             return positions, self._additive_mask(visible) if self.padded else None
 
-        # the slots of the new tokens, for `update`
+        # `update` writes to these slots
         self.new_slots = self.next_slot + torch.arange(tokens, device=self.device)
         self.valid.index_copy_(1, self.new_slots, valid)
         self.next_slot += tokens
@@ -168,9 +172,8 @@ class KVCache:
         end = self.suffix_length if forked else self.length
         stores = self.suffix[layer] if forked else self.prefix[layer]
         for store, x in zip(stores, (k, v)):
-            if (
-                self.static_shapes and not forked
-            ):  # by slots on the device: no length in the program
+            # by indices held on the device, so that a compiled program does not know the length
+            if self.static_shapes and not forked:
                 store.index_copy_(2, self.new_slots, x.to(self.dtype))
             else:
                 store[:, :, end - x.shape[2] : end] = x
@@ -200,9 +203,8 @@ class KVCache:
             scores = attention_scores(q.reshape(b * kv, -1, d), k, mask)  # (B*K, G*T, S)
             return scores.softmax(-1).bmm(v).view(b, h, t, d)
 
-        # The prefix is read once for all forks of a row: their queries (B*N*K, G*T, .) are seen as
-        # one
-        # group (B*K, N*G*T, .). The suffixes are read by their own queries.
+        # All forks of a row share the prefix, so their rows are regrouped from (B*N*K, G*T, .) to
+        # (B*K, N*G*T, .) and multiplied with it once: queries, scores and weights alike.
         def by_prefix(x: Tensor) -> Tensor:
             x = x.view(b, n, kv, -1, x.shape[-1]).transpose(1, 2)
             return x.reshape(b * kv, -1, x.shape[-1])

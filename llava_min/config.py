@@ -6,7 +6,7 @@ with plain look-ups.
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from llava_min.checks import config as checks
 
@@ -45,6 +45,7 @@ class VisionConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     model_type: str = "clip_vision_model"  # a row of llava.TOWERS
+    has_class_token: ClassVar[bool] = True
 
     @property
     def num_patches(self) -> int:
@@ -213,7 +214,8 @@ class LlavaConfig:
 
     @property
     def tokens_per_image(self) -> int:
-        return self.vision.num_patches + (self.vision_feature_select_strategy == "full")
+        keeps_class_token = self.vision_feature_select_strategy == "full"
+        return self.vision.num_patches + (self.vision.has_class_token and keeps_class_token)
 
     @classmethod
     def from_hf(cls, data: dict, where: str = "config.json") -> "LlavaConfig":

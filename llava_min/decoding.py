@@ -24,8 +24,10 @@ from llava_min.llava import Llava
 from llava_min.options import Options
 from llava_min.sampling import LogitsProcessor
 
-CHECK_EVERY = 16  # steps between two looks at whether all rows have ended, where a look waits
-NEG = -1e9  # the score of what is not there, as transformers writes it
+# on a GPU, ask only every 16th step whether all rows have ended: asking waits for the device
+CHECK_EVERY = 16
+# the score of an unused or forbidden beam: finite as in transformers, so that sums and ties agree
+NEG = -1e9
 
 
 # ---- the prompt
@@ -54,7 +56,7 @@ def prefill(
     """Read ids (B, T) and their images into the cache -> logits (B, V) of the next token."""
     x = model.embed(ids, pixels)
     cache.advance(ids.shape[1])
-    positions, mask = cache.positions_and_mask(ids.shape[1], valid)
+    positions, mask = cache.place_tokens(ids.shape[1], valid)
     x = model.language_model(x, positions, mask, cache, last_only=True)
     return model.lm_head(x[:, 0]).float()
 
@@ -96,7 +98,7 @@ def read_prompt(
 
 def step(model: Llava, ids: Tensor, cache: KVCache) -> Tensor:
     """ids (R,), already counted by `cache.advance(1)` -> logits (R, V) of the next token."""
-    positions, mask = cache.positions_and_mask(1)
+    positions, mask = cache.place_tokens(1)
     x = model.language_model.embed_tokens(ids[:, None])
     x = model.language_model(x, positions, mask, cache)
     return model.lm_head(x[:, -1]).float()
@@ -104,7 +106,9 @@ def step(model: Llava, ids: Tensor, cache: KVCache) -> Tensor:
 
 @functools.cache
 def compiled_step() -> Callable[[Llava, Tensor, KVCache], Tensor]:
-    # one program per batch size and capacity, never per token
+    # one program per batch size and capacity, never per token; torch's own limit is 8, and beyond
+    # it
+    # it stops compiling
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(step, fullgraph=True, dynamic=False)
 
@@ -121,7 +125,9 @@ class StopCheck:
         return logits
 
     def should_stop(self, i: int, last: bool, done: Tensor) -> bool:
-        """done (R,) bool: rows that need no further step."""
+        """done: bool of any shape, True where no more steps are needed. last: this is the last
+        step.
+        """
         if not last and (i + 1) % self.every:
             return False
         if not self.finite:
@@ -145,7 +151,7 @@ def decode(
 ) -> Iterator[Tensor]:
     """Greedy decoding and sampling: the new ids, a column (R,) per step.
 
-    Finished rows keep decoding; their tokens are dropped by the caller.
+    The end token is yielded too. Finished rows keep decoding; the caller drops their tokens.
     """
     ids, valid, pixels = left_padded(model, batch)
     process = LogitsProcessor.of(model, ids, valid, o)
@@ -175,6 +181,12 @@ def decode(
     finally:  # also if the caller stops iterating
         if isinstance(cache, ChatCache):
             cache.commit(decoded)
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """x[b, rows[b]] for every prompt b: x (B, X) or (B, X, M), rows (B, Y)."""
+    index = rows if x.ndim == 2 else rows[..., None].expand(-1, -1, x.shape[-1])
+    return x.gather(1, index)
 
 
 @torch.inference_mode()
@@ -219,6 +231,7 @@ def beam_search(
             top, beam, token = scores.gather(1, index), index // v, index % v
             extended = take(running, beam)
             extended[:, :, i] = token
+            # the last step ends every beam
             ends = (token[..., None] == process.eos).any(-1) | (i + 1 == m)
 
             # the n best that have not ended run on
@@ -228,11 +241,12 @@ def beam_search(
 
             # those of the n best that have ended join the finished, and the n best of these stay
             ending = ends & is_top_n
-            top = top / (i + 1) ** o.length_penalty
+            final_scores = top / (i + 1) ** o.length_penalty
+            # with early_stopping=True, a prompt with n finished beams takes no more
             full = is_finished.all(-1, keepdim=True) & (o.early_stopping is True)
             for excluded in (full, ~can_improve, ~ending):
-                top = top + excluded.float() * NEG
-            finished_scores, kept = torch.cat([finished_scores, top], 1).topk(n)
+                final_scores = final_scores + excluded.float() * NEG
+            finished_scores, kept = torch.cat([finished_scores, final_scores], 1).topk(n)
             finished = take(torch.cat([finished, extended], 1), kept)
             is_finished = take(torch.cat([is_finished, ending], 1), kept)
 
@@ -258,9 +272,3 @@ def beam_search(
         if isinstance(cache, ChatCache):
             cache.commit([])
     return finished[:, : o.num_return_sequences].flatten(0, 1)
-
-
-def take(x: Tensor, rows: Tensor) -> Tensor:
-    """Of x (B, X) or (B, X, M) the rows (B, Y), each prompt its own."""
-    index = rows if x.ndim == 2 else rows[..., None].expand(-1, -1, x.shape[-1])
-    return x.gather(1, index)

@@ -17,7 +17,7 @@ from llava_min.errors import UserError
 from llava_min.llava import Llava
 from llava_min.options import read_options
 
-new_cache = ChatCache  # the name it has in the package
+new_cache = ChatCache  # public as `llava_min.new_cache`
 
 
 def generate(
@@ -59,7 +59,7 @@ def stream(
 ) -> Iterator[str]:
     """The one answer's text in pieces as they come, never half a character.
 
-    processor (or a tokenizer) turns ids to text, that of the loaded model if none is given; a
+    processor (or a tokenizer) turns ids to text, None: the one that `load` attached to the model; a
     processor's `stop_ids` end the answer unless `eos_token_id` is given. The new ids are appended
     to the list `ids`, if one is given. The rest as in `generate`.
     """
@@ -83,6 +83,7 @@ def stream(
 def text_pieces(
     steps: Iterator[Tensor], tokenizer: Any, eos: set[int], ids: list[int]
 ) -> Iterator[str]:
+    """Columns of one row as text, up to an id of `eos`; the ids are appended to `ids`."""
     text = tokenizer.stream()
     with contextlib.closing(steps):
         for column in steps:

@@ -29,7 +29,10 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """positions (B, T) -> cos, sin (B, 1, T, D), the angles in fp32 (Su et al. 2021)."""
+    """positions (B, T) -> cos, sin (B, 1, T, D), the angles in fp32 (Su et al. 2021).
+
+    Both are doubled to D, and the first half of sin is negated, as `rotate` wants.
+    """
     d = config.head_dim
     exponent = torch.arange(0, d, 2, device=positions.device, dtype=torch.float32) / d
     angle = positions[:, None, :, None].float() * config.rope_theta**-exponent  # (B, 1, T, D/2)
@@ -78,6 +81,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache.update(self.layer, k, v)
         if cache is None or cache.is_prefill:
+            # a prefill's keys and values are all there is in the cache: attend to them directly
             # the last token alone sees every other, so it needs no mask
             y = ops.attention(q, k, v, mask, causal=mask is None and not last_only)
         else:
@@ -117,7 +121,7 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C); with `last_only` the others give keys and values alone."""
+        """x (B, T, C) -> (B, T, C); with `last_only` (B, 1, C): the others give keys alone."""
         residual = x[:, -1:] if last_only else x
         x = residual + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, last_only)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -144,10 +148,10 @@ class Llama(nn.Module):
         """Embedded tokens x (B, T, C) at positions (B, T) -> hidden states (B, T, C), normalized.
 
         Without a cache, mask (B, 1, T, T) bool says which keys each token sees, and None is causal;
-        with one, it is what `KVCache.positions_and_mask` gave. `last_only` gives (B, 1, C).
+        with one, it is what `KVCache.place_tokens` gave. `last_only` gives (B, 1, C).
         """
         cos, sin = rotary(positions, self.config, x.dtype)
         for block in self.layers[:-1]:
             x = block(x, cos, sin, mask, cache)
-        # the last block's other tokens are read by nobody
+        # prefill needs the last token's output alone, so the last block skips the others
         return self.norm(self.layers[-1](x, cos, sin, mask, cache, last_only))

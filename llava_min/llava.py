@@ -11,8 +11,6 @@ Shapes: B batch, T tokens, N images in the batch, S pixels a side, P tokens per 
 V vocabulary.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,19 +25,11 @@ from llava_min.llama import Llama
 LOGIT_ROWS = 1024  # supervised positions whose logits exist at one time
 
 
-class Tower(NamedTuple):
-    """A kind of vision tower.
-
-    Its module is built from (VisionConfig, number of blocks to run), takes pixels (N, 3, S, S) and
-    gives their features (N, P, C), after that of the class token if it has one. It says its `dtype`
-    and its `unused_modules()`.
-    """
-
-    module: type[nn.Module]
-    has_class_token: bool
-
-
-TOWERS = {"clip_vision_model": Tower(VisionTower, has_class_token=True)}  # by model_type
+# By model_type, what builds a vision tower from (VisionConfig, number of blocks to run). It takes
+# pixels (N, 3, S, S) and returns features (N, P, C), or (N, 1 + P, C) with the class token first
+# where its config says `has_class_token`. It must have the attribute `dtype` and the method
+# `unused_modules()`, the names of parts that never run.
+TOWERS = {"clip_vision_model": VisionTower}
 
 
 class Projector(nn.Module):
@@ -76,7 +66,7 @@ class Llava(nn.Module):
         super().__init__()
         self.config = config
         tower = TOWERS[config.vision.model_type]
-        self.vision_tower = tower.module(config.vision, config.vision_layers_used)
+        self.vision_tower = tower(config.vision, config.vision_layers_used)
         self.multi_modal_projector = Projector(config)
         self.language_model = Llama(config.text)
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
@@ -99,8 +89,7 @@ class Llava(nn.Module):
         """pixel_values (N, 3, S, S) -> the embeddings of their image tokens (N, P, C)."""
         config, tower = self.config, self.vision_tower
         features = tower(pixel_values.to(self.device, tower.dtype))
-        has_class_token = TOWERS[config.vision.model_type].has_class_token
-        if has_class_token and config.vision_feature_select_strategy == "default":
+        if config.vision.has_class_token and config.vision_feature_select_strategy == "default":
             features = features[:, 1:]  # those of the patches alone
         return self.multi_modal_projector(features)
 
@@ -116,7 +105,7 @@ class Llava(nn.Module):
         check_image_tokens(self.config, int(is_image.sum()), images)
         if pixel_values is None:
             return x
-        # row-major order, as transformers: the first image's patches fill the first image tokens
+        # images come in reading order, and masked_scatter fills in row-major order: they match
         return x.masked_scatter(is_image[..., None], self.encode_images(pixel_values).to(x.dtype))
 
     def hidden_states(
@@ -148,7 +137,7 @@ class Llava(nn.Module):
         V).
 
         Positions count from each row's first real token, so padding on either side changes nothing.
-        Raises UserError for inputs of another shape, kind or model.
+        Raises UserError for inputs whose shapes, dtypes or ids do not fit this model.
         """
         check_inputs(self.config, input_ids, pixel_values, attention_mask)
         return self.lm_head(self.hidden_states(input_ids, pixel_values, attention_mask))
@@ -160,8 +149,8 @@ class Llava(nn.Module):
         pixel_values: Tensor | None = None,
         segments: Tensor | None = None,
     ) -> Tensor:
-        """Summed cross-entropy of the supervised tokens; the caller divides by the whole step's
-        number.
+        """Summed cross-entropy of the supervised tokens; the caller divides by their number in
+        the whole optimizer step, over all micro-batches and ranks.
 
         labels (B, T) hold IGNORE where nothing is supervised. Rows are padded on the right, where
         causal attention alone keeps real tokens from the padding. segments (B, T): see

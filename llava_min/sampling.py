@@ -24,9 +24,8 @@ class LogitsProcessor:
     options: Options
     eos: Tensor  # ids that end an answer
     suppressed: Tensor | None = None  # ids that are never chosen
-    seen: Tensor | None = (
-        None  # (R, V) bool: what the prompt, its images included, or the answer has
-    )
+    # (R, V) bool: ids in the prompt (image tokens too) or in the answer so far
+    seen: Tensor | None = None
     generator: torch.Generator | None = None
 
     @classmethod
@@ -59,7 +58,7 @@ class LogitsProcessor:
             scores = scores.index_fill(1, self.suppressed, -math.inf)
         if not o.temperature:
             return scores
-        # beams need a token to continue with, even if every EOS is drawn
+        # beams: a candidate that is no EOS besides all EOS ids, so that a beam can continue
         keep = 1 if o.num_beams == 1 else max(2, 1 + len(self.eos))
         scores = scores / o.temperature
         if o.top_k:
@@ -75,8 +74,8 @@ class LogitsProcessor:
     def sample(self, scores: Tensor, n: int) -> Tensor:
         """n different indices of each row (R, n), drawn with the probabilities softmax(scores).
 
-        The draw of `torch.multinomial` without its look at the values, which waits for the device
-        and, on CUDA, ends the process at the first NaN.
+        An exponential race, p / Exp(1): the draw of `torch.multinomial`, which first looks at the
+        values, and so waits for the device and, on CUDA, ends the process at a NaN.
         """
         probabilities = scores.softmax(-1)
         noise = torch.empty_like(probabilities).exponential_(1, generator=self.generator)

@@ -50,7 +50,7 @@ def step(
     model: Llama, cache: KVCache, x: torch.Tensor, real: torch.Tensor | None = None
 ) -> torch.Tensor:
     cache.advance(x.shape[1])
-    positions, mask = cache.positions_and_mask(x.shape[1], real)
+    positions, mask = cache.place_tokens(x.shape[1], real)
     return model(x, positions, mask, cache)
 
 

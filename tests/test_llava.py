@@ -2,11 +2,14 @@
 padding.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import IMAGE, KINDS, PATCHES, VOCAB, our_model, pixels, rows, their_model
 
 from llava_min import llava
+from llava_min.config import VisionConfig
 from llava_min.errors import UserError
 
 IGNORE = -100
@@ -52,9 +55,10 @@ def test_a_tower_without_a_class_token_keeps_all_its_features(monkeypatch):
     ours = our_model(their_model())
     px = pixels(2)
     assert ours.encode_images(px).shape[1] == PATCHES
-    row = llava.TOWERS[ours.config.vision.model_type]._replace(has_class_token=False)
-    monkeypatch.setitem(llava.TOWERS, ours.config.vision.model_type, row)
+    monkeypatch.setattr(VisionConfig, "has_class_token", False)
     assert ours.encode_images(px).shape[1] == PATCHES + 1
+    full = replace(ours.config, vision_feature_select_strategy="full")
+    assert full.tokens_per_image == PATCHES  # there is none to keep
 
 
 def test_projector_without_bias():
