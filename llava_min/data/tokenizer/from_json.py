@@ -12,7 +12,9 @@ from llava_min.data.tokenizer.added_tokens import AddedToken
 from llava_min.data.tokenizer.bpe import (
     BYTE_TO_CHAR,
     GPT2_SPLIT,
+    SMOLLM_SPLIT,
     SPLITS,
+    UNPRINTABLE,
     ByteLevelBPE,
     Pairs,
     SentencePieceBPE,
@@ -29,6 +31,7 @@ DECODERS = [
     {"type": "ByteFallback"},
     {"type": "Fuse"},
 ]
+DIGITS = {"type": "Digits", "individual_digits": True}  # SmolLM2's, before ByteLevel's regex
 STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 
@@ -195,6 +198,8 @@ def read_byte_level(
     if normalizers not in ([], [{"type": "NFC"}]):
         raise unknown(path, "normalizer", normalizers, "NFC or none")
     *split, level = splitters
+    digits = split == [DIGITS] and level.get("use_regex", True)
+    split = [] if digits else split
     if (
         level["type"] != "ByteLevel"
         or level.get("add_prefix_space", True)
@@ -209,7 +214,7 @@ def read_byte_level(
             splitters,
             "Split, then ByteLevel without regex and prefix space; or ByteLevel with its regex",
         )
-    regex = GPT2_SPLIT
+    regex = SMOLLM_SPLIT if digits else GPT2_SPLIT
     if split:
         regex = split[0]["pattern"].get("Regex")
         if split[0].get("behavior") != "Isolated" or split[0].get("invert"):
@@ -222,7 +227,8 @@ def read_byte_level(
         raise unknown(path, "decoder", decoders, "ByteLevel")
     if model.get("byte_fallback"):
         raise unknown(path, "model.byte_fallback", True, "false in a byte-level model")
-    missing = [f"0x{b:02X}" for b, c in BYTE_TO_CHAR.items() if c not in vocab]
+    needed = {b: c for b, c in BYTE_TO_CHAR.items() if b not in UNPRINTABLE}
+    missing = [f"0x{b:02X}" for b, c in needed.items() if c not in vocab]
     if missing:
         raise fault(
             path, f"the byte-level vocabulary has no token for byte {', '.join(missing[:8])}"
