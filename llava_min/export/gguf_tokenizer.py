@@ -67,8 +67,8 @@ def entries(processor: Processor, rows: int, eos: int | None) -> dict[str, objec
         found |= {"ggml.add_space_prefix": t.scheme != "never"}
         if t.scheme == "first":
             warn(
-                "llama.cpp puts a space after each special token, and this tokenizer only at the "
-                "start of a text: a text behind <image> or </s> has one token more there"
+                "llama.cpp puts a space after each special token, and this tokenizer at the start of "
+                "a text alone: a text behind <image> or </s> may have one token more there"
             )
     eos = t.eos_id if eos is None else eos
     stop = next(iter(processor.stop_ids), None)

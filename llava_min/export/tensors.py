@@ -140,7 +140,8 @@ class Merge:
             adapter.changes = adapter.changes or not torch.equal(new.to(dtype), w.to(dtype))
             if len(mine) == 1 and weight == 1:
                 return new.to(dtype)
-            total = new.sub_(w).mul_(weight) if total is None else total.add_(new - w, alpha=weight)
+            part = (new - w).mul_(weight)  # not in place: `new` may be the adapter's own
+            total = part if total is None else total.add_(part)
         return total.add_(w).to(dtype)
 
     def check_changed(self) -> None:
