@@ -178,7 +178,9 @@ def test_images_in_llama_cpp(tiny, ours):
     for i, (record, image) in enumerate(draw.generate("questions", 100, seed=7)):
         question = record["conversations"][0]["value"].removeprefix("<image>\n")
         pixels = np.asarray(image.convert("RGB"))
-        talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        talk = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        ]
         batch = processor.chat(talk, images=[image])
         if i < 5:
             found = eyes.features(pixels)
@@ -246,5 +248,3 @@ def test_damaged_files(tmp_path, tiny, end):
 def test_mmproj_is_no_language_model(tiny):
     with pytest.raises(UserError, match="architecture clip, expected llama or qwen2"):
         open_gguf(tiny / "f16" / "mmproj-model-f16.gguf")
-
-

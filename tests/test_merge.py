@@ -88,7 +88,8 @@ def test_several_with_weights(tmp_path, source):
         run(source, *adapters, tmp_path / name, dtype="fp32")
     run(source, a, b, tmp_path / "out", dtype="fp32", weights="0.5,-0.25")
     tensors = {
-        name: load_file(tmp_path / name / "model.safetensors") for name in ("only_a", "only_b", "out")
+        name: load_file(tmp_path / name / "model.safetensors")
+        for name in ("only_a", "only_b", "out")
     }
     base = dict(load(source, dtype="fp32")[0].named_parameters())
     from llava_min.names import to_ours
@@ -175,7 +176,10 @@ def test_projector_file(tmp_path, source):
     [
         ({"model.mm_projector.2.bias": None}, "lacks multi_modal_projector.linear_2.bias"),
         ({"model.mm_projector.2.bias": torch.zeros(7)}, r"\[7\] torch.float32, expected \[32\]"),
-        ({"model.norm.weight": torch.zeros(32)}, "model.norm.weight: is no tensor of the projector"),
+        (
+            {"model.norm.weight": torch.zeros(32)},
+            "model.norm.weight: is no tensor of the projector",
+        ),
         ({"model.mm_projector.2.bias": torch.full((32,), torch.nan)}, "holds NaN"),
     ],
 )
@@ -206,7 +210,9 @@ def test_bad_adapters(tmp_path, source):
 
     def stray(tensors):
         name = next(iter(tensors))
-        tensors[name.replace("layers.0", "layers.9").replace("layers.1", "layers.9")] = tensors[name].clone()
+        tensors[name.replace("layers.0", "layers.9").replace("layers.1", "layers.9")] = tensors[
+            name
+        ].clone()
 
     def zero(tensors):
         for name in tensors:

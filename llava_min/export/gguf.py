@@ -80,14 +80,21 @@ def pick_type(name: str, shape: torch.Size, type: str) -> str:
     if type.startswith("q") and shape[-1] % 32:
         return "f16"
     # llama.cpp spends more on the head, and on an embedding that is the head
-    return "q8_0" if type.startswith("q") and name in ("output.weight", "token_embd.weight") else type
+    return (
+        "q8_0" if type.startswith("q") and name in ("output.weight", "token_embd.weight") else type
+    )
 
 
 def text_rows(model: Tensors, type: str) -> Iterable[Row]:
     for name in model.names:
         if name.startswith(("language_model.", "lm_head.")):
             theirs, shape = to_gguf(name), model.shape(name)
-            yield theirs, shape, pick_type(theirs, shape, type), lambda name=name: ordered(model, name)
+            yield (
+                theirs,
+                shape,
+                pick_type(theirs, shape, type),
+                lambda name=name: ordered(model, name),
+            )
 
 
 def ordered(model: Tensors, name: str) -> Tensor:
@@ -158,7 +165,9 @@ def check_text(model: Tensors, path: Path) -> float:
     for key, value in settings(text).items():
         there = found.metadata.get(f"{ARCHITECTURES[text.model_type]}.{key}")
         if there is None or abs(there - value) > 1e-6 * abs(value):
-            raise UserError(f"{path}: {key} reads back as {there}, expected {value}; write it again")
+            raise UserError(
+                f"{path}: {key} reads back as {there}, expected {value}; write it again"
+            )
     names = [n for n in model.names if n.startswith(("language_model.", "lm_head."))]
     if names_differ := found.tensors.keys() ^ set(names):
         raise UserError(f"{path}: {sorted(names_differ)[0]} is in one of file and source alone")

@@ -104,28 +104,32 @@ def to_original(model: Tensors, dtype: torch.dtype) -> dict:
             "with --conv-mode"
         )
     full = config.vision_feature_select_strategy == "full"
-    return text.to_hf() | generation(config) | {
-        "architectures": [ARCHITECTURES[text.model_type]],
-        "model_type": MODEL_TYPES[text.model_type],
-        "vocab_size": config.image_token_id,
-        "rope_theta": text.rope_theta,  # transformers 4.31, which LLaVA pins, looks for it here
-        "pad_token_id": 0,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "torch_dtype": NAMES[dtype],
-        "mm_vision_tower": CLIP,
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_hidden_size": config.vision.hidden_size,
-        "mm_vision_select_layer": config.vision_feature_layer,
-        "mm_vision_select_feature": "cls_patch" if full else "patch",
-        "mm_patch_merge_type": "flat",
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        "use_mm_proj": True,
-        "image_aspect_ratio": "pad" if processor.image_config.aspect == "pad" else "square",
-        "tokenizer_model_max_length": min(2048, text.context),
-        "tokenizer_padding_side": "right",
-        "use_cache": True,
-    }
+    return (
+        text.to_hf()
+        | generation(config)
+        | {
+            "architectures": [ARCHITECTURES[text.model_type]],
+            "model_type": MODEL_TYPES[text.model_type],
+            "vocab_size": config.image_token_id,
+            "rope_theta": text.rope_theta,  # transformers 4.31, which LLaVA pins, looks for it here
+            "pad_token_id": 0,
+            "tie_word_embeddings": config.tie_word_embeddings,
+            "torch_dtype": NAMES[dtype],
+            "mm_vision_tower": CLIP,
+            "mm_projector_type": "mlp2x_gelu",
+            "mm_hidden_size": config.vision.hidden_size,
+            "mm_vision_select_layer": config.vision_feature_layer,
+            "mm_vision_select_feature": "cls_patch" if full else "patch",
+            "mm_patch_merge_type": "flat",
+            "mm_use_im_start_end": False,
+            "mm_use_im_patch_token": False,
+            "use_mm_proj": True,
+            "image_aspect_ratio": "pad" if processor.image_config.aspect == "pad" else "square",
+            "tokenizer_model_max_length": min(2048, text.context),
+            "tokenizer_padding_side": "right",
+            "use_cache": True,
+        }
+    )
 
 
 def clip_extras(dtype: torch.dtype) -> dict:

@@ -245,9 +245,10 @@ def write_byte_level(path: Path, folder: Path, m: dict, added: list[dict]) -> di
 def bos_template(m: dict) -> dict:
     id = m["bos_token_id"]
     token = m["tokens"][id]
-    bos, text = {"SpecialToken": {"id": token, "type_id": 0}}, lambda n: {
-        "Sequence": {"id": "AB"[n], "type_id": n}
-    }
+    bos, text = (
+        {"SpecialToken": {"id": token, "type_id": 0}},
+        lambda n: {"Sequence": {"id": "AB"[n], "type_id": n}},
+    )
     return {
         "type": "TemplateProcessing",
         "single": [bos, text(0)],
@@ -264,7 +265,9 @@ def write_sentencepiece(path: Path, folder: Path, m: dict, added: list[dict]) ->
     scores = m.get("scores")
     if not isinstance(scores, list) or len(scores) < n:
         raise UserError(f"{path}: no tokenizer.ggml.scores; give another file")
-    if bad := [m["tokens"][i] for i in range(n) if kinds[i] not in (NORMAL, UNKNOWN, CONTROL, BYTE)]:
+    if bad := [
+        m["tokens"][i] for i in range(n) if kinds[i] not in (NORMAL, UNKNOWN, CONTROL, BYTE)
+    ]:
         raise UserError(
             f"{path}: the token {shorten(bad[0])} among the pieces is of a kind that is not "
             "implemented; give another language model"

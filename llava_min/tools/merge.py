@@ -14,8 +14,12 @@ from llava_min.util.cli import flags, parse
 
 @dataclass
 class Knobs:
-    folders: list[str] = field(default_factory=list)  # the base (or a hub id, or tiny); adapters; OUT
-    weights: tuple[float, ...] | None = None  # how much of each adapter, with commas between; 1 each
+    folders: list[str] = field(
+        default_factory=list
+    )  # the base (or a hub id, or tiny); adapters; OUT
+    weights: tuple[float, ...] | None = (
+        None  # how much of each adapter, with commas between; 1 each
+    )
     dtype: Literal["fp32", "bf16", "fp16"] | None = None  # as the base is stored, if not given
     image_aspect_ratio: Literal["pad", "crop"] | None = None  # to record; the adapter's or base's
     template: str | None = None  # to record; the adapter's or base's, if not given
@@ -26,7 +30,9 @@ class Knobs:
 def main(argv: list[str]) -> None:
     knobs = parse(Knobs, argv, "Put adapters into their base.", positional="folders")
     if len(knobs.folders) < 3:
-        raise UserError("FOLDER: give three or more, the base, its adapters, and the folder to write")
+        raise UserError(
+            "FOLDER: give three or more, the base, its adapters, and the folder to write"
+        )
     if knobs.weights and 0 in knobs.weights:
         raise UserError("--weights: 0 leaves an adapter out; leave it out of the command")
     source, *adapters, out = knobs.folders
