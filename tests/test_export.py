@@ -1,4 +1,4 @@
-"""export to hf and original: read by transformers or by ourselves, logits and texts are the source's."""
+"""export to hf and original: read back, logits and texts are the source's."""
 
 import json
 

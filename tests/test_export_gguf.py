@@ -102,7 +102,7 @@ def test_types(tmp_path, type, most):
 
 @pytest.mark.parametrize("type", ["q4_k_m", "q2_k", "q6_k"])
 def test_k_types(tmp_path, type):
-    """llama.cpp's quantizer; rows of the tiny model are no whole blocks of 256, and it falls back."""
+    """llama.cpp's quantizer; rows of the tiny model are no blocks of 256, and it falls back."""
     pytest.importorskip("llama_cpp", reason="has llama.cpp's quantizer")
     export.main(["tiny", str(tmp_path / "out"), "--to", "gguf", "--type", type])
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
@@ -213,7 +213,7 @@ def smollm() -> Path:
 
 
 def test_smollm_tokenizer(tmp_path):
-    """A real tokenizer, digits cut one by one: the ids are llama.cpp's and those of `tokenizers`."""
+    """A real tokenizer, digits cut one by one: its ids are llama.cpp's and `tokenizers`'."""
     from llamacpp import llama_cpp
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""merge: merged = unmerged, and = what peft merges; adapters of every kind, several, and bad ones."""
+"""merge: merged = unmerged, and what peft merges; adapters of every kind, and bad ones."""
 
 import json
 import shutil

@@ -7,7 +7,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import load_script
 
 from llava_min.config import SIZES, LlavaConfig, TextConfig
@@ -15,7 +14,7 @@ from llava_min.load import load, on_meta
 from llava_min.lora import LoRAConfig, add_lora
 from llava_min.training.trainable import set_trainable
 from llava_min.util.cli import parse
-from llava_min.util.files import read_json, write_json
+from llava_min.util.files import write_json
 
 train = load_script("train")
 QWEN = LlavaConfig(  # Qwen1.5-4B-Chat

@@ -74,7 +74,7 @@ def write_gguf(model: Tensors, folder: Path, type: str) -> str:
 
 
 def pick_type(name: str, shape: torch.Size, type: str) -> str:
-    """Norms and biases stay f32; of a row that is no whole number of blocks, f16 is the smallest."""
+    """Norms and biases stay f32; rows that are no whole number of blocks become f16."""
     if len(shape) == 1:
         return "f32"
     if type.startswith("q") and shape[-1] % 32:

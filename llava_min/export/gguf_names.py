@@ -1,8 +1,8 @@
-"""What GGUF calls a decoder's tensors and settings, both ways; and its order of the rows of q and k.
+"""What GGUF calls a decoder's tensors and settings, both ways, and its order of q's and k's rows.
 
-As llama.cpp's converter writes them (convert_hf_to_gguf.py, LlamaModel and Qwen2Model). Architecture
-`llama` turns neighbouring rows of q and k together, where the Hugging Face files turn the two
-halves of a head: the rows are put in that order. `qwen2` keeps them.
+As llama.cpp's converter writes them (convert_hf_to_gguf.py, LlamaModel and Qwen2Model). For the
+architecture `llama` the rotary turns neighbouring rows of q and k together, where in the Hugging
+Face files it turns the two halves of a head: the rows change places. `qwen2` keeps them.
 """
 
 import re

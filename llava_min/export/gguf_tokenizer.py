@@ -49,7 +49,7 @@ def merges(t: Tokenizer) -> list[str]:
 
 
 def entries(processor: Processor, rows: int, eos: int | None) -> dict[str, object]:
-    """The metadata `tokenizer.…`, for a vocabulary of `rows`; `eos`: what the model's config says."""
+    """The metadata `tokenizer.…` for a vocabulary of `rows`; `eos` as the model's config has it."""
     t = processor.tokenizer
     tokens = [t.token(id) if t.token(id) is not None else f"[PAD{id}]" for id in range(rows)]
     found: dict[str, object] = {
@@ -67,8 +67,8 @@ def entries(processor: Processor, rows: int, eos: int | None) -> dict[str, objec
         found |= {"ggml.add_space_prefix": t.scheme != "never"}
         if t.scheme == "first":
             warn(
-                "llama.cpp puts a space after each special token, and this tokenizer at the start of "
-                "a text alone: a text behind <image> or </s> may have one token more there"
+                "llama.cpp puts a space after each special token, and this tokenizer at the start "
+                "of a text alone: a text behind <image> or </s> may have one token more there"
             )
     eos = t.eos_id if eos is None else eos
     stop = next(iter(processor.stop_ids), None)

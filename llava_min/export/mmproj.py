@@ -87,7 +87,7 @@ def check_layout(model: Tensors) -> None:
 
 
 def write(model: Tensors, path: Path, f32: bool) -> None:
-    """Write the file in f16, or f32, and read it back; UserError where that is not what was meant."""
+    """Write the file in f16, or f32, and read it back; UserError where the two differ."""
     from llava_min.export.gguf import add_metadata, write_rows
 
     check_layout(model)

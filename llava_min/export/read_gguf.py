@@ -4,9 +4,7 @@ Every type that the `gguf` package can undo is taken (f32, f16, bf16, q8_0, q4_0
 …), some rows at a time. What the file asks and is not implemented is refused by name.
 """
 
-import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +66,7 @@ class TextModel:
 
 
 def open_gguf(path: Path) -> TextModel:
-    """The language model in `path`, all its tensors accounted for; UserError where it is another."""
+    """The language model in `path`, all its tensors accounted for, or UserError."""
     gguf = import_gguf()
     check_file(path)
     try:
@@ -151,7 +149,7 @@ def read_config(path: Path, metadata: dict[str, Any]) -> TextConfig:
 
 
 def round_fp32(x: object) -> object:
-    """The shortest decimal of a number that was stored as fp32: 1e-05, not 9.999999747378752e-06."""
+    """The shortest decimal of a number stored as fp32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(x))) if isinstance(x, float) else x
 
 
@@ -159,7 +157,7 @@ def round_fp32(x: object) -> object:
 
 
 def write_tokenizer(model: TextModel, folder: Path) -> None:
-    """tokenizer.json or tokenizer.model, and tokenizer_config.json, as `Tokenizer.load` reads them."""
+    """tokenizer.json or tokenizer.model, and tokenizer_config.json, for `Tokenizer.load`."""
     m = {
         key.removeprefix("tokenizer.ggml."): x
         for key, x in model.metadata.items()

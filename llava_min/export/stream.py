@@ -27,7 +27,7 @@ def as_bytes(x: Tensor) -> memoryview:
 
 
 def shards(sizes: dict[str, int], limit: int = SHARD_BYTES) -> list[list[str]]:
-    """Names in groups of at most `limit` bytes, in their order; a larger tensor has one of its own."""
+    """Names in groups of at most `limit` bytes, in order; a larger tensor has one of its own."""
     groups, room = [[]], limit
     for name, size in sizes.items():
         if groups[-1] and size > room:

@@ -44,7 +44,7 @@ class Tensors:
 
 
 def read_from(entries: dict[str, Entry], model: nn.Module) -> Read:
-    """Reads tensors from their files; vocabulary rows that a file lacks are the mean of the rest."""
+    """Reads tensors from their files; vocabulary rows that a file lacks are the others' mean."""
     reader = Reader()
 
     def read(name: str, dtype: torch.dtype) -> Tensor:
@@ -148,8 +148,8 @@ class Merge:
         """UserError for an adapter that, all tensors read, has changed none."""
         if idle := [a for a in self.adapters if not a.changes]:
             raise UserError(
-                f"{idle[0].path}: changes no weight of this model (its update is zero, or too small "
-                "for the dtype); give a trained adapter, or --dtype fp32"
+                f"{idle[0].path}: changes no weight of this model (its update is zero, or too "
+                "small for the dtype); give a trained adapter, or --dtype fp32"
             )
 
 

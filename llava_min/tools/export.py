@@ -73,7 +73,7 @@ def run(knobs: Knobs, source: str, out: Path) -> None:
 
 
 def write_folder(model, folder: Path, to: str, dtype) -> str:
-    """One of the two layouts of safetensors, proved by its tensors and, if it is small, its logits."""
+    """One of the two layouts of safetensors, proved by its tensors and, if small, its logits."""
     from llava_min.export.hf import check_logits, write_hf
     from llava_min.export.original import write_original
 

@@ -1,7 +1,8 @@
 """`python -m llava_min merge MODEL ADAPTER … OUT`: put adapters into their base, as one model.
 
 An adapter is a PEFT folder (LoRA, DoRA, rsLoRA, with whole modules), a LoRA folder of the original
-LLaVA, or a file such as mm_projector.bin. Read and written tensor by tensor; OUT is a llava-hf folder.
+LLaVA, or a file such as mm_projector.bin. All is read and written tensor by tensor, and OUT is a
+llava-hf folder.
 """
 
 from dataclasses import dataclass, field
