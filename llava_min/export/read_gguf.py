@@ -49,13 +49,14 @@ class TextModel:
         """The whole tensor, dequantized, its rows in our order; UserError unless it is finite."""
         gguf, stored, shape = import_gguf(), self.tensors[name], self.shape(name)
         x = torch.empty(shape, dtype=dtype)
-        rows = stored.data.reshape(shape[0], -1) if len(shape) > 1 else stored.data[None]
         flat = x if len(shape) > 1 else x[None]
-        step = max(1, PIECE // math.prod(flat.shape[1:]))
-        for i in range(0, len(flat), step):
-            part = np.ascontiguousarray(rows[i : i + step])
-            part = gguf.dequantize(part, stored.tensor_type)
-            flat[i : i + step] = torch.from_numpy(np.array(part)).view_as(flat[i : i + step])
+        step, size = max(1, PIECE // math.prod(flat.shape[1:])), int(stored.n_bytes) // len(flat)
+        with open(self.path, "rb") as f:  # not through gguf's mapping, whose pages count as ours
+            f.seek(int(stored.data_offset))
+            for part in flat.split(step):
+                data = np.fromfile(f, np.uint8, len(part) * size).reshape(len(part), size)
+                found = gguf.dequantize(data, stored.tensor_type)
+                part.copy_(torch.from_numpy(np.ascontiguousarray(found)).view_as(part))
         if not is_finite(x):
             raise UserError(
                 f"{self.path}: {escape_controls(stored.name)} holds NaN, infinity or numbers too "
