@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from llava_min import load
 from llava_min.adapter import save_adapter
 from llava_min.errors import UserError
-from llava_min.lora import LoRAConfig, add_lora
+from llava_min.lora import LoRAConfig
 from llava_min.tools import merge
+from llava_min.training.targets import add_lora
 
 
 @pytest.fixture
@@ -223,7 +224,7 @@ def test_bad_adapters(tmp_path, source):
         for name in tensors:
             tensors[name] *= 1e-12
 
-    fails(stray, "has no home in this model")
+    fails(stray, "has no place in this model")
     fails(zero, "changes no weight of this model")
     fails(tiny, "changes no weight of this model.*--dtype fp32")
 

@@ -13,19 +13,22 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from llava_min.config import Fields, LlavaConfig, TextConfig, VisionConfig, read_eos
-from llava_min.data.from_folder import CLIP_MEAN, CLIP_STD, pick_template
-from llava_min.data.image import ImageConfig
-from llava_min.data.processor import MARK, Processor
+from llava_min.checks.config import FLAG, check_fields, refuse
+from llava_min.checks.weights import check_entries
+from llava_min.config import LlavaConfig, TextConfig, VisionConfig, read_eos
+from llava_min.data.chat import IMAGE_TOKEN
+from llava_min.data.from_folder import read_template
+from llava_min.data.image import CLIP_MEAN, CLIP_STD, ImageConfig
+from llava_min.data.processor import Processor
 from llava_min.data.tokenizer import Tokenizer
-from llava_min.data.tokenizer.files import read_optional
-from llava_min.errors import UserError, shorten
+from llava_min.errors import UserError, label, shorten
 from llava_min.export.read_gguf import open_gguf, write_tokenizer
 from llava_min.export.tensors import PROJECTOR, Read, Tensors, read_from, read_projector
-from llava_min.layouts import CLIP_REST, FLOATS, Entry, check_entries, find_folder, read_entries
+from llava_min.hub import find_folder
 from llava_min.llava import Llava
 from llava_min.load import on_meta
-from llava_min.util.files import read_json, write_json
+from llava_min.tensors import CLIP_REST, TensorInfo, read_entries
+from llava_min.util.files import read_json, read_optional, write_json
 
 TEXT = ("language_model.", "lm_head.")
 TOWER = "vision_tower."
@@ -41,7 +44,7 @@ class Decoder:
     tokenizer: Tokenizer
     template: str
     dtype: torch.dtype
-    entries: dict[str, Entry]  # empty where `read` has them from elsewhere
+    entries: dict[str, TensorInfo]  # empty where `read` has them from elsewhere
     read: Callable[[str, torch.dtype], Tensor] | None = None
 
 
@@ -78,7 +81,7 @@ def build(
 
 
 def joined(
-    model: Llava, tower: dict[str, Entry], decoder: Decoder, projector: dict[str, Tensor]
+    model: Llava, tower: dict[str, TensorInfo], decoder: Decoder, projector: dict[str, Tensor]
 ) -> Read:
     from_files = read_from(tower | decoder.entries, model)
 
@@ -96,12 +99,12 @@ def joined(
     return read
 
 
-def check(model: Llava, entries: dict[str, Entry], decoder: Decoder) -> None:
+def check(model: Llava, entries: dict[str, TensorInfo], decoder: Decoder) -> None:
     """Every tensor of `model` is in the files, but the projector's and what a GGUF file has been
     checked for; every tensor of the files is the model's.
     """
     elsewhere = {
-        name: Entry(Path(), name, tuple(p.shape), "F32")
+        name: TensorInfo(Path(), name, tuple(p.shape), "F32")
         for name, p in model.named_parameters()
         if name.startswith(PROJECTOR) or decoder.read and name.startswith(TEXT)
     }
@@ -112,14 +115,11 @@ def check(model: Llava, entries: dict[str, Entry], decoder: Decoder) -> None:
 # ---- the parts
 
 
-def read_clip(source: str) -> tuple[VisionConfig, ImageConfig, dict[str, Entry]]:
-    folder = find_folder(source, key="vision: ")
+def read_clip(source: str) -> tuple[VisionConfig, ImageConfig, dict[str, TensorInfo]]:
+    fix = "give the folder or hub id of a CLIP"
+    folder = find_folder(source, named_by=f"{label('vision')}: ", fix=fix)
     path = folder / "config.json"
-    f = Fields(read_json(path), str(path))
-    f.only("model_type", "clip", "clip_vision_model")
-    config = VisionConfig.from_hf(
-        f.inner("vision_config") if f.data.get("model_type") == "clip" else f
-    )
+    config = VisionConfig.from_clip(read_json(path), str(path))
     images = ImageConfig(config.image_size, CLIP_MEAN, CLIP_STD, None)
     path = folder / "preprocessor_config.json"
     if path.exists():
@@ -133,8 +133,8 @@ def read_clip(source: str) -> tuple[VisionConfig, ImageConfig, dict[str, Entry]]
 
 
 def only(
-    entries: dict[str, Entry], prefix: str | tuple[str, ...], folder: Path, what: str
-) -> dict[str, Entry]:
+    entries: dict[str, TensorInfo], prefix: str | tuple[str, ...], folder: Path, what: str
+) -> dict[str, TensorInfo]:
     if stray := next((e for name, e in entries.items() if not name.startswith(prefix)), None):
         raise UserError(f"{folder}: has {shorten(stray.name)}, expected {what} alone; give that")
     return entries
@@ -145,29 +145,30 @@ def read_decoder(source: str) -> Decoder:
     if path.is_dir() and not (path / "config.json").exists():
         files = sorted(path.glob("*.gguf"))
         if len(files) > 1:
-            raise UserError(f"text: {path} has {len(files)} .gguf files; give one of them")
+            raise UserError(f"{path} has {len(files)} .gguf files; give one of them", "text")
         path = files[0] if files else path
     if path.suffix == ".gguf":
         return read_gguf_decoder(path)
-    folder = find_folder(source, key="text: ")
+    fix = "give a language model's folder, hub id or .gguf file"
+    folder = find_folder(source, named_by=f"{label('text')}: ", fix=fix)
     path = folder / "config.json"
     data = read_json(path)
-    f = Fields(data, str(path))
     if "model_type" not in data:
-        f.fail("model_type", None, "that of a language model, such as 'llama'")
-    config = TextConfig.from_hf(f)
+        refuse(str(path), "model_type", None, "that of a language model, such as 'llama'")
+    check_fields(data, {"tie_word_embeddings": FLAG}, str(path))
+    config = TextConfig.from_hf(data, str(path))
     generation = folder / "generation_config.json"
-    eos = read_eos(Fields(read_optional(generation), str(generation)), config.vocab_size)
+    eos = read_eos(read_optional(generation), config.vocab_size, str(generation))
     config = replace(config, eos_token_ids=eos or config.eos_token_ids)
     tokenizer = Tokenizer.load(folder)
     entries = only(read_entries(folder), TEXT, folder, "a language model")
     norm = entries.get("language_model.norm.weight")
     return Decoder(
         config,
-        f.take("tie_word_embeddings", bool, False),
+        data.get("tie_word_embeddings", False),
         tokenizer,
-        pick_template(folder, tokenizer),
-        FLOATS.get(norm.dtype, torch.float32) if norm else torch.float32,
+        read_template(folder, tokenizer),
+        norm and norm.torch_dtype or torch.float32,
         entries,
     )
 
@@ -178,7 +179,7 @@ def read_gguf_decoder(path: Path) -> Decoder:
         write_tokenizer(found, Path(folder))
         write_json(Path(folder) / "config.json", found.config.to_hf())
         tokenizer = Tokenizer.load(folder)
-        template = pick_template(Path(folder), tokenizer)
+        template = read_template(Path(folder), tokenizer)
     kinds = {t.tensor_type.name for t in found.tensors.values()}
     # what is dequantized is scales times small integers, and fits f16's digits better than bf16's
     dtype = {"F32": torch.float32, "BF16": torch.bfloat16}.get((kinds - {"F32"} or {"F32"}).pop())
@@ -193,7 +194,7 @@ def add_tokens(t: Tokenizer) -> tuple[int, int]:
     A pad token that is the end or the unknown token, too, is none: an end that is masked as padding
     is never learned.
     """
-    image = t.add_special(MARK)
+    image = t.add_special(IMAGE_TOKEN)
     if t.pad_id is None or t.pad_id in (t.eos_id, t.bos_id, t.unk_id):
         t.pad_id = t.add_special("<pad>")
     return image, t.pad_id

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_min.errors import UserError, escape_controls
+from llava_min.errors import UserError, escape_controls, label
 from llava_min.export import mmproj
 from llava_min.export.gguf_names import (
     ARCHITECTURES,
@@ -182,7 +182,7 @@ def compare(model: Tensors, found: TextModel, name: str) -> float:
     if not error <= ERROR.get(type, COARSE):
         raise UserError(
             f"{found.path}: {name} differs from the source's by {error:.2g} of its norm as {type}; "
-            "write it again, or in a wider --type"
+            f"write it again, or in a wider {label('type')}"
         )
     return error
 

@@ -4,21 +4,26 @@
 oldest of that layout's, which every reader accepts.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from llava_min.checks.weights import check_entries
 from llava_min.data.processor import Processor
-from llava_min.errors import UserError
+from llava_min.errors import UserError, label
 from llava_min.export.jinja import JINJA
 from llava_min.export.stream import check_sums, write_shards
 from llava_min.export.tensors import Merge, Tensors
-from llava_min.layouts import check_entries, read_entries
-from llava_min.load import SMALL, load_model, on_meta, prepare, read_config
+from llava_min.load import (
+    SMALL,
+    load_model,
+    on_meta,
+    open_checkpoint,
+    read_config,
+    write_settings,
+)
 from llava_min.names import to_layout
-from llava_min.util.files import write_json
-from llava_min.weights import NAMES
+from llava_min.tensors import read_entries
 
 # of the logits' largest value, by which the written model may differ from its source: the weights
 # are rounded to the dtype on disk, and an adapter is merged in another order than it is applied
@@ -34,27 +39,14 @@ def write_hf(model: Tensors, folder: Path, dtype: torch.dtype) -> None:
     sums = write_shards(folder, rows, model.read, dtype)
     if isinstance(model.read, Merge):
         model.read.check_changed()
-    write_settings(model, folder, dtype)
+    write_settings(model.model.config, model.processor, folder, dtype)
+    jinja = JINJA[model.processor.template_name]
+    (folder / "chat_template.jinja").write_text(jinja, encoding="utf-8")
     config, _ = read_config(folder)
     entries = read_entries(folder)
     check_entries(entries, on_meta(config))
     check_sums(entries, sums, dtype)
-    check_processor(model.processor, prepare(str(folder)).processor, folder)
-
-
-def write_settings(model: Tensors, folder: Path, dtype: torch.dtype) -> None:
-    """config.json, generation_config.json, and the files of the processor."""
-    config = replace(model.model.config, dtype=NAMES[dtype], vision_source=None)
-    write_json(folder / "config.json", config.to_hf())
-    ids = {
-        "bos_token_id": config.text.bos_token_id,
-        "eos_token_id": list(config.text.eos_token_ids),
-        "pad_token_id": config.text.pad_token_id,
-    }
-    write_json(folder / "generation_config.json", ids)
-    model.processor.save(folder)
-    jinja = JINJA[model.processor.template_name]
-    (folder / "chat_template.jinja").write_text(jinja, encoding="utf-8")
+    check_processor(model.processor, open_checkpoint(str(folder)).processor, folder)
 
 
 PROBES = (
@@ -111,6 +103,6 @@ def check_logits(model: Tensors, folder: Path, dtype: torch.dtype, rows: int) ->
     if not worst <= TOLERANCE[dtype] * float(right.abs().max()):
         raise UserError(
             f"{folder}: its logits differ from the source's by {worst:.3g}, of "
-            f"{float(right.abs().max()):.3g} at most; export it with --dtype fp32"
+            f"{float(right.abs().max()):.3g} at most; export it with {label('dtype')} fp32"
         )
     return worst

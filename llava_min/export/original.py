@@ -13,13 +13,13 @@ import torch
 
 from llava_min.config import LlavaConfig
 from llava_min.data.tokenizer import Tokenizer
-from llava_min.data.tokenizer.from_json import content_of
+from llava_min.data.tokenizer.tokenizer_json import content_of
 from llava_min.errors import UserError, info, shorten, warn
 from llava_min.export.stream import check_sums, write_file, write_shards
 from llava_min.export.tensors import Merge, Tensors
-from llava_min.layouts import CLIP_REST, read_entries
 from llava_min.load import read_config
 from llava_min.names import to_layout
+from llava_min.tensors import CLIP_REST, read_entries
 from llava_min.util.files import write_json
 from llava_min.weights import NAMES
 
@@ -84,13 +84,13 @@ def check_layout(config: LlavaConfig, tokenizer: Tokenizer) -> None:
         for id, token in tokenizer.tokens.items()
         if id > config.image_token_id and token not in ("<pad>", pad)
     ]
-    mend = "has no place for; choose hf"
+    fix = "has no place for; choose hf"
     if behind:
         raise UserError(
-            f"the tokenizer has {shorten(behind[0])!r} behind <image>, which original {mend}", "to"
+            f"the tokenizer has {shorten(behind[0])!r} behind <image>, which original {fix}", "to"
         )
     if not config.projector_bias:
-        raise UserError(f"the projector has no biases, which original {mend}", "to")
+        raise UserError(f"the projector has no biases, which original {fix}", "to")
 
 
 def to_original(model: Tensors, dtype: torch.dtype) -> dict:
@@ -99,9 +99,10 @@ def to_original(model: Tensors, dtype: torch.dtype) -> dict:
     text = config.text
     if processor.template_name not in ("vicuna_v1", "plain"):
         warn(
-            f"template: this model is asked with {processor.template_name}, and LLaVA's code takes "
+            f"this model is asked with {processor.template_name}, and LLaVA's code takes "
             "a template by the folder's name (vicuna_v1 where it has v1 in it); say which there "
-            "with --conv-mode"
+            "with --conv-mode",
+            "template",
         )
     full = config.vision_feature_select_strategy == "full"
     return (

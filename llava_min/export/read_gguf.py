@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_min.config import Fields, TextConfig
+from llava_min.config import TextConfig
 from llava_min.data.tokenizer.bpe import GPT2_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT
-from llava_min.data.tokenizer.from_json import DIGITS
+from llava_min.data.tokenizer.tokenizer_json import DIGITS
 from llava_min.errors import UserError, escape_controls, shorten
 from llava_min.export.gguf_names import (
     ARCHITECTURES,
@@ -146,7 +146,7 @@ def read_config(path: Path, metadata: dict[str, Any]) -> TextConfig:
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
     }
-    return TextConfig.from_hf(Fields(data, str(path)))
+    return TextConfig.from_hf(data, str(path))
 
 
 def round_fp32(x: object) -> object:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llava_min.errors import UserError
 from llava_min.export.tensors import Read
-from llava_min.layouts import Entry
+from llava_min.tensors import TensorInfo
 from llava_min.util.files import write_json
 from llava_min.weights import SHARD_BYTES, Reader
 
@@ -86,7 +86,7 @@ def write_shards(
     return sums
 
 
-def check_sums(entries: dict[str, Entry], sums: dict[str, int], dtype: torch.dtype) -> None:
+def check_sums(entries: dict[str, TensorInfo], sums: dict[str, int], dtype: torch.dtype) -> None:
     """What our reader finds in the files just written is, tensor for tensor, what was meant."""
     reader = Reader()
     for name, right in sums.items():

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from llava_min.adapter import lora_paths, read_adapter
 from llava_min.data.processor import Processor
-from llava_min.errors import UserError, escape_controls
-from llava_min.layouts import FLOATS, Entry, stored
+from llava_min.errors import UserError, escape_controls, label
 from llava_min.llava import Llava
-from llava_min.load import Prepared, prepare
+from llava_min.load import Checkpoint, open_checkpoint
 from llava_min.lora import LoRAConfig, row_norms
 from llava_min.names import to_ours
+from llava_min.tensors import TensorInfo, list_tensors
 from llava_min.weights import DTYPES, Reader, mean_row
 
 PROJECTOR = "multi_modal_projector."
@@ -43,7 +43,7 @@ class Tensors:
         return self.model.get_parameter(name).shape
 
 
-def read_from(entries: dict[str, Entry], model: nn.Module) -> Read:
+def read_from(entries: dict[str, TensorInfo], model: nn.Module) -> Read:
     """Reads tensors from their files; vocabulary rows that a file lacks are the others' mean."""
     reader = Reader()
 
@@ -59,11 +59,11 @@ def read_from(entries: dict[str, Entry], model: nn.Module) -> Read:
     return read
 
 
-def stored_dtype(ready: Prepared) -> torch.dtype:
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """What config.json says, else what the decoder's last norm is stored in."""
-    if ready.model.config.dtype:
-        return DTYPES[ready.model.config.dtype]
-    dtype = FLOATS[ready.entries["language_model.norm.weight"].dtype]
+    if checkpoint.config.dtype:
+        return DTYPES[checkpoint.config.dtype]
+    dtype = checkpoint.entries["language_model.norm.weight"].torch_dtype
     return torch.float32 if dtype == torch.float64 else dtype
 
 
@@ -79,17 +79,17 @@ def open_model(
     `load` does, and for weights that are not one for each adapter.
     """
     first = next((a for a in adapters if Path(a).is_dir()), None)
-    ready = prepare(source, adapter=first, **settings)
-    read = read_from(ready.entries, ready.model)
+    checkpoint = open_checkpoint(source, adapter=first, **settings)
+    read = read_from(checkpoint.entries, checkpoint.model)
     if adapters:
         weights = [1.0] * len(adapters) if weights is None else weights
         if len(weights) != len(adapters):
             raise UserError(
-                f"weights: {len(weights)} for {len(adapters)} adapters; give one for each"
+                f"{len(weights)} for {len(adapters)} adapters; give one for each", "weights"
             )
-        opened = [open_adapter(ready.model, Path(a), source) for a in adapters]
+        opened = [open_adapter(checkpoint.model, Path(a), source) for a in adapters]
         read = Merge(read, opened, weights)
-    return Tensors(ready.model, ready.processor, read, stored_dtype(ready))
+    return Tensors(checkpoint.model, checkpoint.processor, read, stored_dtype(checkpoint))
 
 
 # ---- adapters
@@ -116,7 +116,7 @@ class Adapter:
         if (a := self.tensors.get(f"{path}.lora_A.weight")) is None:
             return self.tensors[name].float()
         b = self.tensors[f"{path}.lora_B.weight"].float()
-        new = torch.addmm(w, b, a.float(), alpha=self.config.of(path)[1])
+        new = torch.addmm(w, b, a.float(), alpha=self.config.rank_and_scaling(path)[1])
         magnitude = self.tensors.get(f"{path}.lora_magnitude_vector")
         if magnitude is not None:
             new *= (magnitude.float() / row_norms(new, torch.float32))[:, None]
@@ -149,7 +149,7 @@ class Merge:
         if idle := [a for a in self.adapters if not a.changes]:
             raise UserError(
                 f"{idle[0].path}: changes no weight of this model (its update is zero, or too "
-                "small for the dtype); give a trained adapter, or --dtype fp32"
+                f"small for the dtype); give a trained adapter, or {label('dtype')} fp32"
             )
 
 
@@ -168,13 +168,13 @@ def read_projector(path: Path, model: nn.Module) -> dict[str, Tensor]:
     """
     want = {n: p.shape for n, p in model.named_parameters() if n.startswith(PROJECTOR)}
     reader, tensors = Reader(), {}
-    for entry in stored(path):
+    for entry in list_tensors(path):
         # saved under PEFT the names have its prefix, as in non_lora_trainables.bin
         name = to_ours(entry.name.removeprefix("base_model.model."))
         if name not in want or name in tensors:
             what = "stands twice" if name in tensors else "is no tensor of the projector"
             raise UserError(f"{entry}: {what}; give a file with the projector alone")
-        if entry.shape != tuple(want[name]) or entry.dtype not in FLOATS:
+        if entry.shape != tuple(want[name]) or entry.torch_dtype is None:
             raise UserError(
                 f"{entry}: {list(entry.shape)} {entry.dtype}, expected {list(want[name])} floating "
                 "point; the projector belongs to another model"

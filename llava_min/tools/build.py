@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from llava_min.checks.ranges import Seed
 from llava_min.errors import UserError, info
-from llava_min.util.cli import PathArg, Seed, flags, parse
+from llava_min.util.cli import PathArg, flags, parse
 
 
 @dataclass
-class Knobs:
+class BuildConfig:
     out: list[str] = field(default_factory=list)  # the folder to write
     vision: PathArg = "openai/clip-vit-large-patch14-336"  # CLIP: a folder or hub id
     text: PathArg | None = None  # the language model: a folder, a hub id or a .gguf file
@@ -28,41 +29,45 @@ class Knobs:
 
 def main(argv: list[str]) -> None:
     what = "Build a LLaVA of a CLIP and a language model, ready for training."
-    knobs = parse(Knobs, argv, what, positional="out")
-    if len(knobs.out) != 1:
+    config = parse(BuildConfig, argv, what, positional="out")
+    with flags(config):
+        run(config, check(config))
+
+
+def check(config: BuildConfig) -> Path:
+    if len(config.out) != 1:
         raise UserError("OUT: give the one folder to write")
-    if knobs.text is None:
-        raise UserError("--text: is not given; give a language model, such as lmsys/vicuna-7b-v1.5")
-    out = Path(knobs.out[0])
-    for place in (knobs.vision, knobs.text):
+    if config.text is None:
+        raise UserError("is not given; give a language model, such as lmsys/vicuna-7b-v1.5", "text")
+    out = Path(config.out[0])
+    for place in (config.vision, config.text):
         if Path(place).exists() and out.resolve() == Path(place).resolve():
             raise UserError(f"{out}: is to be read; give another folder to write")
-    with flags(knobs):
-        run(knobs, out)
+    return out
 
 
-def run(knobs: Knobs, out: Path) -> None:
+def run(config: BuildConfig, out: Path) -> None:
     from llava_min.export.build import build
     from llava_min.export.hf import check_logits, write_hf
     from llava_min.util.files import check_free, new_folder
     from llava_min.weights import DTYPES
 
-    check_free(out, knobs.overwrite)
+    check_free(out, config.overwrite)
     model = build(
-        knobs.vision,
-        knobs.text,
-        knobs.projector,
-        template=knobs.template,
-        aspect=knobs.image_aspect_ratio,
-        seed=knobs.seed,
+        config.vision,
+        config.text,
+        config.projector,
+        template=config.template,
+        aspect=config.image_aspect_ratio,
+        seed=config.seed,
     )
-    dtype = model.dtype if knobs.dtype is None else DTYPES[knobs.dtype]
-    config = model.model.config
-    with new_folder(out, overwrite=knobs.overwrite) as aside:
+    dtype = model.dtype if config.dtype is None else DTYPES[config.dtype]
+    shapes = model.model.config
+    with new_folder(out, overwrite=config.overwrite) as aside:
         write_hf(model, aside, dtype)
-        check_logits(model, aside, dtype, config.text.vocab_size)
+        check_logits(model, aside, dtype, shapes.text.vocab_size)
     info(
-        f"saved {out}: {config.text.model_type} with {config.tokens_per_image} tokens an image, "
-        f"<image> is {config.image_token_id} of {config.text.vocab_size}, template "
+        f"saved {out}: {shapes.text.model_type} with {shapes.tokens_per_image} tokens an image, "
+        f"<image> is {shapes.image_token_id} of {shapes.text.vocab_size}, template "
         f"{model.processor.template_name}"
     )

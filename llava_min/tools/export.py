@@ -15,7 +15,7 @@ Format = Literal["hf", "original", "gguf"]
 
 
 @dataclass
-class Knobs:
+class ExportConfig:
     folders: list[str] = field(default_factory=list)  # the model (or a hub id, or tiny); OUT
     to: Format | None = None  # llava-hf, LLaVA's own layout, or llama.cpp's two files
     adapter: PathArg | None = None  # PEFT folders to merge, with commas between
@@ -27,49 +27,49 @@ class Knobs:
     overwrite: bool = False  # OUT may be a model's folder, which is replaced
 
 
-def check(knobs: Knobs) -> tuple[str, Path]:
-    if len(knobs.folders) != 2:
+def check(config: ExportConfig) -> tuple[str, Path]:
+    if len(config.folders) != 2:
         raise UserError("FOLDER: give two, the model and the folder to write")
-    if knobs.to is None:
-        raise UserError("--to: is not given; choose hf, original or gguf")
-    if knobs.type is not None and knobs.to != "gguf":
-        raise UserError(f"--type: is of --to gguf, and this is --to {knobs.to}; give --dtype")
-    if knobs.dtype is not None and knobs.to == "gguf":
-        raise UserError("--dtype: is not of --to gguf; give --type")
-    source, out = knobs.folders[0], Path(knobs.folders[1])
+    if config.to is None:
+        raise UserError("is not given; choose hf, original or gguf", "to")
+    if config.type is not None and config.to != "gguf":
+        raise UserError(f"is of --to gguf, and this is --to {config.to}; give --dtype", "type")
+    if config.dtype is not None and config.to == "gguf":
+        raise UserError("is not of --to gguf; give --type", "dtype")
+    source, out = config.folders[0], Path(config.folders[1])
     if Path(source).exists() and out.resolve() == Path(source).resolve():
         raise UserError(f"{out}: is the model itself; give another folder to write")
     return source, out
 
 
 def main(argv: list[str]) -> None:
-    knobs = parse(Knobs, argv, "Write a model in another format.", positional="folders")
-    with flags(knobs):
-        run(knobs, *check(knobs))
+    config = parse(ExportConfig, argv, "Write a model in another format.", positional="folders")
+    with flags(config):
+        run(config, *check(config))
 
 
-def run(knobs: Knobs, source: str, out: Path) -> None:
+def run(config: ExportConfig, source: str, out: Path) -> None:
     from llava_min.export.tensors import open_model
     from llava_min.util.files import check_free, new_folder
     from llava_min.weights import DTYPES
 
-    check_free(out, knobs.overwrite)
+    check_free(out, config.overwrite)
     model = open_model(
         source,
-        knobs.adapter.split(",") if knobs.adapter else [],
-        image_aspect_ratio=knobs.image_aspect_ratio,
-        template=knobs.template,
-        revision=knobs.revision,
+        config.adapter.split(",") if config.adapter else [],
+        image_aspect_ratio=config.image_aspect_ratio,
+        template=config.template,
+        revision=config.revision,
     )
-    dtype = model.dtype if knobs.dtype is None else DTYPES[knobs.dtype]
-    with new_folder(out, overwrite=knobs.overwrite) as aside:
-        if knobs.to == "gguf":
+    dtype = model.dtype if config.dtype is None else DTYPES[config.dtype]
+    with new_folder(out, overwrite=config.overwrite) as aside:
+        if config.to == "gguf":
             from llava_min.export.gguf import write_gguf
 
-            told = write_gguf(model, aside, knobs.type or "f16")
+            what = write_gguf(model, aside, config.type or "f16")
         else:
-            told = write_folder(model, aside, knobs.to, dtype)
-    info(f"saved {out}: {told}")
+            what = write_folder(model, aside, config.to, dtype)
+    info(f"saved {out}: {what}")
 
 
 def write_folder(model, folder: Path, to: str, dtype) -> str:

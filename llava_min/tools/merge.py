@@ -14,7 +14,7 @@ from llava_min.util.cli import flags, parse
 
 
 @dataclass
-class Knobs:
+class MergeConfig:
     folders: list[str] = field(
         default_factory=list
     )  # the base (or a hub id, or tiny); adapters; OUT
@@ -29,38 +29,42 @@ class Knobs:
 
 
 def main(argv: list[str]) -> None:
-    knobs = parse(Knobs, argv, "Put adapters into their base.", positional="folders")
-    if len(knobs.folders) < 3:
+    config = parse(MergeConfig, argv, "Put adapters into their base.", positional="folders")
+    with flags(config):
+        run(config, *check(config))
+
+
+def check(config: MergeConfig) -> tuple[str, list[str], Path]:
+    if len(config.folders) < 3:
         raise UserError(
             "FOLDER: give three or more, the base, its adapters, and the folder to write"
         )
-    if knobs.weights and 0 in knobs.weights:
-        raise UserError("--weights: 0 leaves an adapter out; leave it out of the command")
-    source, *adapters, out = knobs.folders
+    if config.weights and 0 in config.weights:
+        raise UserError("0 leaves an adapter out; leave it out of the command", "weights")
+    source, *adapters, out = config.folders
     for place in (source, *adapters):
         if Path(place).exists() and Path(out).resolve() == Path(place).resolve():
             raise UserError(f"{out}: is to be read; give another folder to write")
-    with flags(knobs):
-        run(knobs, source, adapters, Path(out))
+    return source, adapters, Path(out)
 
 
-def run(knobs: Knobs, source: str, adapters: list[str], out: Path) -> None:
+def run(config: MergeConfig, source: str, adapters: list[str], out: Path) -> None:
     from llava_min.export.hf import check_logits, write_hf
     from llava_min.export.tensors import open_model
     from llava_min.util.files import check_free, new_folder
     from llava_min.weights import DTYPES
 
-    check_free(out, knobs.overwrite)
+    check_free(out, config.overwrite)
     model = open_model(
         source,
         adapters,
-        knobs.weights and list(knobs.weights),
-        image_aspect_ratio=knobs.image_aspect_ratio,
-        template=knobs.template,
-        revision=knobs.revision,
+        config.weights and list(config.weights),
+        image_aspect_ratio=config.image_aspect_ratio,
+        template=config.template,
+        revision=config.revision,
     )
-    dtype = model.dtype if knobs.dtype is None else DTYPES[knobs.dtype]
-    with new_folder(out, overwrite=knobs.overwrite) as aside:
+    dtype = model.dtype if config.dtype is None else DTYPES[config.dtype]
+    with new_folder(out, overwrite=config.overwrite) as aside:
         write_hf(model, aside, dtype)
         check_logits(model, aside, dtype, model.model.config.text.vocab_size)
     changed = len({name for a in model.read.adapters for name in a.targets})

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llava_min.errors import UserError, escape_controls, shorten
+from llava_min.errors import UserError, escape_controls, label, shorten
 
 LFS = b"version https://git-lfs"
 
@@ -81,10 +81,10 @@ def check_free(target: Path, overwrite: bool | None = None) -> None:
             return
         raise UserError(f"{target}: not a folder with a model; only one is overwritten, remove it")
     if target.exists() or target.is_symlink():
-        never, mend = " and is never overwritten", "or remove it"
+        never, fix = " and is never overwritten", "or remove it"
         if overwrite is not None:
-            never, mend = "", "or --overwrite"
-        raise UserError(f"{target}: exists already{never}; give another path {mend}")
+            never, fix = "", f"or {label('overwrite')}"
+        raise UserError(f"{target}: exists already{never}; give another path {fix}")
 
 
 @contextmanager
