@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import PIECES, pixels
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llava_min import generate, load
 from llava_min.data.tokenizer.bpe import BYTE_TO_CHAR, QWEN2_SPLIT
@@ -193,6 +193,15 @@ def test_in_transformers(tmp_path, spm, clip):
     ]
     mine = generate(model, ours, max_new_tokens=8)[0]
     assert found[: len(mine)].tolist() == mine
+
+
+def test_fp64_is_written_as_fp32(tmp_path, spm, clip):
+    text = decoder_folder(tmp_path / "text", "llama", spm)
+    path = text / "model.safetensors"
+    save_file({name: x.double() for name, x in load_file(path).items()}, path)
+    run(clip, text, tmp_path / "out")
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    assert {x.dtype for x in state.values()} == {torch.float32}
 
 
 def test_projector_file(tmp_path, spm, clip):

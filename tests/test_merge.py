@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import fields
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from llava_min.errors import UserError
 from llava_min.lora import LoRAConfig
 from llava_min.tools import merge
 from llava_min.training.targets import add_lora
+from llava_min.util.cli import comments
 
 
 @pytest.fixture
@@ -227,6 +229,11 @@ def test_bad_adapters(tmp_path, source):
     fails(stray, "has no place in this model")
     fails(zero, "changes no weight of this model")
     fails(tiny, "changes no weight of this model.*--dtype fp32")
+
+
+def test_every_flag_is_explained():
+    explained = comments(merge.MergeConfig)
+    assert [f.name for f in fields(merge.MergeConfig) if not explained.get(f.name)] == []
 
 
 def test_arguments(tmp_path, source):

@@ -23,7 +23,14 @@ from llava_min.data.processor import Processor
 from llava_min.data.tokenizer import Tokenizer
 from llava_min.errors import UserError, label, shorten
 from llava_min.export.read_gguf import open_gguf, write_tokenizer
-from llava_min.export.tensors import PROJECTOR, Read, Tensors, read_from, read_projector
+from llava_min.export.tensors import (
+    PROJECTOR,
+    Read,
+    Tensors,
+    read_from,
+    read_projector,
+    written_dtype,
+)
 from llava_min.hub import find_folder
 from llava_min.llava import Llava
 from llava_min.load import on_meta
@@ -56,12 +63,12 @@ def build(
     template: None for what the language model is asked with. Raises UserError for whatever is wrong
     with the files, by their names.
     """
-    eyes, images, tower = read_clip(vision)
+    clip, images, tower = read_clip(vision)
     decoder = read_decoder(text)
     image, pad = add_tokens(decoder.tokenizer)
     rows = max(len(decoder.tokenizer), decoder.config.vocab_size)
     config = LlavaConfig(
-        eyes,
+        clip,
         replace(decoder.config, vocab_size=(rows + 63) // 64 * 64, pad_token_id=pad),
         image_token_id=image,
         tie_word_embeddings=decoder.tied,
@@ -116,7 +123,7 @@ def check(model: Llava, entries: dict[str, TensorInfo], decoder: Decoder) -> Non
 
 
 def read_clip(source: str) -> tuple[VisionConfig, ImageConfig, dict[str, TensorInfo]]:
-    fix = "give the folder or hub id of a CLIP"
+    fix = "give the folder or hub id of a CLIP (a hub id needs the network)"
     folder = find_folder(source, named_by=f"{label('vision')}: ", fix=fix)
     path = folder / "config.json"
     config = VisionConfig.from_clip(read_json(path), str(path))
@@ -149,7 +156,7 @@ def read_decoder(source: str) -> Decoder:
         path = files[0] if files else path
     if path.suffix == ".gguf":
         return read_gguf_decoder(path)
-    fix = "give a language model's folder, hub id or .gguf file"
+    fix = "give a language model's folder, .gguf file or hub id (which needs the network)"
     folder = find_folder(source, named_by=f"{label('text')}: ", fix=fix)
     path = folder / "config.json"
     data = read_json(path)
@@ -168,7 +175,7 @@ def read_decoder(source: str) -> Decoder:
         data.get("tie_word_embeddings", False),
         tokenizer,
         read_template(folder, tokenizer),
-        norm and norm.torch_dtype or torch.float32,
+        written_dtype(norm) if norm else torch.float32,
         entries,
     )
 

@@ -63,11 +63,11 @@ def write_gguf(model: Tensors, folder: Path, type: str) -> str:
         whole.unlink()
     worst = check_text(model, path)
     # the tower is small, and llama.cpp's quantizer has no say in it
-    eyes = folder / f"mmproj-model-{'f32' if type == 'f32' else 'f16'}.gguf"
-    mmproj.write(model, eyes, f32=type == "f32")
+    tower = folder / f"mmproj-model-{'f32' if type == 'f32' else 'f16'}.gguf"
+    mmproj.write(model, tower, f32=type == "f32")
     if isinstance(model.read, Merge):
         model.read.check_changed()
-    return f"{path.name} and {eyes.name}, read back; the tensors differ by {worst:.2g} at most"
+    return f"{path.name} and {tower.name}, read back; the tensors differ by {worst:.2g} at most"
 
 
 # ---- the language model

@@ -19,7 +19,7 @@ from llava_min.load import Checkpoint, open_checkpoint
 from llava_min.lora import LoRAConfig, row_norms
 from llava_min.names import to_ours
 from llava_min.tensors import TensorInfo, list_tensors
-from llava_min.weights import DTYPES, Reader, mean_row
+from llava_min.weights import DTYPES, NAMES, Reader, mean_row
 
 PROJECTOR = "multi_modal_projector."
 Read = Callable[[str, torch.dtype], Tensor]  # our name, dtype -> the whole tensor, on the CPU
@@ -59,12 +59,16 @@ def read_from(entries: dict[str, TensorInfo], model: nn.Module) -> Read:
     return read
 
 
+def written_dtype(info: TensorInfo) -> torch.dtype:
+    """The dtype of a stored tensor; fp32 for one that no checkpoint is written in, such as fp64."""
+    return info.torch_dtype if info.torch_dtype in NAMES else torch.float32
+
+
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """What config.json says, else what the decoder's last norm is stored in."""
     if checkpoint.config.dtype:
         return DTYPES[checkpoint.config.dtype]
-    dtype = checkpoint.entries["language_model.norm.weight"].torch_dtype
-    return torch.float32 if dtype == torch.float64 else dtype
+    return written_dtype(checkpoint.entries["language_model.norm.weight"])
 
 
 def open_model(

@@ -15,12 +15,8 @@ from llava_min.util.cli import flags, parse
 
 @dataclass
 class MergeConfig:
-    folders: list[str] = field(
-        default_factory=list
-    )  # the base (or a hub id, or tiny); adapters; OUT
-    weights: tuple[float, ...] | None = (
-        None  # how much of each adapter, with commas between; 1 each
-    )
+    folders: list[str] = field(default_factory=list)  # the base (or hub id, or tiny); adapters; OUT
+    weights: tuple[float, ...] | None = None  # of each adapter, with commas between; 1 each
     dtype: Literal["fp32", "bf16", "fp16"] | None = None  # as the base is stored, if not given
     image_aspect_ratio: Literal["pad", "crop"] | None = None  # to record; the adapter's or base's
     template: str | None = None  # to record; the adapter's or base's, if not given
