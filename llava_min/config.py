@@ -58,6 +58,14 @@ class VisionConfig:
         checks.check_vision(data, where, prefix)
         return pick(cls, {k: value for k, value in data.items() if value is not None})
 
+    @classmethod
+    def from_clip(cls, data: dict, where: str) -> "VisionConfig":
+        """Read the config.json of a CLIP's own folder. Raises UserError."""
+        checks.check_tower(data, where)
+        if data.get("model_type") == "clip":  # the whole CLIP, as OpenAI publishes it
+            return cls.from_hf(data.get("vision_config") or {}, where, "vision_config.")
+        return cls.from_hf(data, where)
+
     def to_hf(self) -> dict:
         return {"model_type": self.model_type, **self.__dict__, "num_channels": 3}
 

@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 from llava_min.adapter import apply_adapter, read_adapter
 from llava_min.checks import load as checks
-from llava_min.checks.config import check_tower
 from llava_min.checks.config_keys import warn_unknown_keys
 from llava_min.checks.weights import check_entries
 from llava_min.config import LlavaConfig, VisionConfig, read_eos
@@ -101,13 +100,7 @@ def read_tower(folder: Path, config: LlavaConfig) -> tuple[LlavaConfig, Path | N
         return config.with_vision(VisionConfig(), str(path)), None
     clip = clip or find_tower(folder, config.vision_source)
     clip_path = clip / "config.json"
-    data = read_json(clip_path)
-    check_tower(data, str(clip_path))
-    if data.get("model_type") == "clip":  # the whole CLIP, as OpenAI publishes it
-        inner = data.get("vision_config") or {}
-        vision = VisionConfig.from_hf(inner, str(clip_path), "vision_config.")
-    else:
-        vision = VisionConfig.from_hf(data, str(clip_path))
+    vision = VisionConfig.from_clip(read_json(clip_path), str(clip_path))
     return config.with_vision(vision, str(path)), clip
 
 
@@ -277,7 +270,14 @@ def write_model(
     state = dict(model.named_parameters()) if state is None else state
     checks.check_merged(state.keys(), folder)
     save_weights(state, folder, dtype)
-    config = replace(model.config, dtype=NAMES[dtype], vision_source=None)
+    write_settings(model.config, processor, folder, dtype)
+
+
+def write_settings(
+    config: LlavaConfig, processor: Processor, folder: Path, dtype: torch.dtype
+) -> None:
+    """All files of a llava-hf folder but its weights, which are stored as `dtype`."""
+    config = replace(config, dtype=NAMES[dtype], vision_source=None)
     write_json(folder / "config.json", config.to_hf())
     ids = {
         "bos_token_id": config.text.bos_token_id,

@@ -7,7 +7,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import load_script
 
 from llava_min.config import LlavaConfig, TextConfig
@@ -17,7 +16,7 @@ from llava_min.sizes import SIZES
 from llava_min.training.targets import add_lora
 from llava_min.training.trainable import set_trainable
 from llava_min.util.cli import parse
-from llava_min.util.files import read_json, write_json
+from llava_min.util.files import write_json
 
 train = load_script("train")
 QWEN = LlavaConfig(  # Qwen1.5-4B-Chat
@@ -287,35 +286,24 @@ def test_the_docs_name_every_recipe():
 
 
 def test_the_start_of_stage_1_as_the_docs_make_it(spm, tmp_path, monkeypatch):
-    from conftest import their_model
-    from test_weights import write_original
+    """The docs' own commands, with tiny stand-ins in the places of the hub ids."""
+    from test_build import clip_folder, decoder_folder
 
-    folder = write_original(tmp_path / "vicuna-7b-llava", spm, their_model(), "bin")
-    shard = "pytorch_model-00001-of-00001.bin"
-    vicuna = {
-        n: x for n, x in torch.load(folder / "pytorch_model.bin").items() if "mm_projector" not in n
-    }
-    (folder / "pytorch_model.bin").unlink()
-    torch.save(vicuna, folder / shard)
-    write_json(
-        folder / "pytorch_model.bin.index.json", {"weight_map": dict.fromkeys(vicuna, shard)}
-    )
-    config = read_json(folder / "config.json") | {"model_type": "llama"}
-    ours = ("mm_", "image_aspect_ratio")  # what Vicuna's own lacks
-    write_json(folder / "config.json", {k: v for k, v in config.items() if not k.startswith(ours)})
+    from llava_min.tools import build
 
-    code = re.search(r"```python\n(.*?)```", (DOCS / "recipes.md").read_text(), re.S)[1]
-    for large, small in (
-        ("openai/clip-vit-large-patch14-336", "clip"),
-        ("Linear(1024, ", "Linear(32, "),
-    ):
-        assert large in code
-        code = code.replace(large, small)
     monkeypatch.chdir(tmp_path)
-    exec(code, {})
-    model, processor = load(folder, device="cpu")
-    assert processor.template_name == "vicuna_v1" and processor.image_config.aspect == "crop"
-    saved = torch.load(folder / "mm_projector.bin")
-    assert torch.equal(
-        model.multi_modal_projector.linear_2.weight, saved["model.mm_projector.2.weight"]
-    )
+    clip_folder(tmp_path / "clip")
+    decoder_folder(tmp_path / "llama", "llama", spm)
+    decoder_folder(tmp_path / "qwen2", "qwen2", spm)
+    stands = {"clip-vit-large-patch14-336": "clip", "vicuna-": "llama", "Qwen1.5-4B": "qwen2"}
+    commands = re.findall(r"python -m llava_min build (.*)", (DOCS / "recipes.md").read_text())
+    for command, name in zip(commands, ("pretrain-7b", "pretrain-13b", "qwen-clip"), strict=True):
+        words = command.split()
+        for i, word in enumerate(words):
+            if "/" in word and i + 1 < len(words):  # a hub id; the last is the folder to write
+                words[i] = next(small for large, small in stands.items() if large in word)
+        build.main(words)
+        recipe = tomllib.loads((train.RECIPES / f"{name}.toml").read_text())
+        model, processor = load(tmp_path / recipe["model"], device="cpu", dtype="fp32")
+        assert processor.image_config.aspect == recipe["image_aspect_ratio"] == "crop"
+        assert model.config.image_token_id == processor.tokenizer.token_id("<image>")

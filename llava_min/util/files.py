@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llava_min.errors import UserError, escape_controls, shorten
+from llava_min.errors import UserError, escape_controls, label, shorten
 
 LFS = b"version https://git-lfs"
 
@@ -69,14 +69,22 @@ def write_json(path: Path, data: Any) -> None:
     replace(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
-def check_free(target: Path) -> None:
-    """`target` may be written: absent, or an empty folder."""
+def check_free(target: Path, overwrite: bool | None = None) -> None:
+    """`target` may be written: absent, an empty folder, or with `overwrite` a model's folder.
+
+    `overwrite` is None where nothing can be overwritten, and the message does not offer it.
+    """
     if target.is_dir() and not any(target.iterdir()):
         return
+    if overwrite and target.is_dir() and not target.is_symlink():
+        if (target / "config.json").is_file() or any(target.glob("*.gguf")):
+            return
+        raise UserError(f"{target}: not a folder with a model; only one is overwritten, remove it")
     if target.exists() or target.is_symlink():
-        raise UserError(
-            f"{target}: exists already and is never overwritten; give another path or remove it"
-        )
+        never, fix = " and is never overwritten", "or remove it"
+        if overwrite is not None:
+            never, fix = "", f"or {label('overwrite')}"
+        raise UserError(f"{target}: exists already{never}; give another path {fix}")
 
 
 @contextmanager
@@ -92,30 +100,36 @@ def writing(
 
 
 @contextmanager
-def new_folder(target: Path, durable: bool = True) -> Iterator[Path]:
+def new_folder(target: Path, durable: bool = True, overwrite: bool | None = None) -> Iterator[Path]:
     """A folder to fill that becomes `target` only when the block succeeds: written aside, synced,
     renamed.
 
     durable: False leaves syncing to the system, enough for thousands of small files that are
-    quickly made again. Raises UserError when `target` exists, or the disk is full or not writable;
-    then nothing is left behind.
+    quickly made again. overwrite: the folder of a model may be there, and gives way at the end.
+    Raises UserError when `target` exists, or the disk is full or not writable; then nothing is left
+    behind.
     """
     aside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    old = target.with_name(f"{target.name}.old-{os.getpid()}")
     try:
         with writing(target):
-            check_free(target)
+            check_free(target, overwrite)
             target.parent.mkdir(parents=True, exist_ok=True)
             aside.mkdir()
             yield aside
             for path in (*aside.rglob("*"), aside) if durable else ():
                 sync(path)
             if target.is_dir():
-                target.rmdir()
+                os.rename(target, old)
             os.rename(aside, target)
             sync(target.parent)
+            if old.exists():
+                shutil.rmtree(old)
     finally:
         if aside.exists():
             shutil.rmtree(aside)
+        if old.exists() and not target.exists():
+            os.rename(old, target)
 
 
 def sync(path: Path) -> None:

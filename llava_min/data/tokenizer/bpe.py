@@ -157,6 +157,9 @@ PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = sorted({*range(256)} - {*PRINTABLE})
 BYTE_TO_CHAR = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + n) for n, b in enumerate(OTHERS)}
 CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
+# Bytes of no printable character: controls, and what begins no assigned character in UTF-8. SmolLM2
+# has no tokens for some of them.
+UNPRINTABLE = {*range(32)} - {9, 10, 13} | {0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)}
 
 
 class Kinds(dict):
@@ -194,6 +197,11 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# SmolLM2 cuts twice, each digit from what is beside it and then by GPT-2's regex; here in one, so
+# that the spaces before a digit are a word by themselves.
+SMOLLM_SPLIT = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+)
 
 
 def over_kinds(regex: str) -> str:
@@ -202,7 +210,9 @@ def over_kinds(regex: str) -> str:
     return inside.replace(r"\p{L}", "[A-Za-z]").replace(r"\p{N}", r"\d")
 
 
-SPLITS = {regex: over_kinds(regex) for regex in (GPT2_SPLIT, QWEN2_SPLIT, LLAMA3_SPLIT)}
+SPLITS = {
+    regex: over_kinds(regex) for regex in (GPT2_SPLIT, QWEN2_SPLIT, LLAMA3_SPLIT, SMOLLM_SPLIT)
+}
 
 
 class ByteLevelBPE:
@@ -210,7 +220,8 @@ class ByteLevelBPE:
 
     def __init__(self, vocab: dict[str, int], pairs: Pairs, *, split: str, ignore_merges: bool):
         self.vocab, self.pairs, self.ignore_merges = vocab, pairs, ignore_merges
-        self.bytes = [vocab[BYTE_TO_CHAR[b]] for b in range(256)]
+        self.bytes = [vocab.get(BYTE_TO_CHAR[b]) for b in range(256)]
+        self.split_regex = split
         self.split = re.compile(SPLITS[split], re.ASCII).finditer
         self.words = WordCache(self.encode_word)
 
@@ -218,7 +229,8 @@ class ByteLevelBPE:
         data = word.encode()
         if self.ignore_merges and (token := "".join(BYTE_TO_CHAR[b] for b in data)) in self.vocab:
             return [self.vocab[token]]
-        return merge([self.bytes[b] for b in data], self.pairs)
+        # as in `tokenizers`, a byte that has no token is left out
+        return merge([self.bytes[b] for b in data if self.bytes[b] is not None], self.pairs)
 
     def encode(self, text: str) -> list[int]:
         spans = [m.span() for m in self.split(text.translate(KINDS))]

@@ -21,7 +21,9 @@ from llava_min.data.tokenizer.added_tokens import AddedToken
 from llava_min.data.tokenizer.bpe import (
     BYTE_TO_CHAR,
     GPT2_SPLIT,
+    SMOLLM_SPLIT,
     SPLITS,
+    UNPRINTABLE,
     ByteLevelBPE,
     Pairs,
     SentencePieceBPE,
@@ -38,6 +40,7 @@ DECODERS = [
     {"type": "Fuse"},
 ]
 STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+DIGITS = {"type": "Digits", "individual_digits": True}  # SmolLM2's, before ByteLevel's regex
 
 
 def metaspace(scheme: str, mark: str = "▁") -> dict:
@@ -173,9 +176,13 @@ def read_metaspace(model: dict, parts: Parts, path: Path) -> Source:
 def read_byte_level(model: dict, parts: Parts, path: Path) -> Source:
     vocab, pairs = read_model(model, path)
     normalizers, splitters, _ = parts
-    # without a Split before it, ByteLevel cuts the words itself
+    # without a Split before it, ByteLevel cuts the words itself, SmolLM2's after each digit
     regex = splitters[0].get("pattern", {}).get("Regex") if len(splitters) > 1 else GPT2_SPLIT
-    check_byte_level(model, parts, regex, SPLITS, BYTE_TO_CHAR, path)
+    if splitters[:-1] == [DIGITS]:
+        regex = SMOLLM_SPLIT
+        parts = (normalizers, splitters[-1:], parts[2])
+    needed = {b: char for b, char in BYTE_TO_CHAR.items() if b not in UNPRINTABLE}
+    check_byte_level(model, parts, regex, SPLITS, needed, path)
     bpe = ByteLevelBPE(vocab, pairs, split=regex, ignore_merges=bool(model.get("ignore_merges")))
     return Source("byte-level", vocab, bpe, nfc=bool(normalizers))
 

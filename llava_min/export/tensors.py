@@ -1,0 +1,192 @@
+"""A model as names, shapes and a way to read one tensor: what every writer here asks for.
+
+Nothing is held but the tensor at hand, so a model of any size is merged or written in the memory of
+its largest tensor. Adapters are merged as their tensors' layers pass by.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from llava_min.adapter import lora_paths, read_adapter
+from llava_min.data.processor import Processor
+from llava_min.errors import UserError, escape_controls, label
+from llava_min.llava import Llava
+from llava_min.load import Checkpoint, open_checkpoint
+from llava_min.lora import LoRAConfig, row_norms
+from llava_min.names import to_ours
+from llava_min.tensors import TensorInfo, list_tensors
+from llava_min.weights import DTYPES, NAMES, Reader, mean_row
+
+PROJECTOR = "multi_modal_projector."
+Read = Callable[[str, torch.dtype], Tensor]  # our name, dtype -> the whole tensor, on the CPU
+
+
+@dataclass
+class Tensors:
+    """A model on meta, the processor that goes with it, and how its tensors are read."""
+
+    model: Llava
+    processor: Processor
+    read: Read
+    dtype: torch.dtype  # that the weights are stored in
+
+    @property
+    def names(self) -> list[str]:
+        """Our names, in the model's order; a tied head is the embedding and not listed."""
+        return [name for name, _ in self.model.named_parameters()]
+
+    def shape(self, name: str) -> torch.Size:
+        return self.model.get_parameter(name).shape
+
+
+def read_from(entries: dict[str, TensorInfo], model: nn.Module) -> Read:
+    """Reads tensors from their files; vocabulary rows that a file lacks are the others' mean."""
+    reader = Reader()
+
+    def read(name: str, dtype: torch.dtype) -> Tensor:
+        entry, shape = entries[name], model.get_parameter(name).shape
+        x = torch.empty(shape, dtype=dtype)
+        rows = entry.shape[0]
+        reader.fill(x[:rows], entry)
+        if rows < len(x):
+            x[rows:] = mean_row(reader, entry)
+        return x
+
+    return read
+
+
+def written_dtype(info: TensorInfo) -> torch.dtype:
+    """The dtype of a stored tensor; fp32 for one that no checkpoint is written in, such as fp64."""
+    return info.torch_dtype if info.torch_dtype in NAMES else torch.float32
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """What config.json says, else what the decoder's last norm is stored in."""
+    if checkpoint.config.dtype:
+        return DTYPES[checkpoint.config.dtype]
+    return written_dtype(checkpoint.entries["language_model.norm.weight"])
+
+
+def open_model(
+    source: str,
+    adapters: list[str] = [],
+    weights: list[float] | None = None,
+    **settings: str | None,
+) -> Tensors:
+    """The model of a folder, hub id or "tiny", with `adapters` merged, weighted by `weights`.
+
+    settings: image_aspect_ratio, template and revision, as `load` has them. Raises UserError as
+    `load` does, and for weights that are not one for each adapter.
+    """
+    first = next((a for a in adapters if Path(a).is_dir()), None)
+    checkpoint = open_checkpoint(source, adapter=first, **settings)
+    read = read_from(checkpoint.entries, checkpoint.model)
+    if adapters:
+        weights = [1.0] * len(adapters) if weights is None else weights
+        if len(weights) != len(adapters):
+            raise UserError(
+                f"{len(weights)} for {len(adapters)} adapters; give one for each", "weights"
+            )
+        opened = [open_adapter(checkpoint.model, Path(a), source) for a in adapters]
+        read = Merge(read, opened, weights)
+    return Tensors(checkpoint.model, checkpoint.processor, read, stored_dtype(checkpoint))
+
+
+# ---- adapters
+
+
+@dataclass
+class Adapter:
+    """The tensors of an adapter by our names, and what it does to one of the base."""
+
+    path: Path
+    config: LoRAConfig | None  # None: whole tensors alone, such as a projector
+    tensors: dict[str, Tensor]
+    changes: bool = field(default=False, init=False)  # whether any tensor so far became another
+
+    @property
+    def targets(self) -> set[str]:
+        """The base's tensors that it changes."""
+        whole = {name for name in self.tensors if ".lora_" not in name}
+        return whole | {f"{path}.weight" for path in lora_paths(self.tensors)}
+
+    def apply(self, name: str, w: Tensor) -> Tensor:
+        """The tensor of that name as the adapter makes it from `w` (fp32), which stays as it is."""
+        path = name.removesuffix(".weight")
+        if (a := self.tensors.get(f"{path}.lora_A.weight")) is None:
+            return self.tensors[name].float()
+        b = self.tensors[f"{path}.lora_B.weight"].float()
+        new = torch.addmm(w, b, a.float(), alpha=self.config.rank_and_scaling(path)[1])
+        magnitude = self.tensors.get(f"{path}.lora_magnitude_vector")
+        if magnitude is not None:
+            new *= (magnitude.float() / row_norms(new, torch.float32))[:, None]
+        return new
+
+
+class Merge:
+    """Reads the base's tensors with adapters in them: W + the sum of weight × (adapted W - W)."""
+
+    def __init__(self, read: Read, adapters: list[Adapter], weights: list[float]):
+        self.base, self.adapters, self.weights = read, adapters, weights
+
+    def __call__(self, name: str, dtype: torch.dtype) -> Tensor:
+        mine = [(a, x) for a, x in zip(self.adapters, self.weights) if name in a.targets]
+        if not mine:
+            return self.base(name, dtype)
+        w = self.base(name, torch.float32)
+        total = None
+        for adapter, weight in mine:
+            new = adapter.apply(name, w)
+            adapter.changes = adapter.changes or not torch.equal(new.to(dtype), w.to(dtype))
+            if len(mine) == 1 and weight == 1:
+                return new.to(dtype)
+            part = (new - w).mul_(weight)  # not in place: `new` may be the adapter's own
+            total = part if total is None else total.add_(part)
+        return total.add_(w).to(dtype)
+
+    def check_changed(self) -> None:
+        """UserError for an adapter that, all tensors read, has changed none."""
+        if idle := [a for a in self.adapters if not a.changes]:
+            raise UserError(
+                f"{idle[0].path}: changes no weight of this model (its update is zero, or too "
+                f"small for the dtype); give a trained adapter, or {label('dtype')} fp32"
+            )
+
+
+def open_adapter(model: nn.Module, path: Path, source: str) -> Adapter:
+    """A PEFT folder, an original LLaVA LoRA folder, or a file such as mm_projector.bin."""
+    if path.is_file():
+        return Adapter(path, None, read_projector(path, model))
+    return Adapter(path, *read_adapter(model, path, source))
+
+
+def read_projector(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """The projector in `path`, a `.bin` or safetensors file in any layout: our name -> tensor.
+
+    Raises UserError for a tensor that is no part of the projector, one of another shape, and one
+    that is missing.
+    """
+    want = {n: p.shape for n, p in model.named_parameters() if n.startswith(PROJECTOR)}
+    reader, tensors = Reader(), {}
+    for entry in list_tensors(path):
+        # saved under PEFT the names have its prefix, as in non_lora_trainables.bin
+        name = to_ours(entry.name.removeprefix("base_model.model."))
+        if name not in want or name in tensors:
+            what = "stands twice" if name in tensors else "is no tensor of the projector"
+            raise UserError(f"{entry}: {what}; give a file with the projector alone")
+        if entry.shape != tuple(want[name]) or entry.torch_dtype is None:
+            raise UserError(
+                f"{entry}: {list(entry.shape)} {entry.dtype}, expected {list(want[name])} floating "
+                "point; the projector belongs to another model"
+            )
+        tensors[name] = torch.empty(entry.shape, dtype=torch.float32)
+        reader.fill(tensors[name], entry)
+    if missing := sorted(want.keys() - tensors.keys()):
+        raise UserError(
+            f"{path}: lacks {escape_controls(missing[0])}; give the file with the whole projector"
+        )
+    return tensors

@@ -1,0 +1,90 @@
+"""`python -m llava_min export MODEL OUT --to hf|original|gguf`: write a model in another's format.
+
+The model may be any that `load` reads, with adapters merged into it. It is read and written tensor
+by tensor, and OUT gets its name only once all of it has been read back.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from llava_min.errors import UserError, info
+from llava_min.util.cli import PathArg, flags, parse
+
+Format = Literal["hf", "original", "gguf"]
+
+
+@dataclass
+class ExportConfig:
+    folders: list[str] = field(default_factory=list)  # the model (or a hub id, or tiny); OUT
+    to: Format | None = None  # llava-hf, LLaVA's own layout, or llama.cpp's two files
+    adapter: PathArg | None = None  # PEFT folders to merge, with commas between
+    type: str | None = None  # of --to gguf: f32, f16, bf16, q8_0, q4_0, or q4_k_m and its like; f16
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None  # of the others; as stored, if not given
+    image_aspect_ratio: Literal["pad", "crop"] | None = None  # to record; the model's, if not given
+    template: str | None = None  # to record; the model's, if not given
+    revision: str | None = None  # of a hub id
+    overwrite: bool = False  # OUT may be a model's folder, which is replaced
+
+
+def check(config: ExportConfig) -> tuple[str, Path]:
+    if len(config.folders) != 2:
+        raise UserError("FOLDER: give two, the model and the folder to write")
+    if config.to is None:
+        raise UserError("is not given; choose hf, original or gguf", "to")
+    if config.type is not None and config.to != "gguf":
+        raise UserError(f"is of --to gguf, and this is --to {config.to}; give --dtype", "type")
+    if config.dtype is not None and config.to == "gguf":
+        raise UserError("is not of --to gguf; give --type", "dtype")
+    source, out = config.folders[0], Path(config.folders[1])
+    if Path(source).exists() and out.resolve() == Path(source).resolve():
+        raise UserError(f"{out}: is the model itself; give another folder to write")
+    return source, out
+
+
+def main(argv: list[str]) -> None:
+    config = parse(ExportConfig, argv, "Write a model in another format.", positional="folders")
+    with flags(config):
+        run(config, *check(config))
+
+
+def run(config: ExportConfig, source: str, out: Path) -> None:
+    from llava_min.export.tensors import open_model
+    from llava_min.util.files import check_free, new_folder
+    from llava_min.weights import DTYPES
+
+    check_free(out, config.overwrite)
+    model = open_model(
+        source,
+        config.adapter.split(",") if config.adapter else [],
+        image_aspect_ratio=config.image_aspect_ratio,
+        template=config.template,
+        revision=config.revision,
+    )
+    dtype = model.dtype if config.dtype is None else DTYPES[config.dtype]
+    with new_folder(out, overwrite=config.overwrite) as aside:
+        if config.to == "gguf":
+            from llava_min.export.gguf import write_gguf
+
+            what = write_gguf(model, aside, config.type or "f16")
+        else:
+            what = write_folder(model, aside, config.to, dtype)
+    info(f"saved {out}: {what}")
+
+
+def write_folder(model, folder: Path, to: str, dtype) -> str:
+    """One of the two layouts of safetensors, proved by its tensors and, if small, its logits."""
+    from llava_min.export.hf import check_logits, write_hf
+    from llava_min.export.original import write_original
+
+    if to == "hf":
+        write_hf(model, folder, dtype)
+        rows = model.model.config.text.vocab_size
+    else:
+        write_original(model, folder, dtype)
+        rows = model.model.config.image_token_id
+    worst = check_logits(model, folder, dtype, rows)
+    proved = "every tensor read back"
+    if worst is not None:
+        proved += f", logits within {worst:.2g} of the source's"
+    return f"{to} layout, {proved}"
