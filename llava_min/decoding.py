@@ -224,10 +224,8 @@ def beam_search(
             # the best continuations of all beams: their scores, beams and tokens (B, candidates)
             scores = process(check.observe(logits).log_softmax(-1), i)
             scores = (scores.view(b, n, v) + running_scores[:, :, None]).view(b, n * v)
-            if o.temperature:
-                index = process.sample(scores, candidates)
-            else:
-                index = scores.topk(candidates)[1]
+            draw = process.sample if o.temperature else lambda scores, n: scores.topk(n)[1]
+            index = draw(scores, candidates)
             top, beam, token = scores.gather(1, index), index // v, index % v
             extended = take(running, beam)
             extended[:, :, i] = token
