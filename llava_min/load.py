@@ -95,7 +95,10 @@ def read_tower(folder: Path, config: LlavaConfig) -> tuple[LlavaConfig, Path | N
     """The config with its tower's shapes, which its CLIP's config.json gives, and CLIP's folder."""
     path, source = folder / "config.json", Path(config.vision_source)
     near = (source, folder / source, folder.parent / source.name)
-    clip = next((p for p in near if (p / "config.json").is_file()), None)
+    try:
+        clip = next((p for p in near if (p / "config.json").is_file()), None)
+    except OSError:  # the name is too long, which find_tower says
+        clip = None
     if clip is None and config.vision_source == CLIP_336:
         return config.with_vision(VisionConfig(), str(path)), None
     clip = clip or find_tower(folder, config.vision_source)

@@ -637,6 +637,8 @@ def test_our_command(tmp_path):
         "ranks": 2,
     }
     assert found(write(tmp_path, "config.json", config), "error") == {"rate-too-high"}
+    (tmp_path / "checkpoints").mkdir()  # a run's folder is as its config.json
+    assert found(tmp_path, "error") == {"rate-too-high"}
     shared = {
         "train": "lora",
         "data": "toy:captions",

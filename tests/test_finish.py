@@ -324,6 +324,8 @@ def test_a_checkpoint_given_as_a_model_names_finish(home, done, tmp_path):
             f"{folder}: a checkpoint of a run, expected a model; "
             f"`python -m llava_min finish {folder} OUT`"
         )
+    with pytest.raises(UserError, match="llava_min finish .* OUT` makes its model"):
+        load("tiny", device="cpu", adapter=str(done / "last"))
     shutil.rmtree(tmp_path / "lora" / "adapter")
     said = f"a run that has not ended, and `python -m llava_min finish {tmp_path / 'lora'} OUT`"
     with pytest.raises(UserError, match=said):

@@ -146,6 +146,10 @@ BAD_FORMS = {
         "an image part has image, index, expected one of",
     ),
     "another key": (part("image", image="a.png", cropped=True), "an image part has cropped"),
+    "in a text part": (
+        chat([{"type": "text", "text": "Hi", "image": "a.png"}], "x"),
+        "message 0: a text part has image, expected it in a part",
+    ),
     "in an answer": (
         chat("Hi", [{"type": "image_url", "image_url": {"url": URI}}, TEXT]),
         "holds an image",

@@ -479,6 +479,7 @@ def test_a_folder_that_is_no_checkpoint(tmp_path, files, says):
         ({"chat_template.jinja": "USER: ASSISTANT:"}, "llava_hf"),
         ({"chat_template.json": json.dumps({"chat_template": "x <|im_start|>"})}, "chatml"),
         ({"processor_config.json": '{"llava_min_template": "plain"}'}, "plain"),
+        ({"processor_config.json": '{"chat_template": "x <|im_start|>"}'}, "chatml"),
     ],
 )
 def test_the_template_of_the_checkpoint(folder, tmp_path, files, template):
@@ -664,6 +665,9 @@ def test_a_tower_at_a_path_of_another_machine(spm, tmp_path):
         )
     shutil.copytree(tmp_path / "clip", beside)  # as told
     llava_min.load(folder, device="cpu")
+    change(folder / "config.json", mm_vision_tower="x" * 5000)
+    with pytest.raises(UserError, match="mm_vision_tower: x+…: cannot be looked up"):
+        llava_min.load(folder, device="cpu")
     change(folder / "config.json", mm_vision_tower="/data/my-clip")
     with pytest.raises(
         UserError,

@@ -139,6 +139,19 @@ def test_parquet_with_paths_instead_of_bytes(tmp_path, parquet, images):
         )
 
 
+def test_parquet_where_no_image_has_a_path_or_none_has_bytes(tmp_path, parquet, images):
+    """What pyarrow and pandas write for {"bytes": …, "path": None}: a column of kind null."""
+    import pyarrow as pa
+
+    file, path = tmp_path / "x.parquet", {"bytes": None, "path": "b.png"}
+    for image in ({"bytes": png((5, 10, 200)), "path": None}, path):
+        row = {"messages": messages("<image>", "x"), "images": [image]}
+        columns = {name: pa.array([row[name]]) for name in ("messages", "images")}
+        parquet(file, [row], schema=pa.table(columns).schema)
+        (got,) = read_records(file, images)
+        assert got.images == [images / "b.png"] if image is path else red(got) == [5]
+
+
 BAD_ROWS = {
     "bytes null": (
         chat(said("Hi", 0), said("x"), images=[{"bytes": None, "path": None}]),

@@ -94,6 +94,8 @@ def find_adapter(folder: Path) -> None:
         fix = f"give {folder / 'model'}, a whole model, as model and no adapter"
     elif (folder / "config.json").exists() and "model_type" in read_json(folder / "config.json"):
         fix = "it is a whole model: give it as model and no adapter"
+    elif (folder / "state.json").exists():  # of a run that trains no adapter
+        fix = f"`python -m llava_min finish {folder} OUT` makes its model; give that as model"
     else:
         check_file(path)
         return

@@ -168,6 +168,10 @@ def check_message(turn: Any, where: str, sources: Sequence[str], hints: Sequence
                 f'{where}: unknown part {shorten(part)}, expected {{"type": "text", "text": "…"}} '
                 'or {"type": "image", "index": 0}'
             )
+        elif lost := [key for key in sources if part.get(key) not in (None, "")]:
+            raise UserError(
+                f'{where}: a text part has {lost[0]}, expected it in a part {{"type": "image", …}}'
+            )
     texts = [part["text"] for part in content if part["type"] == "text"]
     check_text("".join(texts), where)
 

@@ -61,7 +61,8 @@ def read_jinja(folder: Path) -> tuple[Path, str | None]:
     if path.exists():
         check_file(path)
         return path, path.read_text(encoding="utf-8", errors="replace")
-    for path in (folder / "chat_template.json", folder / "tokenizer_config.json"):
+    names = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
+    for path in (folder / name for name in names):
         found = read_optional(path).get("chat_template")
         if isinstance(found, list):  # several by name, as transformers 4 wrote them
             named = {str(x.get("name")): x.get("template") for x in found if isinstance(x, dict)}

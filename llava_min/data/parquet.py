@@ -23,6 +23,7 @@ from llava_min.errors import UserError, shorten
 NAMES = ("images", "image")
 BINARY = ("binary", "large_binary", "binary_view")
 TEXT = ("string", "large_string", "string_view")
+NULL = ("null",)  # of a field that has no value in the whole file
 LISTS = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
 
 
@@ -111,7 +112,7 @@ def column_of(f, name: str, type) -> Column | None:
     fields = {field.name: kind(field.type) for field in type}
     if "bytes" not in fields and fields.get("path") in TEXT:
         return None
-    if fields.get("bytes") not in BINARY or fields.get("path", TEXT[0]) not in TEXT:
+    if fields.get("bytes") not in BINARY + NULL or fields.get("path", TEXT[0]) not in TEXT + NULL:
         raise LookupError(name)
     return Column(name, many, leaf("bytes"), leaf("path") if "path" in fields else None)
 

@@ -170,6 +170,8 @@ def read_image_settings(path: Path, source: str, run: Run) -> None:
 def read_folder(folder: Path, source: str) -> Run:
     if (folder / "adapter_config.json").exists():
         return read_adapter(folder, source)
+    if (folder / "checkpoints").is_dir() and (folder / "config.json").is_file():  # of train.py
+        return read_table(folder / "config.json", f"{source}/config.json")
     run = Run(source, "hf", "a model folder")
     for name in (*PROCESSOR, "tokenizer_config.json", "config.json"):
         if (folder / name).exists():
