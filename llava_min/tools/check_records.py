@@ -5,6 +5,7 @@ all records instead of up to the first few bad ones. Faults are of one kind when
 them, so there is no second list of what can be wrong.
 """
 
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -40,6 +41,7 @@ def in_parallel(work: Callable[[Any], Any], items: Sequence, workers: int) -> li
     if workers < 2 or len(items) < SMALL:
         return list(map(work, items))
     _work = work
+    gc.freeze()  # or the children's collector would copy every page that it marks
     chunk = min(512, -(-len(items) // (4 * workers)))
     with multiprocessing.get_context("fork").Pool(workers) as pool:
         return pool.map(_call, items, chunksize=chunk)
@@ -123,7 +125,7 @@ def look(raw: object, number: int, prefix: str, root: Path, dataset: Dataset) ->
         number,
         record.id,
         len(ids),
-        sum(label != IGNORE for label in labels[1:]),
+        len(labels) - labels.count(IGNORE),
         record.images,
         digest(names + [text_of(m) for m in record.messages]),
         digest(names + questions),
