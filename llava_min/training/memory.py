@@ -8,6 +8,7 @@ blocks, what is kept and what is not yet gone grows by the same bytes for every 
 Shapes: B rows, T tokens, N images, S pixels a side, C width.
 """
 
+import functools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -230,6 +231,15 @@ def extrapolate(peaks: list[dict[str, int]], blocks: int) -> int:
     return max(round(low[name] + (high[name] - low[name]) * far) for name in low)
 
 
+@functools.cache
+def peak_above_weights(config: LlavaConfig, step: Step, device: str, sharded: bool) -> int:
+    blocks = config.text.num_hidden_layers
+    if blocks <= SHALLOW[1]:
+        return max(run_without_values(config, step, device, sharded).values())
+    runs = [run_without_values(shallow(config, n), step, device, sharded) for n in SHALLOW]
+    return extrapolate(runs, blocks)
+
+
 def parameter_bytes(model: Llava, precision: torch.dtype) -> tuple[int, int]:
     """(bytes of all parameters as they are stored, number of the trained ones)."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -243,12 +253,8 @@ def step_memory(
     """What one rank needs for `step`, with AdamW's two fp32 moments."""
     model = trained_model(config, step)
     stored, trained = parameter_bytes(model, step.precision)
-    blocks, sharded = config.text.num_hidden_layers, ranks > 1
-    if blocks <= SHALLOW[1]:
-        peak = max(run_without_values(config, step, device, sharded).values())
-    else:
-        runs = [run_without_values(shallow(config, n), step, device, sharded) for n in SHALLOW]
-        peak = extrapolate(runs, blocks)
+    sharded = ranks > 1
+    peak = peak_above_weights(config, step, device, sharded)
     if not sharded:
         gradients = min(4 * trained, peak)
         return Memory(stored, gradients, 8 * trained, peak - gradients)
