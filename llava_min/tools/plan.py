@@ -65,11 +65,11 @@ def plan(config: Config, argv: list[str]) -> list[str]:
         )
     lines = [*parameters(shapes, model), ""]
     if cards:
-        return lines + best(config, shapes, step, cards)
+        return [*lines, *best(config, shapes, step, cards)]
     if recipe:
-        return lines + by_part(shapes, step)
+        return [*lines, *by_part(shapes, step)]
     lines += [*training_table(config, shapes, step), "", *answer_table(config, shapes)]
-    return lines + (["", *notes()] if shapes == SIZES["7b"] else [])
+    return [*lines, "", *notes()] if shapes == SIZES["7b"] else lines
 
 
 def from_recipe(config: Config, argv: list[str]) -> bool:
@@ -150,14 +150,19 @@ def rows_of_table(step) -> list[tuple[str, object, str | None]]:
     return rows + [(f"QLoRA, {m}, bf16", as_("lora", half), m) for m in ("nf4", "int4")]
 
 
-def cells(job: tuple) -> list[int]:
-    """The memory of one row of the table, for each number of GPUs."""
+def cells(job: tuple) -> list[int] | None:
+    """The memory of one row of the table, for each number of GPUs; None where a method does not
+    take the widths of the layers.
+    """
     from llava_min.tools.plan_fit import quantized_step
     from llava_min.training.memory import step_memory
 
     shapes, step, method = job
     if method:
-        return [quantized_step(shapes, step, method, n).total for n in RANKS]
+        try:
+            return [quantized_step(shapes, step, method, n).total for n in RANKS]
+        except UserError:
+            return None
     return [step_memory(shapes, step, ranks=n).total for n in RANKS]
 
 
@@ -173,7 +178,8 @@ def training_table(config: Config, shapes, step) -> Iterator[str]:
     )
     yield f"  {'':26}" + "".join(f"{n} GPU{'s' * (n > 1)}".rjust(9) for n in RANKS)
     for (name, _, _), totals in zip(rows, values, strict=True):
-        yield f"  {name:26}" + "".join(gib(n).rjust(9) for n in totals)
+        values = map(gib, totals) if totals else ["-"] * len(RANKS)
+        yield f"  {name:26}" + "".join(value.rjust(9) for value in values)
     yield "  tensors alone; CUDA, NCCL and fragments take 1 to 2 GiB of a card beside them"
 
 
@@ -202,7 +208,11 @@ def answer_table(config: Config, shapes) -> Iterator[str]:
         yield f"  {name:26}{gib(size):>9}{gib(size + wide * (cache + work)):>9}"
     extra = cache + work + dequantized_bytes(model, torch.bfloat16)
     for method in METHODS:
-        sizes = {shape: bytes_of(method, tuple(shape)) for shape in {*layers}}
+        try:
+            sizes = {shape: bytes_of(method, tuple(shape)) for shape in {*layers}}
+        except UserError:  # the widths are not whole groups
+            yield f"  {method:26}{'-':>9}{'-':>9}"
+            continue
         size = sum(sizes[shape] for shape in layers) + 2 * rest
         yield f"  {method:26}{gib(size):>9}{gib(size + extra):>9}"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from llava_min.config import LlavaConfig
+from llava_min.config import SIZES, LlavaConfig
 from llava_min.errors import UserError, shorten
 from llava_min.load import on_meta
 from llava_min.quant.methods import bytes_of
@@ -110,7 +110,10 @@ def best_fit(config: LlavaConfig, step: Step, cards: Cards, rows: int) -> Fit | 
     for train, r in [*tried, ("projector", step.lora_r)]:
         r = min(r, config.text.hidden_size)
         for checkpointed, enough in ((False, min(4, most)), (True, 1)):
-            new = replace(step, train=train, lora_r=r, gradient_checkpointing=checkpointed)
+            # with accumulation the gradients of the last micro-batch are there in the forward
+            new = replace(
+                step, train=train, lora_r=r, gradient_checkpointing=checkpointed, grad_accum=2
+            )
             batch = largest_batch(config, new, cards, most)
             if batch >= enough:
                 accum = max(1, rows // (batch * cards.count))
@@ -120,15 +123,19 @@ def best_fit(config: LlavaConfig, step: Step, cards: Cards, rows: int) -> Fit | 
     return None
 
 
+# what train.py loads for a size that is planned
+HUB = {"7b": "llava-hf/llava-1.5-7b-hf", "13b": "llava-hf/llava-1.5-13b-hf"}
+
+
 def train_line(fit: Fit, cards: Cards, model: str) -> list[str]:
     """train.py's command for a fit, in pieces of a line each."""
-    step = fit.step
+    step, name = fit.step, HUB.get(model, "MODEL" if model in SIZES else model)
     start = f"torchrun --nproc_per_node={cards.count}" if cards.count > 1 else "python"
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     lora = step.train == "lora"
     rate = {"freeze_vision": "2e-5", "lora": "2e-4 --projector-lr 2e-5", "projector": "1e-3"}
     return [
-        f"{start} train.py --model {model} --data DATA.json --image-folder IMAGES",
+        f"{start} train.py --model {name} --data DATA.json --image-folder IMAGES",
         f"--train {step.train}"
         + (f" --lora-r {step.lora_r} --lora-alpha {2 * step.lora_r}" if lora else "")
         + f" --lr {rate[step.train]}",
