@@ -60,7 +60,10 @@ BAD = {
     "image a number": (record("<image>a", "b", image=3), "image is a number"),
     "image empty": (record("<image>a", "b", image=""), "image is empty"),
     "image a URL": (record("<image>a", "b", image="http://x/a.png"), "URL"),
-    "image outside": (record("<image>a", "b", image="../../etc/passwd"), "outside the image folder"),
+    "image outside": (
+        record("<image>a", "b", image="../../etc/passwd"),
+        "outside the image folder",
+    ),
     "image missing": (record("<image>a", "b", image="none.png"), "none.png"),
     "image and images": (record("<image>a", "b", image="a.png", images=["b.png"]), "one of them"),
     "NUL": (record("a\0", "b"), "NUL"),

@@ -105,8 +105,10 @@ def measured(step: Step) -> int:
 def test_the_peak_is_within_five_percent_of_the_allocators(name):
     step = SETTINGS[name]
     planned, peak = step_memory(CONFIG, step, device="cpu").total, measured(step)
-    print(f"{name:28}{planned / 1e6:9.2f} MB planned {peak / 1e6:9.2f} MB measured "
-          f"{planned / peak - 1:+.1%}")
+    print(
+        f"{name:28}{planned / 1e6:9.2f} MB planned {peak / 1e6:9.2f} MB measured "
+        f"{planned / peak - 1:+.1%}"
+    )
     assert abs(planned / peak - 1) < 0.05
 
 

@@ -67,7 +67,9 @@ def without_end(encode):
     return other
 
 
-@pytest.mark.parametrize("fault, said", [(shifted, "labels are not shifted"), (without_end, "never learn")])
+@pytest.mark.parametrize(
+    "fault, said", [(shifted, "labels are not shifted"), (without_end, "never learn")]
+)
 def test_labels_that_are_not_the_answers_are_named(fault, said, data, capsys, monkeypatch):
     monkeypatch.setattr(Processor, "encode", fault(Processor.encode))
     code, out = run(data, capsys=capsys)

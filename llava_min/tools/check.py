@@ -56,9 +56,7 @@ def check(config: Config) -> int:
 
     processor = processor_of(config.model, config.image_aspect_ratio, config.template)
     workers = config.workers or len(os.sched_getaffinity(0))
-    read = lambda data: read_files(
-        data, config.image_folder, processor, config.max_length, workers
-    )
+    read = lambda data: read_files(data, config.image_folder, processor, config.max_length, workers)
     training = [file for data in config.data for file in read(os.path.expanduser(data))]
     held_out = read(config.eval_data) if config.eval_data else []
     looked, lines, bad = [], [], 0

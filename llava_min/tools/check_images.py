@@ -57,9 +57,7 @@ def header_size(path: Path, root: Path) -> tuple[int, int]:
 
 
 def open_stored(image: Stored, root: Path, exif: bool) -> Image.Image:
-    return (
-        open_image(image, root=root, exif=exif) if isinstance(image, Path) else image.open(exif)
-    )
+    return open_image(image, root=root, exif=exif) if isinstance(image, Path) else image.open(exif)
 
 
 def look(image: Stored, root: Path, exif: bool, decode: bool) -> Look:

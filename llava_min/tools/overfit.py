@@ -16,7 +16,7 @@ from llava_min.config import IGNORE, LINEARS
 from llava_min.errors import UserError, escape_controls, info, shorten
 from llava_min.util.cli import PathArg, PositiveFloat, PositiveInt, flags, parse
 
-SURE = 0.6  # probability of every supervised token at which greedy decoding has no choice
+SURE = 0.5  # probability above which a token is the likeliest of all
 STUCK = 0.5  # of the first loss: what has not even come so far has learnt nothing
 
 
@@ -93,7 +93,7 @@ def run(config: Config) -> None:
     ready.fill(DTYPES[config.precision], device)
     init_lora(ready.model, 0)
     batch = {key: x.to(device) for key, x in collate(items).items()}
-    learn(ready.model, batch, config)
+    learn(ready.model, batch, records, processor, config)
     check_answers(ready.model, records, processor, config)
 
 
@@ -172,7 +172,7 @@ def check_prompts(records: Sequence, items: Sequence[dict], processor) -> None:
 # ---- training
 
 
-def learn(model, batch: dict, config: Config) -> None:
+def learn(model, batch: dict, records: Sequence, processor, config: Config) -> None:
     """Steps over one batch of all records until every supervised token is the likeliest."""
     import torch
 
@@ -200,7 +200,7 @@ def learn(model, batch: dict, config: Config) -> None:
             still = [p for p in trained if not bool(p.grad.any())]
             if len(still) == len(trained):
                 raise Fault("gradients", "every gradient is 0: nothing that is trained is read")
-        if float(loss.detach()) < -math.log(SURE) and least_probable(model, batch, dtype) > SURE:
+        if float(loss.detach()) < -math.log(SURE) and least_probable(model, batch, dtype)[0] > SURE:
             break
         clip_gradients(trained, 1.0, 1.0)
         optimizer.step()
@@ -212,17 +212,19 @@ def learn(model, batch: dict, config: Config) -> None:
         what, mend = "has not fallen far enough", "give more --steps"
         if last > STUCK * first:
             what, mend = "has hardly fallen", "look at --lr and --train"
+        p, row, id = least_probable(model, batch, dtype)
         raise Fault(
             "learning",
             f"the loss of a token {what}: {first:.3f} at first, {last:.3f} after {config.steps} "
-            f"steps; {mend}",
+            f"steps; least sure is {shorten(processor.tokenizer.token(id))} (p {p:.2f}) in record "
+            f"{shorten(records[row].id)}; {mend}",
         )
     last, seconds = float(loss.detach()), time.perf_counter() - began
     said(f"learnt in {step + 1} steps ({seconds:.0f} s): loss of a token {first:.3f} to {last:.4f}")
 
 
-def least_probable(model, batch: dict, dtype) -> float:
-    """The probability of the supervised token that is least sure of all."""
+def least_probable(model, batch: dict, dtype) -> tuple[float, int, int]:
+    """(probability, row, id) of the supervised token that is least sure of all."""
     import torch
 
     targets = batch["labels"][:, 1:]
@@ -230,7 +232,8 @@ def least_probable(model, batch: dict, dtype) -> float:
     with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
         x = model.hidden_states(batch["input_ids"], batch.get("pixel_values"))[:, :-1][learnt]
         logits = model.lm_head(x).float()
-    return float(logits.softmax(-1).gather(1, targets[learnt][:, None]).min())
+    p, at = logits.softmax(-1).gather(1, targets[learnt][:, None])[:, 0].min(0)
+    return float(p), int(learnt.nonzero()[at, 0]), int(targets[learnt][at])
 
 
 def checked(check: Callable[[], None]) -> None:

@@ -84,9 +84,7 @@ def counted(name: str, rows: Sequence[tuple[str, list[int], list[int]]], what: s
 def pixels(sides: Sides, images: Sequence[Image.Image]) -> Stage:
     ours = sides.processor._pixels(list(images))
     theirs = sides.their_processor.image_processor(list(images), return_tensors="pt")
-    return measured(
-        "pixels", ours, theirs["pixel_values"], 0, f"{len(images)} images, bit for bit"
-    )
+    return measured("pixels", ours, theirs["pixel_values"], 0, f"{len(images)} images, bit for bit")
 
 
 def ids(sides: Sides, prompts: Sequence[str], image: Image.Image) -> Stage:
@@ -104,7 +102,9 @@ def labels(sides: Sides, questions: Sequence[str], image: Image.Image, answer: s
     """Supervised is what follows the generation prompt, and nothing of the prompt."""
     rows = []
     for question in questions:
-        asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        asked = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        ]
         row = sides.processor.training([*asked, {"role": "assistant", "content": answer}], [image])
         n = len(sides.processor.chat(asked, [image])["input_ids"][0])
         wanted = [IGNORE] * n + row["input_ids"][n:]
@@ -180,9 +180,7 @@ def greedy(sides: Sides, batch: dict, n: int) -> Stage:
         eos_token_id=sides.processor.stop_ids,
     )
     start = batch["input_ids"].shape[1]
-    rows = [
-        (f"answer {i}", a, b) for i, (a, b) in enumerate(zip(ours, there[:, start:].tolist()))
-    ]
+    rows = [(f"answer {i}", a, b) for i, (a, b) in enumerate(zip(ours, there[:, start:].tolist()))]
     return counted("greedy", rows, f"{n} tokens of {len(rows)} answer")
 
 

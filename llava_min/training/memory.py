@@ -247,9 +247,7 @@ def parameter_bytes(model: Llava, precision: torch.dtype) -> tuple[int, int]:
     return 4 * trained + precision.itemsize * rest, trained
 
 
-def step_memory(
-    config: LlavaConfig, step: Step, *, ranks: int = 1, device: str = "cuda"
-) -> Memory:
+def step_memory(config: LlavaConfig, step: Step, *, ranks: int = 1, device: str = "cuda") -> Memory:
     """What one rank needs for `step`, with AdamW's two fp32 moments."""
     model = trained_model(config, step)
     stored, trained = parameter_bytes(model, step.precision)
