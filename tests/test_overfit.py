@@ -1,5 +1,5 @@
-"""`overfit`: a sound pipeline learns its records by heart, and a seeded fault in each stage is named
-as that stage's.
+"""`overfit`: a sound pipeline learns its records by heart, and a seeded fault is named as that of
+the stage it sits in.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""`python -m llava_min parity FOLDER`: where a checkpoint does not do here what it does in transformers.
+"""`python -m llava_min parity FOLDER`: where a checkpoint differs here and in transformers.
 
 Both read the whole folder, transformers through AutoProcessor and AutoModel as its users do, and
 are compared stage by stage on the same input. The exit code is 0 where all stages are the same, 1

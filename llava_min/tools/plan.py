@@ -151,9 +151,7 @@ def rows_of_table(step) -> list[tuple[str, object, str | None]]:
 
 
 def cells(job: tuple) -> list[int] | None:
-    """The memory of one row of the table, for each number of GPUs; None where a method does not
-    take the widths of the layers.
-    """
+    """One row of the table; None where a method does not take the widths of the layers."""
     from llava_min.tools.plan_fit import quantized_step
     from llava_min.training.memory import step_memory
 
@@ -173,8 +171,8 @@ def training_table(config: Config, shapes, step) -> Iterator[str]:
         values = pool.map(cells, jobs, chunksize=1)
     checkpointed = "with" if config.gradient_checkpointing else "without"
     yield (
-        f"Training, GiB on each GPU: batch size {config.batch_size}, rows of {config.max_length} tokens, "
-        f"{checkpointed} checkpointing, LoRA of rank {config.lora_r}"
+        f"Training, GiB on each GPU: batch size {config.batch_size}, rows of {config.max_length} "
+        f"tokens, {checkpointed} checkpointing, LoRA of rank {config.lora_r}"
     )
     yield f"  {'':26}" + "".join(f"{n} GPU{'s' * (n > 1)}".rjust(9) for n in RANKS)
     for (name, _, _), totals in zip(rows, values, strict=True):
@@ -189,7 +187,7 @@ def answer_table(config: Config, shapes) -> Iterator[str]:
 
     from llava_min.load import on_meta
     from llava_min.quant.methods import METHODS, bytes_of
-    from llava_min.training.memory import answer_memory, dequantized_bytes
+    from llava_min.tools.plan_fit import answer_memory, dequantized_bytes
 
     model = on_meta(shapes)
     layers = [m.weight.shape for m in model.language_model.modules() if isinstance(m, nn.Linear)]
@@ -222,8 +220,9 @@ def by_part(shapes, step) -> Iterator[str]:
 
     memories = [step_memory(shapes, step, ranks=n) for n in RANKS]
     yield (
-        f"Training ({step.train}), GiB on each GPU: batch size {step.batch_size}, rows of {step.max_length} "
-        f"tokens, {'with' if step.gradient_checkpointing else 'without'} checkpointing"
+        f"Training ({step.train}), GiB on each GPU: batch size {step.batch_size}, rows of "
+        f"{step.max_length} tokens, "
+        f"{'with' if step.gradient_checkpointing else 'without'} checkpointing"
     )
     yield f"  {'':26}" + "".join(f"{n} GPU{'s' * (n > 1)}".rjust(9) for n in RANKS)
     for part in vars(memories[0]):
@@ -296,5 +295,5 @@ def notes() -> Iterator[str]:
     yield f"    {base:,} parameters without the head, which AutoModel does not make, and"
     yield f"    {VICUNA_TABLES:,} numbers of rotary tables in the blocks; int4 without scales."
     largest = (block + VICUNA_TABLES // 32) * 4 / 2**20
-    yield f"    Its largest layer, {largest:.2f} MiB in fp32: a block and its table."
-    yield f"    Its training with Adam, {gib(16 * stored)} GiB: four times the weights."
+    yield f"    Its largest layer, {largest:.2f} MiB in fp32: a block and its table. Its training"
+    yield f"    with Adam, {gib(16 * stored)} GiB: four times the weights."

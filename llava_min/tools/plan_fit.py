@@ -7,12 +7,22 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llava_min.config import SIZES, LlavaConfig
 from llava_min.errors import UserError, shorten
 from llava_min.load import on_meta
 from llava_min.quant.methods import bytes_of
-from llava_min.training.memory import Memory, Step, dequantized_bytes, step_memory
+from llava_min.training.memory import (
+    Allocations,
+    Memory,
+    Step,
+    attention_of,
+    shallow,
+    step_memory,
+    trained_model,
+    without_values,
+)
 
 GIB = 2**30
 # GPU -> (GiB, dense 16-bit TFLOP/s with fp32 sums), from the makers' data sheets
@@ -76,6 +86,29 @@ def quantized_step(config: LlavaConfig, step: Step, method: str, ranks: int) -> 
         weights=memory.weights - less // ranks,
         activations=memory.activations + dequantized_bytes(model, step.precision),
     )
+
+
+def answer_memory(
+    config: LlavaConfig, precision: torch.dtype, rows: int, length: int
+) -> tuple[int, int]:
+    """(bytes of the KV cache, of the prefill's activations) of `rows` answers, each `length` tokens
+    with its prompt."""
+    text = config.text
+    head = 2 * text.num_key_value_heads * text.head_dim * precision.itemsize
+    memory, small = Allocations(), shallow(config, 1)
+    model = trained_model(small, Step(train="full")).requires_grad_(False)
+    with FakeTensorMode(), attention_of("cuda"), torch.no_grad():
+        without_values(model, precision, precision)
+        with memory:
+            x = torch.zeros(rows, length, text.hidden_size, dtype=precision)
+            model.language_model(x, torch.zeros(rows, length, dtype=torch.long))
+    return rows * length * text.num_hidden_layers * head, max(memory.peaks.values())
+
+
+def dequantized_bytes(model: nn.Module, precision: torch.dtype) -> int:
+    """A quantized layer's weight is made whole for its product: the largest of a block."""
+    layers = [m for m in model.language_model.layers[0].modules() if isinstance(m, nn.Linear)]
+    return max(m.weight.numel() for m in layers) * precision.itemsize
 
 
 # ---- what fits

@@ -122,7 +122,7 @@ def attention_of(device: str) -> Iterator[None]:
 
 
 def forward_and_backward(model: Llava, step: Step, memory: Allocations) -> None:
-    """One micro-batch of full rows, in stretches: forward, loss, backward of each block, the rest."""
+    """One micro-batch of full rows: forward, loss, the backward of each block, the rest."""
     config, b, t = model.config, step.batch_size, step.max_length
     pictures, side = b * step.images, config.vision.image_size
     on_image = step.images * config.tokens_per_image
@@ -287,26 +287,3 @@ def gathered_bytes(model: Llava, step: Step) -> tuple[int, int, int]:
         *(tower if trained_tower else ()),  # its blocks stay gathered after the forward
     ]
     return 0 if trained_tower else size(tower), block, size({*rest})
-
-
-def answer_memory(
-    config: LlavaConfig, precision: torch.dtype, rows: int, length: int
-) -> tuple[int, int]:
-    """(bytes of the KV cache, of the prefill's activations) of `rows` answers, each `length` tokens
-    with its prompt."""
-    text = config.text
-    head = 2 * text.num_key_value_heads * text.head_dim * precision.itemsize
-    memory, small = Allocations(), shallow(config, 1)
-    model = trained_model(small, Step(train="full")).requires_grad_(False)
-    with FakeTensorMode(), attention_of("cuda"), torch.no_grad():
-        without_values(model, precision, precision)
-        with memory:
-            x = torch.zeros(rows, length, text.hidden_size, dtype=precision)
-            model.language_model(x, torch.zeros(rows, length, dtype=torch.long))
-    return rows * length * text.num_hidden_layers * head, max(memory.peaks.values())
-
-
-def dequantized_bytes(model: Llava, precision: torch.dtype) -> int:
-    """A quantized layer's weight is made whole for its product: the largest of a block."""
-    layers = [m for m in model.language_model.layers[0].modules() if isinstance(m, nn.Linear)]
-    return max(m.weight.numel() for m in layers) * precision.itemsize
