@@ -99,7 +99,10 @@ def test_a_recipe_is_planned_by_its_own_settings(capsys, monkeypatch):
         (["--gpus", "2x"], "--gpus: 2x: expected how many and what"),
         (["--gpus", "0x24"], "expected how many"),
         (["--gpus", "1xB9000"], "named are T4"),
-        (["--gpus", "1x0.5", "--model", "tiny"], "not even the projector"),
+        (
+            ["--gpus", "1x0.5", "--model", "tiny", "--max-length", "512"],
+            "not even the projector",
+        ),
         (["--max-length", "9999"], "context is 4096"),
         (["--recipe", "lora-8b"], "did you mean lora-7b"),
         (["--model", "./none"], "no such folder"),
