@@ -180,41 +180,19 @@ def read_data(config: TrainConfig, processor, out: Path, world):
     return TrainData(source, records, dataset, held_out, validation, skips)
 
 
-def make_plan(config: TrainConfig, lengths: list[int], ranks: int):
-    """The records of every step, by rank and micro-batch."""
-    from llava_min.data.sampler import plan
-
-    return plan(
-        lengths,
-        config.batch_size,
-        config.grad_accum,
-        ranks,
-        config.epochs,
-        config.max_steps,
-        config.seed,
-        group_by_length=config.group_by_length,
-        packing=config.max_length if config.packing else 0,
-    )
-
-
 def load_weights(config: TrainConfig, checkpoint, world, dtype) -> None:
     """Frozen weights in the compute dtype, trained ones in fp32; LoRA and wrappers on top."""
     from llava_min.fast.cpu_linear import upcast_linears
     from llava_min.lora import init_lora
     from llava_min.parallel.fsdp import shard
-    from llava_min.training.wrap import add_neftune, compile_blocks, enable_gradient_checkpointing
+    from llava_min.training.wrap import wrap_model
 
     model, is_full = checkpoint.model, config.train in ("full", "freeze_vision")
     shard(model, world, compute=dtype, full=is_full, cpu_offload=config.cpu_offload)
     checkpoint.load_weights(dtype, world.device, offload=config.cpu_offload)
     init_lora(model, config.seed)
     upcast_linears(model)
-    if config.compile:
-        compile_blocks(model)
-    if config.gradient_checkpointing:
-        enable_gradient_checkpointing(model, dropout=config.lora_dropout > 0)
-    if config.neftune_alpha:
-        add_neftune(model, config.neftune_alpha)
+    wrap_model(model, config)
     model.train()
 
 
@@ -224,7 +202,7 @@ def build_run(config: TrainConfig, world, signals: Signals, out: Path, resumed: 
     from llava_min.evaluation.predict import check_room
     from llava_min.load import open_checkpoint
     from llava_min.parallel.ranks import assert_same_on_ranks
-    from llava_min.training.batch_size import find_batch_size, row_length
+    from llava_min.training.batch_size import find_batch_size, make_plan, row_length
     from llava_min.training.identity import run_identity
     from llava_min.training.optim import LossScale, config_groups, make_optimizer, warmup_steps
     from llava_min.training.result import Result

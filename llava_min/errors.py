@@ -3,14 +3,12 @@ package.
 """
 
 import functools
-import re
 import sys
 from collections.abc import Iterable
 
 MAX_LINE = 2000  # characters of one line on the terminal
 
 _flags: dict[str, str] = {}  # field of the library -> flag of the script that runs, see `label`
-_prefixes: dict[str, str] = {}  # of them, those that `by_flag` puts in the place of a first word
 
 
 class UserError(ValueError):
@@ -21,7 +19,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, text: str, field: str | None = None):
-        super().__init__(f"{label(field)}: {text}" if field else by_flag(text))
+        super().__init__(f"{label(field)}: {text}" if field else text)
         self.field = field
 
 
@@ -34,19 +32,10 @@ def label(field: str) -> str:
     return _flags.get(field, field)
 
 
-def set_labels(flags: dict[str, str], prefixes: dict[str, str] = {}) -> None:
+def set_labels(flags: dict[str, str]) -> None:
     """From here on `label` gives these flags for their fields; {} for none."""
     _flags.clear()
     _flags.update(flags)
-    _prefixes.clear()
-    _prefixes.update(prefixes)
-
-
-def by_flag(line: str) -> str:
-    for keyword, flag in _prefixes.items():
-        if begins := re.match(rf"(--)?{keyword.replace('_', '[_ -]')}(?=:| .*:)", line):
-            return flag + line[begins.end() :]
-    return line
 
 
 def escape_controls(text: object) -> str:
@@ -75,7 +64,7 @@ def info(text: str) -> None:
 
 
 def warn(text: str, field: str | None = None) -> None:
-    info(f"warning: {label(field)}: {text}" if field else f"warning: {by_flag(text)}")
+    info(f"warning: {label(field)}: {text}" if field else f"warning: {text}")
 
 
 @functools.cache

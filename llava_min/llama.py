@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """positions (B, T) -> cos, sin (B, 1, T, D) for `rotate`, the angles in fp32 (Su et al. 2021)"""
+    """positions (B, T) -> cos, sin (B, 1, T, D), the angles in fp32 (Su et al. 2021)."""
     d = config.head_dim
     exponent = torch.arange(0, d, 2, device=positions.device, dtype=torch.float32) / d
     angle = positions[:, None, :, None].float() * config.rope_theta**-exponent  # (B, 1, T, D/2)

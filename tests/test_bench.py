@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from llava_min import __main__ as verbs
-from llava_min.config import SIZES, LlavaConfig, TextConfig, VisionConfig
+from llava_min.config import LlavaConfig, TextConfig, VisionConfig
 from llava_min.errors import UserError
+from llava_min.sizes import SIZES
 from llava_min.tools import bench, bench_train
 from llava_min.tools.speed import answering, setup, worker
 

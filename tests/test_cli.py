@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 
 from llava_min.checks.ranges import Fraction, PositiveFloat, PositiveInt, Seed
-from llava_min.errors import UserError, escape_controls
+from llava_min.errors import UserError, escape_controls, label
 from llava_min.util.cli import PathArg, flags, parse
 from llava_min.util.script import run
 
@@ -205,23 +205,24 @@ class Named:
 
 
 @pytest.mark.parametrize(
-    "knobs, line, said",
+    "config, field, said",
     [
-        (Named(), "batch_size: 0 was given; give one", "--batch-size: 0 was given; give one"),
-        (Named(), "batch size: 0", "--batch-size: 0"),
-        (Named(), "--metrics bleu: needs it", "--eval-metrics bleu: needs it"),
-        (Named(), "template plain: of the checkpoint", "template plain: of the checkpoint"),
-        (Named(template="plain"), "template plain: no", "--template plain: no"),
-        (Named(), "images: two", "images: two"),
-        (Named(), "batch_sizes: two", "batch_sizes: two"),
-        (Named(), "/x/out: is full", "/x/out: is full"),
-        (Named(out="template", template="x"), "template: exists", "template: exists"),
+        (Named(), "batch_size", "--batch-size: 0 was given; give one"),
+        (Named(), "metrics", "--eval-metrics: 0 was given; give one"),  # in a script without it
+        (Named(), "eval_metrics", "--eval-metrics: 0 was given; give one"),
+        (Named(), "template", "--template: 0 was given; give one"),  # also where it was not given
+        (Named(), "batch_sizes", "batch_sizes: 0 was given; give one"),
+        (Named(out="template", template="x"), "template", "--template: 0 was given; give one"),
     ],
 )
-def test_an_error_of_the_library_begins_with_the_flag(knobs, line, said):
-    with flags(knobs):
-        assert str(UserError(line)) == said
-    assert str(UserError(line)) == line
+def test_an_error_about_an_argument_names_its_flag_in_a_script(config, field, said):
+    with flags(config):
+        assert str(UserError("0 was given; give one", field)) == said
+        assert label(field) == said.partition(":")[0]
+        for line in ("batch_size: two", "/x/out: is full", "template: exists"):  # about no argument
+            assert str(UserError(line)) == line
+    error = UserError("0 was given; give one", field)
+    assert str(error) == f"{field}: 0 was given; give one" and error.field == field
 
 
 def test_printable_escapes_what_drives_a_terminal():

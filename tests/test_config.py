@@ -10,8 +10,9 @@ from conftest import KINDS, TEXT, VISION, hf_config
 
 from llava_min.checks.config_keys import KNOWN, unknown_keys
 from llava_min.checks.config_keys import ORIGINAL as ORIGINAL_KEYS
-from llava_min.config import SIZES, LlavaConfig, TextConfig
+from llava_min.config import LlavaConfig, TextConfig
 from llava_min.errors import UserError
+from llava_min.sizes import SIZES
 from llava_min.util.files import read_json
 
 TEXT_FIELDS = (

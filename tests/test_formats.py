@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from test_dataset import processor  # noqa: F401  a fixture
 from test_parquet import parquet, picture, red  # noqa: F401  parquet: a fixture
 from test_records import GOOD, IMAGE, chat, images, messages, png, record, refused, talk, written  # noqa: F401
@@ -20,7 +19,6 @@ from llava_min.data.chat import TEMPLATES, render, text_of
 from llava_min.data.data_uri import Encoded, from_data_uri, is_data_uri
 from llava_min.data.dataset import Dataset
 from llava_min.data.records import count_records, read_records
-from llava_min.errors import UserError
 from llava_min.evaluation.predict import unanswered
 
 TEXT = {"type": "text", "text": "What is it?"}

@@ -13,7 +13,7 @@ import pytest
 
 from llava_min.errors import UserError
 from llava_min.evaluation import metrics
-from llava_min.evaluation.metrics import METRICS, Corpus, find, interval, measure, resampled
+from llava_min.evaluation.metrics import METRICS, find, interval, measure, resampled
 from llava_min.evaluation.metrics.text import edit_distance, letter
 from llava_min.evaluation.metrics.vqa import APOSTROPHES, normalize
 from llava_min.evaluation.metrics.yes_no import says_yes

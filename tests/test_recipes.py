@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import load_script
 
-from llava_min.config import SIZES, LlavaConfig, TextConfig
+from llava_min.config import LlavaConfig, TextConfig
 from llava_min.load import load, on_meta
 from llava_min.lora import LoRAConfig
+from llava_min.sizes import SIZES
 from llava_min.training.targets import add_lora
 from llava_min.training.trainable import set_trainable
 from llava_min.util.cli import parse

@@ -18,7 +18,6 @@ import training
 from test_faults import at_call, ranks
 from training import lines, make_home, train
 
-from llava_min.config import SIZES
 from llava_min.data.dataset import Dataset, collate
 from llava_min.data.from_folder import read_settings
 from llava_min.data.records import read_records
@@ -28,6 +27,7 @@ from llava_min.evaluation import predict
 from llava_min.llama import Block, Llama
 from llava_min.llava import Llava
 from llava_min.load import load
+from llava_min.sizes import SIZES
 from llava_min.toy import draw as toy
 from llava_min.training.batch_size import row_length
 from llava_min.training.dry_run import named_config
@@ -310,7 +310,9 @@ def test_every_number_refuses_what_is_none():
     ):
         flag = "--" + name.replace("_", "-")
         for value in ("-1", "nan", "inf", "1e400", "some", ""):
-            with pytest.raises(UserError, match=rf"{flag}: .*(is not a|was given, expected a)") as e:
+            with pytest.raises(
+                UserError, match=rf"{flag}: .*(is not a|was given, expected a)"
+            ) as e:
                 parse(train.TrainConfig, [f"{flag}={value}"], "A test.")
             assert "\n" not in str(e.value)
             asked += 1

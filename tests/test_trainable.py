@@ -4,10 +4,11 @@ import pytest
 import torch
 from conftest import hf_config, our_model, pixels, rows, their_model
 
-from llava_min.config import SIZES, LlavaConfig
+from llava_min.config import LlavaConfig
 from llava_min.errors import UserError
 from llava_min.load import on_meta, random_model
 from llava_min.lora import LoRAConfig
+from llava_min.sizes import SIZES
 from llava_min.training.targets import add_lora
 from llava_min.training.trainable import check_gradients, parameter_table, set_trainable
 

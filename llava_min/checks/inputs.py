@@ -78,7 +78,7 @@ def check_length(config: LlavaConfig, tokens: int) -> None:
 
 
 def check_image_tokens(config: LlavaConfig, found: int, images: int | None) -> None:
-    """The image tokens `found` are those of `images` images (None: no pixels came), or UserError."""
+    """The image tokens `found` are those of so many images (None: no pixels), or UserError."""
     if images is None:
         if found:
             raise UserError(

@@ -253,9 +253,7 @@ def check_room(
 
 
 def check_metrics(names: Sequence[str], best: str | None) -> None:
-    """Every metric of `names` is available, and `best` is one of their scores or the loss, or
-    UserError.
-    """
+    """Every metric of `names` is available, and `best` is one of their scores, or UserError."""
     known = ["loss", *find(names)]
     if best and not best.startswith(tuple(known)):  # pope gives pope_f1, too
         raise UserError(

@@ -54,11 +54,12 @@ class GroupLinear(QuantLinear):
         super().__init__(in_features, out_features, bias, device)
         if bits not in WIDTHS or symmetric and bits == 1:
             least = "8, 4, 3 or 2 bits" if symmetric else "8, 4, 3, 2 or 1 bits"
-            raise UserError(f"bits: {bits} came, a weight is stored in {least}; name one of them")
+            raise UserError(f"{bits} came, a weight is stored in {least}; name one of them", "bits")
         if group_size < 8 or group_size % 8 or in_features % group_size:
             raise UserError(
-                f"group_size: {group_size} does not divide the width {in_features} of "
-                "a layer into groups of a multiple of 8; choose one that does"
+                f"{group_size} does not divide the width {in_features} of a layer into groups of a "
+                "multiple of 8; choose one that does",
+                "group_size",
             )
         self.bits, self.group_size = bits, group_size
         self.symmetric, self.choose = symmetric, choose

@@ -58,12 +58,12 @@ def empty_layer(
     """
     if method not in METHODS:
         raise UserError(
-            f"quantize: {str(method)[:40]!r} is no method; there are {', '.join(METHODS)}"
+            f"{str(method)[:40]!r} is no method; there are {', '.join(METHODS)}", "quantize"
         )
     build, usual = METHODS[method]
     if usual is None and group_size is not None:
         raise UserError(
-            f"group_size: {method} has none; leave it out, or quantize with int4 or hqq4"
+            f"{method} has none; leave it out, or quantize with int4 or hqq4", "group_size"
         )
     groups = {} if usual is None else {"group_size": group_size or usual}
     return build(in_features, out_features, bias, device=device, **groups)
@@ -76,8 +76,8 @@ def quantized(layer: nn.Linear, method: str, group_size: int | None = None) -> Q
     """
     if isinstance(layer, QuantLinear):
         raise UserError(
-            f"quantize: the layer is quantized already ({type(layer).__name__}); give "
-            "the 16-bit checkpoint"
+            f"the layer is quantized already ({type(layer).__name__}); give the 16-bit checkpoint",
+            "quantize",
         )
     new = empty_layer(
         method, layer.in_features, layer.out_features, group_size=group_size, device="meta"

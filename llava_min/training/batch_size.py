@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llava_min.config import IGNORE
 from llava_min.data.dataset import Dataset
 from llava_min.data.loader import loader
+from llava_min.data.sampler import plan
 from llava_min.errors import UserError, label
 from llava_min.parallel.ranks import World, any_rank
 from llava_min.training.loss import summed_loss
@@ -28,6 +29,21 @@ def row_length(asked: int | None, context: int) -> int:
             "max_length",
         )
     return asked or min(DEFAULT_MAX_LENGTH, context)
+
+
+def make_plan(config: Any, lengths: list[int], ranks: int) -> list:
+    """The records of every step, by rank and micro-batch, as train.py's `config` says."""
+    return plan(
+        lengths,
+        config.batch_size,
+        config.grad_accum,
+        ranks,
+        config.epochs,
+        config.max_steps,
+        config.seed,
+        group_by_length=config.group_by_length,
+        packing=config.max_length if config.packing else 0,
+    )
 
 
 def count_supervised(batch: dict[str, Tensor]) -> int:

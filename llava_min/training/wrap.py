@@ -4,10 +4,21 @@ gradient checkpointing. No model file hears of any of it.
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+
+def wrap_model(model: nn.Module, config: Any) -> None:
+    """What train.py's `config` asks for, on a model whose weights are loaded."""
+    if config.compile:
+        compile_blocks(model)
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(model, dropout=config.lora_dropout > 0)
+    if config.neftune_alpha:
+        add_neftune(model, config.neftune_alpha)
 
 
 def add_neftune(model: nn.Module, alpha: float) -> None:

@@ -36,18 +36,8 @@ def flags(config: Any) -> Iterator[None]:
 
     `--eval-x` is the flag of the library's argument x, where there is no --x.
     """
-    given = {
-        name: value
-        for name, value in vars(config).items()
-        if value is not None and not isinstance(value, list)
-    }
-    # a message may also begin with a file that is called like a field
-    named = {name: flag_of(name) for name in given if name not in map(str, given.values())}
     every = {name: flag_of(name) for name in vars(config)}
-    set_labels(
-        {name.removeprefix("eval_"): flag for name, flag in every.items()} | every,
-        {name.removeprefix("eval_"): flag for name, flag in named.items()} | named,
-    )
+    set_labels({name.removeprefix("eval_"): flag for name, flag in every.items()} | every)
     try:
         yield
     finally:
