@@ -7,13 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llava_min.config import SIZES, LlavaConfig, TextConfig, VisionConfig
+from llava_min.config import LlavaConfig, TextConfig, VisionConfig
 from llava_min.fast.cpu_linear import upcast_linears
-from llava_min.load import fresh
-from llava_min.lora import LoRAConfig, add_lora
+from llava_min.load import random_model
+from llava_min.lora import LoRAConfig
+from llava_min.sizes import SIZES
 from llava_min.training import memory
 from llava_min.training.memory import Step, step_memory
 from llava_min.training.optim import make_optimizer, parameter_groups
+from llava_min.training.targets import add_lora
 from llava_min.training.trainable import set_trainable
 from llava_min.training.wrap import enable_gradient_checkpointing
 
@@ -56,7 +58,7 @@ SETTINGS = {
 
 def measured(step: Step) -> int:
     """Bytes at the peak of the second optimizer step, by the allocator's own events."""
-    model = fresh(CONFIG).requires_grad_(False)
+    model = random_model(CONFIG).requires_grad_(False)
     if step.train == "lora":
         add_lora(model, LoRAConfig(step.lora_r, 16.0, 0.0, step.lora_targets, step.dora, False))
     set_trainable(model, step.train)

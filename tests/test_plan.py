@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import load_script
 
-from llava_min.config import SIZES
 from llava_min.errors import UserError
+from llava_min.sizes import SIZES
 from llava_min.tools import plan, plan_fit
 from llava_min.training.memory import Step, step_memory
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from llava_min.checks.ranges import NonNegativeInt, PositiveInt
 from llava_min.errors import UserError, escape_controls, info, shorten
-from llava_min.util.cli import NonNegativeInt, PathArg, PositiveInt, flags, parse
+from llava_min.util.cli import PathArg, flags, parse
 
 NAMED = 5  # records that are named of each kind of fault
 
@@ -39,14 +40,14 @@ def main(argv: list[str]) -> int:
     config = parse(Config, argv, "Check records before training on them.", positional="data")
     if not config.data:
         raise UserError("DATA: give a file of records, as train.py --data takes it")
-    if config.html and Path(config.html).exists():
-        raise UserError(f"--html {shorten(config.html, 400)}: exists; give another path")
     if config.model == "tiny":
         info(
             "tokens are counted with the bundled tiny model's tokenizer, which is not Llama's; "
             "--model FOLDER or hub id takes a model's own"
         )
     with flags(config):
+        if config.html and Path(config.html).exists():
+            raise UserError(f"{shorten(config.html, 400)} exists; give another path", "html")
         return check(config)
 
 

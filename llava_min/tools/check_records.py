@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava_min.checks.records import check_image_folder, check_not_empty, check_some_found
 from llava_min.config import IGNORE
+from llava_min.data.chat import text_of
 from llava_min.data.dataset import Dataset
-from llava_min.data.formats import Stored, from_raw, is_container, told_of
+from llava_min.data.formats import Record, Stored, from_raw, ignored, is_container
 from llava_min.data.processor import Processor
-from llava_min.data.record import Bad, Record, text_of
-from llava_min.data.records import Files, raw_records, sources
-from llava_min.errors import UserError, shorten
+from llava_min.data.records import ImageFiles, raw_records, sources
+from llava_min.errors import UserError, label, shorten
 
 SMALL = 256  # items that are not worth other processes
 
@@ -72,7 +73,7 @@ class Kinds:
 
 def raised_at(e: BaseException) -> str:
     """The line that found the fault, under those that only passed it on."""
-    while isinstance(e.__context__, (Bad, UserError)):
+    while isinstance(e.__context__, UserError):
         e = e.__context__
     frame = e.__traceback__
     while frame.tb_next:
@@ -117,7 +118,7 @@ def look(raw: object, number: int, prefix: str, root: Path, dataset: Dataset) ->
     try:
         record = from_raw(raw, f"{prefix}{number}", root)
         ids, labels = dataset.processor.encode(dataset.pieces(record))
-    except (Bad, UserError) as e:
+    except UserError as e:
         return Verdict(key=raised_at(e), text=str(e))
     names = [str(p).removeprefix(str(root)) for p in record.images]
     questions = [text_of(m) for m in record.messages if m["role"] == "user"]
@@ -130,9 +131,8 @@ def look(raw: object, number: int, prefix: str, root: Path, dataset: Dataset) ->
         digest(names + [text_of(m) for m in record.messages]),
         digest(names + questions),
     )
-    fields, marks = told_of(raw, record)
-    turns = raw.get("conversations") or [{}]
-    return Verdict(seen, fields=fields, marks=marks, headless=turns[0].get("from") == "gpt")
+    answers, fields, marks = ignored(raw, record)
+    return Verdict(seen, fields=fields, marks=marks, headless=bool(answers))
 
 
 # ---- a file
@@ -174,21 +174,11 @@ def read_files(
     dataset = Dataset([], processor)
     out = []
     for path, weight in named:
-        folder = path.parent if image_folder is None else Path(image_folder)
-        if not folder.is_dir() and image_folder is not None:
-            raise UserError(
-                f"{shorten(folder, 400)}: no such folder; give the folder of the images",
-                "image_folder",
-            )
+        root = Path(os.path.abspath(path.parent if image_folder is None else image_folder))
+        check_image_folder(root, image_folder is not None)
         raw = list(raw_records(path))
-        if not raw:
-            raise UserError(f"{path}: holds no records; give a file with at least one conversation")
-        if len(raw) == 1 and raw[0][0].startswith("line") and is_container(raw[0][1]):
-            raise UserError(
-                f"{path}: is one JSON object, expected records; put the records into a list [ … ] "
-                "with nothing around it"
-            )
-        root = Path(os.path.abspath(folder))
+        alone = len(raw) == 1 and raw[0][0].startswith("line")
+        check_not_empty(path, len(raw), raw[0][1] if alone and is_container(raw[0][1]) else None)
         prefix = f"{path.name}:" if len(named) > 1 else ""
         file = File(path, float(weight), root, len(raw), raw, prefix=prefix)
         judge = lambda i: look(raw[i][1], i, prefix, root, dataset)
@@ -199,25 +189,25 @@ def read_files(
 
 def sort_out(file: File, verdicts: list[Verdict], max_length: int) -> None:
     """The good from the bad, what is missing on disk and what is too long among them."""
-    there, fields, marks = Files(file.root), Counter(), Counter()
+    there, fields, marks = ImageFiles(file.root), Counter(), Counter()
     for number, v in enumerate(verdicts):
         if v.seen is None:
             file.bad.add(v.key, file.where(number), v.text)
             continue
         fields.update(v.fields)
         marks.update(v.marks)
-        missing = [p for p in v.seen.images if isinstance(p, Path) and not there.have(p)]
+        missing = [p for p in v.seen.images if isinstance(p, Path) and not there.has(p)]
         if missing:
             text = f"no image {shorten(missing[0], 200)}"
             file.bad.add("missing image", file.where(number), text)
         elif v.seen.tokens > max_length:
-            text = f"{v.seen.tokens} tokens, more than --max-length {max_length}"
+            text = f"{v.seen.tokens} tokens, more than {label('max_length')} {max_length}"
             file.bad.add("too long", file.where(number), text)
         elif not v.seen.supervised:
             file.bad.add("nothing supervised", file.where(number), "no token to learn from")
         else:
             file.seen.append(v.seen)
-    there.check(file.path)
+    check_some_found(file.path, there.found, there.asked, file.root)
     file.remarks = remarks(file, sum(v.headless for v in verdicts), fields, marks, there.alike)
 
 

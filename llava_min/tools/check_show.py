@@ -14,11 +14,11 @@ from PIL import Image
 
 from llava_min.config import IGNORE
 from llava_min.data.dataset import Dataset
+from llava_min.data.formats import Record
 from llava_min.data.image import ImageConfig, to_pixels
 from llava_min.data.processor import Processor
-from llava_min.data.record import Record
 from llava_min.errors import UserError, escape_controls, shorten
-from llava_min.report.page import LONGEST, cut, escape, heading, page, settings_list, shown, write
+from llava_min.report.page import MAX_TEXT, cut, escape, heading, page, settings_list, shown, write
 
 SUPERVISED, BLOCK, PLAIN = "\x1b[1;32m", "\x1b[7m", "\x1b[0m"
 
@@ -103,7 +103,7 @@ def example(record: Record, processor: Processor, where: str, exif: bool) -> Ite
     learnt = sum(p.tokens for p in parts if p.supervised)
     yield '<article class="example"><div class="pictures">'
     try:
-        for image in record.pictures(exif):
+        for image in record.open_images(exif):
             yield f'<img alt="" src="{as_seen(image, processor.image_config)}">'
     except UserError as e:
         yield f'<div class="nopicture">{escape(shorten(e, 200))}</div>'
@@ -117,9 +117,9 @@ def example(record: Record, processor: Processor, where: str, exif: bool) -> Ite
         if p.image is not None:
             yield f'<span class="chip">image {p.image}: {p.tokens} tokens</span>'
         elif p.supervised:
-            yield f'<mark class="missing">{escape(cut(p.text, LONGEST))}</mark>'
+            yield f'<mark class="missing">{escape(cut(p.text, MAX_TEXT))}</mark>'
         else:
-            yield escape(cut(p.text, LONGEST))
+            yield escape(cut(p.text, MAX_TEXT))
     yield "</div></div></article>"
 
 

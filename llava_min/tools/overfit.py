@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from llava_min.checks.ranges import PositiveFloat, PositiveInt
 from llava_min.config import IGNORE, LINEARS
-from llava_min.errors import UserError, escape_controls, info, shorten
-from llava_min.util.cli import PathArg, PositiveFloat, PositiveInt, flags, parse
+from llava_min.errors import UserError, escape_controls, info, label, shorten
+from llava_min.util.cli import PathArg, flags, parse
 
 SURE = 0.5  # probability above which a token is the likeliest of all
 STUCK = 0.5  # of the first loss: what has not even come so far has learnt nothing
@@ -66,16 +67,17 @@ def run(config: Config) -> None:
 
     from llava_min.data.dataset import Dataset, collate
     from llava_min.data.records import read_records
-    from llava_min.load import prepare
-    from llava_min.lora import LoRAConfig, add_lora, init_lora
+    from llava_min.load import open_checkpoint
+    from llava_min.lora import LoRAConfig, init_lora
     from llava_min.parallel.ranks import pick_device
+    from llava_min.training.targets import add_lora
     from llava_min.training.trainable import set_trainable
     from llava_min.weights import DTYPES
 
     torch.manual_seed(0)
     device = pick_device(config.device)
     records = read_records(config.data[0], config.image_folder)[: config.n]
-    ready = prepare(
+    ready = open_checkpoint(
         config.model, template=config.template, image_aspect_ratio=config.image_aspect_ratio
     )
     processor = ready.processor
@@ -90,7 +92,7 @@ def run(config: Config) -> None:
         r = min(config.lora_r, ready.model.config.text.hidden_size)
         add_lora(ready.model, LoRAConfig(r, 2.0 * r, 0.0, config.lora_targets, False, False))
     set_trainable(ready.model, config.train)
-    ready.fill(DTYPES[config.precision], device)
+    ready.load_weights(DTYPES[config.precision], device)
     init_lora(ready.model, 0)
     batch = {key: x.to(device) for key, x in collate(items).items()}
     learn(ready.model, batch, records, processor, config)
@@ -106,7 +108,7 @@ def said(text: str) -> None:
 
 def check_data(records: Sequence) -> None:
     """Two answers to one question about one image cannot both be learnt."""
-    from llava_min.data.record import text_of
+    from llava_min.data.chat import text_of
 
     answers: dict[tuple, tuple[str, str]] = {}
     for r in records:
@@ -126,7 +128,7 @@ def check_data(records: Sequence) -> None:
 
 def check_labels(records: Sequence, items: Sequence[dict], processor) -> None:
     """Each label is its own token, and together they spell the answers and end them."""
-    from llava_min.data.record import text_of
+    from llava_min.data.chat import text_of
 
     squeezed = lambda text: "".join(text.split())
     for r, item in zip(records, items, strict=True):
@@ -193,7 +195,9 @@ def learn(model, batch: dict, records: Sequence, processor, config: Config) -> N
             loss = model.loss(**batch) / count
         loss.backward()
         if not torch.isfinite(loss):
-            raise Fault("learning", f"the loss of step {step + 1} is {float(loss)}; lower --lr")
+            raise Fault(
+                "learning", f"the loss of step {step + 1} is {float(loss)}; lower {label('lr')}"
+            )
         if first is None:
             first = float(loss.detach())
             checked(lambda: check_gradients(model))
@@ -209,9 +213,9 @@ def learn(model, batch: dict, records: Sequence, processor, config: Config) -> N
             info(f"step {step + 1}: loss {float(loss.detach()):.4f}")
     else:
         last = float(loss.detach())
-        what, mend = "has not fallen far enough", "give more --steps"
+        what, mend = "has not fallen far enough", f"give more {label('steps')}"
         if last > STUCK * first:
-            what, mend = "has hardly fallen", "look at --lr and --train"
+            what, mend = "has hardly fallen", f"look at {label('lr')} and {label('train')}"
         p, row, id = least_probable(model, batch, dtype)
         raise Fault(
             "learning",

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from llava_min.checks.ranges import PositiveInt
 from llava_min.errors import UserError, escape_controls, info, shorten
-from llava_min.util.cli import PathArg, PositiveInt, flags, parse
+from llava_min.util.cli import PathArg, flags, parse
 
 PROMPTS = (
     "USER: <image>\nWhat is this? ASSISTANT:",

@@ -16,11 +16,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from llava_min.config import IGNORE
-from llava_min.data.processor import MARK, Processor
+from llava_min.data.chat import IMAGE_TOKEN
+from llava_min.data.processor import Processor
 from llava_min.errors import shorten
 from llava_min.generate import generate
 from llava_min.llava import Llava
-from llava_min.lora import LoRAConfig, add_lora, lora_layers
+from llava_min.lora import LoRAConfig, lora_layers
+from llava_min.training.targets import add_lora
 
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -91,7 +93,7 @@ def ids(sides: Sides, prompts: Sequence[str], image: Image.Image) -> Stage:
     """`processor(prompt)` of both, special strings being read as transformers does."""
     rows = []
     for prompt in prompts:
-        images = [image] * prompt.count(MARK) or None
+        images = [image] * prompt.count(IMAGE_TOKEN) or None
         ours = sides.processor(prompt, images, parse_special=True)["input_ids"][0].tolist()
         theirs = sides.their_processor(text=prompt, images=images, return_tensors="pt")
         rows.append((shorten(repr(prompt)), ours, theirs["input_ids"][0].tolist()))

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from llava_min.checks.ranges import NonNegativeInt, PositiveInt
 from llava_min.config import LINEARS
-from llava_min.errors import UserError, escape_controls
-from llava_min.util.cli import NonNegativeInt, PathArg, PositiveInt, flags, parse, read_recipe
+from llava_min.errors import UserError, escape_controls, label
+from llava_min.util.cli import PathArg, flags, parse, read_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 RANKS = (1, 2, 4, 8)
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> None:
 
 
 def plan(config: Config, argv: list[str]) -> list[str]:
-    from llava_min.config import SIZES
+    from llava_min.sizes import SIZES
     from llava_min.tools.plan_fit import read_cards
     from llava_min.tools.small_files import config_of
 
@@ -92,7 +93,7 @@ def from_recipe(config: Config, argv: list[str]) -> bool:
 
 def size_of(name: str) -> str:
     """A recipe's hub id is planned by the size that its name contains, so nothing is fetched."""
-    from llava_min.config import SIZES
+    from llava_min.sizes import SIZES
 
     if Path(name).is_dir() or name == "tiny":
         return name
@@ -238,7 +239,7 @@ def best(config: Config, shapes, step, cards) -> Iterator[str]:
     if fit is None:
         raise UserError(
             f"{config.gpus}: not even the projector can be trained with rows of "
-            f"{config.max_length} tokens; lower --max-length, or give more memory",
+            f"{config.max_length} tokens; lower {label('max_length')}, or give more memory",
             "gpus",
         )
     memory = step_memory(shapes, fit.step, ranks=cards.count)
@@ -275,8 +276,8 @@ def times(config: Config, shapes, fit, cards) -> Iterator[str]:
 
 def notes() -> Iterator[str]:
     """Where figures that go around come from, beside ours."""
-    from llava_min.config import SIZES
     from llava_min.load import on_meta
+    from llava_min.sizes import SIZES
 
     model = on_meta(SIZES["7b"])
     n = sum(p.numel() for p in model.parameters())

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llava_min.config import SIZES, LlavaConfig
+from llava_min.config import LlavaConfig
 from llava_min.errors import UserError, shorten
 from llava_min.load import on_meta
 from llava_min.quant.methods import bytes_of
+from llava_min.sizes import SIZES
 from llava_min.training.memory import (
     Allocations,
     Memory,

@@ -2,27 +2,27 @@
 download.
 """
 
-import re
 from pathlib import Path
 
-from llava_min.config import SIZES, LlavaConfig
+from llava_min.config import LlavaConfig
 from llava_min.data.from_folder import read_processor
 from llava_min.data.processor import Processor
 from llava_min.errors import UserError, escape_controls, shorten
-from llava_min.layouts import find_folder
+from llava_min.hub import HUB_ID, SMALL_FILES, find_folder
 from llava_min.load import TINY, read_config
+from llava_min.sizes import SIZES
 
 
 def small_files(source: str) -> Path:
     """The folder of a checkpoint; of a hub id only what is not weights is downloaded."""
     if source == "tiny":
         return TINY
-    if Path(source).expanduser().exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+    if Path(source).expanduser().exists() or not HUB_ID.fullmatch(source):
         return find_folder(source)
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.jinja", "*.model"]))
+        return Path(snapshot_download(source, allow_patterns=SMALL_FILES))
     except Exception as e:  # the hub's client raises its own errors, and its HTTP library's
         raise UserError(
             f"{escape_controls(source)}: not a folder here, and the hub did not give it "

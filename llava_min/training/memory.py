@@ -25,7 +25,8 @@ from llava_min.fast import attention as fast_attention
 from llava_min.fast.cpu_linear import upcast_linears
 from llava_min.llava import LOGIT_ROWS, Llava
 from llava_min.load import on_meta
-from llava_min.lora import LoRAConfig, add_lora
+from llava_min.lora import LoRAConfig
+from llava_min.training.targets import add_lora
 from llava_min.training.trainable import set_trainable
 from llava_min.training.wrap import enable_gradient_checkpointing
 
