@@ -70,11 +70,11 @@ BAD = {
     "half a surrogate": (record("a\ud800", "b"), "surrogate"),
     "very long text": (record("a " * 600_000, "b"), "more than 1000000"),
     "too long": (record("word " * 3000, "b"), "tokens, more than --max-length 2048"),
-    "nothing learnt": (
+    "nothing learned": (
         {"conversations": [*talk("a"), {"from": "gpt", "value": "b", "loss": False}]},
-        "not to be learnt",
+        "not to be learned",
     ),
-    "label no": (record("a", "b", label=False), "not to be learnt"),
+    "label no": (record("a", "b", label=False), "not to be learned"),
     "loss is text": (
         {"conversations": [*talk("a"), {"from": "gpt", "value": "b", "loss": "no"}]},
         "loss is text",

@@ -37,7 +37,7 @@ def run(data, *more, capsys) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("train", ["lora", "full", "freeze_vision"])
-def test_answers_that_only_the_images_tell_apart_are_learnt_by_heart(train, data, capsys):
+def test_answers_that_only_the_images_tell_apart_are_learned_by_heart(train, data, capsys):
     code, out = run(data, "--train", train, capsys=capsys)
     assert code == 0, out
     assert "4 of 4 answers come back word for word" in out

@@ -14,10 +14,10 @@ import torch
 pytest.importorskip("transformers", reason="what is compared with; pip install -e '.[test]'")
 
 from conftest import their_model, write_folder
-from llava_min.data.tokenizer.from_json import write_spaces
 
 import llava_min
 from llava_min.config import IGNORE
+from llava_min.data.tokenizer.tokenizer_json import write_spaces
 from llava_min.errors import UserError
 from llava_min.load import TINY, save
 from llava_min.tools import parity

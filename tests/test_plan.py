@@ -72,7 +72,7 @@ def test_what_is_proposed_fits_and_train_py_takes_it(gpus, monkeypatch):
     assert ("torchrun" in words) == (cards.count > 1)
     train = load_script("train")
     seen = []
-    monkeypatch.setattr(train, "check_settings", lambda config, argv: seen.append(config))
+    monkeypatch.setattr(train.settings, "check_settings", lambda config, argv: seen.append(config))
     monkeypatch.setattr(train, "flags", lambda config: (_ for _ in ()).throw(StopIteration))
     with pytest.raises((StopIteration, RuntimeError)):
         train.main(words[words.index("train.py") + 1 :])

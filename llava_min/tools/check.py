@@ -1,4 +1,4 @@
-"""`python -m llava_min check DATA`: what is wrong with the records, and what is learnt from them.
+"""`python -m llava_min check DATA`: what is wrong with the records, and what is learned from them.
 
 Reads every record as training does and opens every image, so that nothing is left to find in the
 middle of a run. The exit code is 1 when a record or an image is bad, 2 when a file cannot be read
@@ -123,8 +123,8 @@ def numbers(file, images, max_length: int) -> Iterator[str]:
     import numpy as np
 
     tokens = np.array([s.tokens for s in file.seen])
-    learnt = np.array([s.supervised for s in file.seen])
-    columns = [("tokens", tokens), ("supervised", learnt)]
+    learned = np.array([s.supervised for s in file.seen])
+    columns = [("tokens", tokens), ("supervised", learned)]
     columns += [("images", np.array([len(s.images) for s in file.seen]))]
     if images and images.sizes:
         sizes = np.array(images.sizes)
@@ -134,7 +134,7 @@ def numbers(file, images, max_length: int) -> Iterator[str]:
         low, middle, high = (int(np.percentile(x, q, method="lower")) for q in (0, 50, 95))
         total = f"{x.sum():>16,}" if name in ("tokens", "supervised", "images") else ""
         yield f"  {name:14}{low:>8,}{middle:>8,}{high:>8,}{x.max():>8,}{total}"
-    share = learnt.sum() / tokens.sum()
+    share = learned.sum() / tokens.sum()
     yield f"  {share:.1%} of the tokens are supervised; lengths: {lengths(tokens, max_length)}"
 
 

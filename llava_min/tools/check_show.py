@@ -69,7 +69,7 @@ def in_terminal(record: Record, processor: Processor, where: str, colour: bool) 
     """A record as lines; supervised text is green, or stands in ⟦ ⟧ where there is no colour."""
     parts = runs(record, processor)
     tokens = sum(p.tokens for p in parts)
-    learnt = sum(p.tokens for p in parts if p.supervised)
+    learned = sum(p.tokens for p in parts if p.supervised)
     begin, end = (SUPERVISED, PLAIN) if colour else ("⟦", "⟧")
     text = ""
     for p in parts:
@@ -80,8 +80,8 @@ def in_terminal(record: Record, processor: Processor, where: str, colour: bool) 
             # lines stay lines; nothing else of the data may drive the terminal
             lines = "\n".join(map(escape_controls, p.text.split("\n")))
             text += f"{begin}{lines}{end}" if p.supervised else lines
-    share = learnt / max(tokens, 1)
-    head = f"-- {where}: {tokens} tokens, {learnt} of them supervised ({share:.1%})"
+    share = learned / max(tokens, 1)
+    head = f"-- {where}: {tokens} tokens, {learned} of them supervised ({share:.1%})"
     return f"{head}\n{text}\n"
 
 
@@ -100,18 +100,18 @@ def as_seen(image: Image.Image, config: ImageConfig) -> str:
 
 def example(record: Record, processor: Processor, where: str, exif: bool) -> Iterator[str]:
     parts = runs(record, processor)
-    learnt = sum(p.tokens for p in parts if p.supervised)
-    yield '<article class="example"><div class="pictures">'
+    learned = sum(p.tokens for p in parts if p.supervised)
+    yield '<article class="example"><div class="images">'
     try:
         for image in record.open_images(exif):
             yield f'<img alt="" src="{as_seen(image, processor.image_config)}">'
     except UserError as e:
-        yield f'<div class="nopicture">{escape(shorten(e, 200))}</div>'
+        yield f'<div class="noimage">{escape(shorten(e, 200))}</div>'
     if not record.images:
-        yield '<div class="nopicture">no image</div>'
+        yield '<div class="noimage">no image</div>'
     yield f'</div><div class="words"><div class="top"><span class="id">{escape(where)}</span>'
     yield f'<span class="chips"><span class="chip">{sum(p.tokens for p in parts)} tokens</span>'
-    yield f'<span class="chip good"><b>{learnt}</b> supervised</span></span></div>'
+    yield f'<span class="chip good"><b>{learned}</b> supervised</span></span></div>'
     yield '<div class="earlier">'
     for p in parts:
         if p.image is not None:

@@ -1,4 +1,4 @@
-"""`python -m llava_min overfit DATA`: a few records learnt by heart, or the stage that is at fault.
+"""`python -m llava_min overfit DATA`: a few records learned by heart, or the stage that is at fault.
 
 A pipeline that is sound learns a handful of records until it gives them back word for word. One
 that does not is broken, and where it stops says where: before training, in the labels or in the
@@ -18,7 +18,7 @@ from llava_min.errors import UserError, escape_controls, info, label, shorten
 from llava_min.util.cli import PathArg, flags, parse
 
 SURE = 0.5  # probability above which a token is the likeliest of all
-STUCK = 0.5  # of the first loss: what has not even come so far has learnt nothing
+STUCK = 0.5  # of the first loss: what has not even come so far has learned nothing
 
 
 @dataclass
@@ -107,7 +107,7 @@ def said(text: str) -> None:
 
 
 def check_data(records: Sequence) -> None:
-    """Two answers to one question about one image cannot both be learnt."""
+    """Two answers to one question about one image cannot both be learned."""
     from llava_min.data.chat import text_of
 
     answers: dict[tuple, tuple[str, str]] = {}
@@ -139,16 +139,16 @@ def check_labels(records: Sequence, items: Sequence[dict], processor) -> None:
                 f"record {shorten(r.id)}: the label at {at[0]} is {at[2]}, and the token there is "
                 f"{at[1]}; labels are not shifted, the loss does that",
             )
-        learnt = [x for x in item["labels"] if x != IGNORE]
+        learned = [x for x in item["labels"] if x != IGNORE]
         answers = [m for m in r.messages if m["role"] == "assistant" and m.get("loss") is not False]
         wanted = "".join(map(text_of, answers))
-        if (text := processor.decode(learnt)) is None or squeezed(text) != squeezed(wanted):
+        if (text := processor.decode(learned)) is None or squeezed(text) != squeezed(wanted):
             raise Fault(
                 "labels",
                 f"record {shorten(r.id)}: supervised is {shorten(text, 200)!r}, and the answers "
                 f"are {shorten(wanted, 200)!r}",
             )
-        if learnt[-1] not in processor.stop_ids:
+        if learned[-1] not in processor.stop_ids:
             raise Fault(
                 "labels",
                 f"record {shorten(r.id)}: no supervised token ends the answer, so the model would "
@@ -224,7 +224,9 @@ def learn(model, batch: dict, records: Sequence, processor, config: Config) -> N
             f"{shorten(records[row].id)}; {mend}",
         )
     last, seconds = float(loss.detach()), time.perf_counter() - began
-    said(f"learnt in {step + 1} steps ({seconds:.0f} s): loss of a token {first:.3f} to {last:.4f}")
+    said(
+        f"learned in {step + 1} steps ({seconds:.0f} s): loss of a token {first:.3f} to {last:.4f}"
+    )
 
 
 def least_probable(model, batch: dict, dtype) -> tuple[float, int, int]:
@@ -232,12 +234,12 @@ def least_probable(model, batch: dict, dtype) -> tuple[float, int, int]:
     import torch
 
     targets = batch["labels"][:, 1:]
-    learnt = targets != IGNORE
+    learned = targets != IGNORE
     with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-        x = model.hidden_states(batch["input_ids"], batch.get("pixel_values"))[:, :-1][learnt]
+        x = model.hidden_states(batch["input_ids"], batch.get("pixel_values"))[:, :-1][learned]
         logits = model.lm_head(x).float()
-    p, at = logits.softmax(-1).gather(1, targets[learnt][:, None])[:, 0].min(0)
-    return float(p), int(learnt.nonzero()[at, 0]), int(targets[learnt][at])
+    p, at = logits.softmax(-1).gather(1, targets[learned][:, None])[:, 0].min(0)
+    return float(p), int(learned.nonzero()[at, 0]), int(targets[learned][at])
 
 
 def checked(check: Callable[[], None]) -> None:
@@ -275,7 +277,7 @@ def check_answers(model, records: Sequence, processor, config: Config) -> None:
         raise Fault(
             "generation",
             f"{len(wrong)} of {len(records)} answers do not come back though each of their tokens "
-            f"is learnt, such as record {shorten(id)}: {shorten(answer, 200)!r}, expected "
+            f"is learned, such as record {shorten(id)}: {shorten(answer, 200)!r}, expected "
             f"{shorten(wanted, 200)!r}",
         )
     said(f"{len(records)} of {len(records)} answers come back word for word by greedy decoding")

@@ -77,7 +77,7 @@ def load(config: Config):
     if shapes.vision_source:
         raise UserError(
             f"{folder}: the original's layout, which transformers does not read; convert it with "
-            "`python -m llava_min export --to hf`"
+            "llava_min.load and llava_min.save"
         )
     parameters = sum(p.numel() for p in on_meta(shapes).parameters())
     name = config.dtype if config.dtype != "auto" else "fp64" if parameters <= SMALL else "fp32"

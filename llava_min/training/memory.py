@@ -125,7 +125,7 @@ def attention_of(device: str) -> Iterator[None]:
 def forward_and_backward(model: Llava, step: Step, memory: Allocations) -> None:
     """One micro-batch of full rows: forward, loss, the backward of each block, the rest."""
     config, b, t = model.config, step.batch_size, step.max_length
-    pictures, side = b * step.images, config.vision.image_size
+    images, side = b * step.images, config.vision.image_size
     on_image = step.images * config.tokens_per_image
 
     def watch(name: str):
@@ -145,16 +145,16 @@ def forward_and_backward(model: Llava, step: Step, memory: Allocations) -> None:
         ids = torch.zeros(b, t, dtype=torch.long)
         labels = torch.zeros(b, t, dtype=torch.long)  # held by the batch until the step ends
         x = model.language_model.embed_tokens(ids)
-        if pictures:
-            pixels = torch.zeros(pictures, 3, side, side)
+        if images:
+            pixels = torch.zeros(images, 3, side, side)
             is_image = torch.zeros(b, t, dtype=torch.bool)
             features = model.encode_images(pixels).to(x.dtype)
             x = x.masked_scatter(is_image[..., None], features)
             del features
         x = model.language_model(x, torch.zeros(b, t, dtype=torch.long))
         memory.begin("loss")
-        learnt = b * max(t - on_image, 1)  # at most every word
-        x = x.flatten(0, 1)[torch.zeros(learnt, dtype=torch.long)]
+        learned = b * max(t - on_image, 1)  # at most every word
+        x = x.flatten(0, 1)[torch.zeros(learned, dtype=torch.long)]
         loss = sum(
             torch.utils.checkpoint.checkpoint(
                 model._chunk_loss, h, torch.zeros(len(h), dtype=torch.long), use_reentrant=False
