@@ -1,4 +1,4 @@
-"""`python -m llava_min overfit DATA`: a few records learned by heart, or the stage that is at fault.
+"""`python -m llava_min overfit DATA`: a few records learned by heart, or the stage at fault.
 
 A pipeline that is sound learns a handful of records until it gives them back word for word. One
 that does not is broken, and where it stops says where: before training, in the labels or in the
