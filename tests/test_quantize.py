@@ -27,6 +27,7 @@ WIDE = {
     "vision_config": {**VISION, "hidden_size": 64, "intermediate_size": 128},
 }
 ON_THE_FLY = [method for method in METHODS if method != "awq4"]
+PARTS = ["vision_tower", "multi_modal_projector", "lm_head"]  # that stay in 16 bit
 IDS, PIXELS = rows(1, 1), pixels(2)
 
 
@@ -159,6 +160,10 @@ def test_a_loaded_model_is_saved_as_it_is(method, dtype, base, tmp_path):
     again, processor = llava_min.load(tmp_path / "one", dtype=dtype, device="cpu")
     assert torch.equal(logits(again), before)
     save(again, processor, tmp_path / "two")
+    config = json.loads((tmp_path / "one" / "config.json").read_text())["quantization_config"]
+    skipped = config.get("llm_int8_skip_modules") or config.get("modules_to_not_convert")
+    skipped = skipped or config["ignore"]
+    assert [name for name in PARTS if any(name in s for s in skipped)] == PARTS
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -392,6 +397,41 @@ def test_sample_and_eval_take_the_flag(tmp_path, capsys):
     assert json.loads((out / "settings.json").read_text())["quantization"] == "int8"
     with pytest.raises(UserError, match="^--quantize: awq4 needs calibration data"):
         load_script("eval").main([*arguments, "awq4"])
+
+
+def test_qlora_trains_an_adapter_that_fits_the_same_base(tmp_path, capsys):
+    run = ["--data", "toy:questions", "--toy-train", "16", "--toy-val", "4", "--max-steps", "3"]
+    run += ["--device", "cpu", "--batch-size", "4", "--model", "tiny"]
+    run += ["--precision", "fp32", "--lr", "1e-2"]
+    out = tmp_path / "run"
+    load_script("train").main([*run, "--out", str(out), "--quantize", "nf4"])
+    assert json.loads((out / "config.json").read_text())["quantize"] == "nf4"
+    adapter = str(out / "adapter")
+    model, processor = llava_min.load("tiny", device="cpu", quantize="nf4", adapter=adapter)
+    assert len(quant_layers(model)) == 28
+
+    quantize(["tiny", str(tmp_path / "q"), "--dtype", "fp32"])
+    run[run.index("tiny")] = str(tmp_path / "q")
+    load_script("train").main([*run, "--out", str(tmp_path / "again")])
+    one, two = (
+        load_file(p / "adapter/adapter_model.safetensors") for p in (out, tmp_path / "again")
+    )
+    assert one.keys() == two.keys() and all(torch.equal(x, two[n]) for n, x in one.items())
+
+    with pytest.raises(UserError, match="--train: full trains language_model, which is quantized"):
+        load_script("train").main([*run, "--out", str(tmp_path / "full"), "--train", "full"])
+    with pytest.raises(UserError, match="--quantize: nf4 for a checkpoint that is quantized alr"):
+        load_script("train").main([*run, "--out", str(tmp_path / "b"), "--quantize", "nf4"])
+
+
+def test_a_tied_head_is_not_quantized(spm, tmp_path):
+    folder = write_folder(tmp_path / "m", spm, their_model("qwen2"))
+    quantize([str(folder), str(tmp_path / "q"), "--dtype", "fp32"])
+    loaded(tmp_path / "q")
+    head = to_layout("lm_head.weight.absmax", "hf")
+    spoil(tmp_path / "q", lambda t: t.update({head: torch.ones(2)}))
+    with pytest.raises(UserError, match="unknown 1 .*lm_head.weight.absmax"):
+        loaded(tmp_path / "q")
 
 
 def test_the_model_in_16_bits_never_exists_whole(base, monkeypatch):
