@@ -43,6 +43,7 @@ class EvalConfig:
     compare: PathArg | None = None  # another model, or an adapter of this one, on the same records
     logprob: bool = False  # each answer's mean log probability, too; one more pass over the data
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the weights
+    quantize: str | None = None  # the decoder to int8, int4, hqq8 … hqq1, nf4, fp4 or w8a8
     device: str = "auto"  # cpu, cuda, cuda:N
     image_aspect_ratio: Literal["pad", "crop"] | None = None  # default: what the checkpoint says
     template: str | None = None  # chat template; default: the checkpoint's
@@ -174,6 +175,8 @@ def check_model(args: EvalConfig, records: list, source: str, adapter: str | Non
     checkpoint = open_checkpoint(source, adapter=adapter, **given)
     if adapter:
         read_adapter(checkpoint.model, Path(adapter))
+    if args.quantize is not None:
+        checkpoint.quantize(args.quantize)
     check_room(checkpoint.model, checkpoint.processor, records, args.max_new_tokens)
     return checkpoint
 

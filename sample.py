@@ -43,6 +43,7 @@ class Config(NumericOptions):
     model: PathArg | None = None  # a folder, a hub id, or tiny, the bundled one
     adapter: PathArg | None = None  # a PEFT folder, applied unmerged
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the weights
+    quantize: str | None = None  # the decoder to int8, int4, hqq8 … hqq1, nf4, fp4 or w8a8
     device: str = "auto"  # cpu, cuda, cuda:N
     image_aspect_ratio: Literal["pad", "crop"] | None = None  # the checkpoint's if not given
     template: str | None = None  # chat template; the checkpoint's if not given
@@ -85,9 +86,11 @@ def answer(config: Config, prompt: str | None) -> None:
     batch = processor.chat([{"role": "user", "content": content(question)}], images[:1])
     context = checkpoint.config.text.context
     check_fits(config.max_new_tokens, batch["input_ids"].shape[1], context)
-    model, _ = checkpoint.load(config.dtype, config.device)
+    model, _ = checkpoint.load(config.dtype, config.device, config.quantize)
     dtype = str(model.dtype).removeprefix("torch.")
-    info(f"loaded {source} in {time.perf_counter() - start:.1f} s: {model.device}, {dtype}")
+    stored = model.config.quantization
+    kind = f"{dtype}, {stored.method}" if stored else dtype
+    info(f"loaded {source} in {time.perf_counter() - start:.1f} s: {model.device}, {kind}")
     if config.compile:
         info("--compile: the first answer waits until its step is compiled")
     options = config.numbers() | {

@@ -56,6 +56,7 @@ class TrainConfig:
     lora_dropout: Fraction = 0.0  # on the input of A
     lora_targets: tuple[str, ...] = LINEARS  # leaf names in the decoder, all-linear, or a regex
     dora: bool = False  # weight-decomposed LoRA
+    quantize: str | None = None  # QLoRA: the decoder to int8, int4, hqq8 … hqq1, nf4, fp4 or w8a8
     rslora: bool = False  # scale by alpha / sqrt(r)
     # the step
     lr: PositiveFloat = 2e-4  # peak learning rate
@@ -216,6 +217,8 @@ def build_run(config: TrainConfig, world, signals: Signals, out: Path, resumed: 
         c.model, image_aspect_ratio=c.image_aspect_ratio, template=c.template
     )
     model, processor = checkpoint.model, checkpoint.processor
+    if c.quantize is not None:
+        checkpoint.quantize(c.quantize)
     lora = setup_lora(model, config, world.device)
     config.max_length = row_length(config.max_length, model.config.text.context)
     if world.rank == 0:

@@ -196,6 +196,7 @@ def read_eos(data: dict, vocab_size: int, where: str) -> tuple[int, ...]:
 
 # ---- the whole
 
+
 # the original layout's model_type -> its decoder's
 ORIGINAL_TYPES = {"llava": "llama"} | {f"llava_{family}": family for family in FAMILIES}
 
@@ -214,6 +215,7 @@ class LlavaConfig:
     tie_word_embeddings: bool = False
     dtype: str | None = None  # of the stored weights
     vision_source: str | None = None  # original layout: the tower's CLIP folder or hub id
+    quantization: Any = None  # quant.folder.Stored: how its quantized layers are stored
 
     @property
     def vision_layers_used(self) -> int:
@@ -248,6 +250,7 @@ class LlavaConfig:
             projector_bias=data.get("multimodal_projector_bias", True),
             tie_word_embeddings=any(d.get("tie_word_embeddings", False) for d in (data, text)),
             dtype=checks.stored_dtype(data) or checks.stored_dtype(text),
+            quantization=checks.stored_layers(data, where),
         )
         checks.check_joined(config, where)
         return config
@@ -270,6 +273,7 @@ class LlavaConfig:
             tie_word_embeddings=data.get("tie_word_embeddings", False),
             dtype=checks.stored_dtype(data),
             vision_source=data["mm_vision_tower"],
+            quantization=checks.stored_layers(data, where),
         )
 
     def with_vision(self, vision: VisionConfig, where: str) -> "LlavaConfig":

@@ -6,7 +6,6 @@ rest. Training and sharding change the model on meta in between, then call
 `Checkpoint.load_weights`.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,16 +21,25 @@ from llava_min.config import LlavaConfig, VisionConfig, read_eos
 from llava_min.data.from_folder import read_processor, read_settings
 from llava_min.data.processor import Processor
 from llava_min.fast.cpu_linear import prepack_linears
+from llava_min.fast.int_matmul import speed_up
 from llava_min.hub import CLIP_336, find_folder, find_tower
 from llava_min.llava import Llava
 from llava_min.parallel.ranks import pick_device
-from llava_min.tensors import CLIP_REST, TensorInfo, read_entries
+from llava_min.quant.checkpoint import (
+    Parts,
+    own_parameters,
+    quantize_linears,
+    take_parts,
+    written_config,
+    written_state,
+)
+from llava_min.quant.methods import METHODS
+from llava_min.tensors import TensorInfo, collect_entries, stored_rows
 from llava_min.util.files import new_folder, read_json, read_optional, write_json
-from llava_min.weights import DTYPES, NAMES, load_weights, save_weights
+from llava_min.weights import NAMES, load_weights, pick_dtype, read_dtype, save_weights
 
 TINY = Path(__file__).parent / "tiny"
-# parameters: up to here `dtype="auto"` is fp32 on CPU, where exactness costs little
-SMALL = 500_000_000
+BLOCKS = "language_model.layers."  # what `quantize` is about
 
 
 # ---- the model without its weights
@@ -107,31 +115,16 @@ def read_tower(folder: Path, config: LlavaConfig) -> tuple[LlavaConfig, Path | N
     return config.with_vision(vision, str(path)), clip
 
 
-def collect_entries(
-    folder: Path, config: LlavaConfig, clip_folder: Path | None
-) -> dict[str, TensorInfo]:
-    """Our name -> TensorInfo; a tower that is not in the folder's files is its CLIP folder's."""
-    entries = read_entries(folder)
-    if config.vision_source and not any(name.startswith("vision_tower.") for name in entries):
-        entries |= read_entries(clip_folder or find_tower(folder, config.vision_source), CLIP_REST)
-    return entries
-
-
-def stored_rows(config: LlavaConfig) -> dict[str, int]:
-    """The original's vocabulary lacks the rows that LlavaConfig adds for <image> and <pad>."""
-    if not config.vision_source:
-        return {}
-    vocabulary = ("language_model.embed_tokens.weight", "lm_head.weight")
-    return dict.fromkeys(vocabulary, config.image_token_id)
-
-
 def plan_model(
     folder: Path, config: LlavaConfig, clip_folder: Path | None
-) -> tuple[Llava, dict[str, TensorInfo]]:
-    """The model on meta, and where each of its tensors is; every tensor is accounted for."""
+) -> tuple[Llava, dict[str, TensorInfo], Parts]:
+    """The model on meta, and where its tensors are, those of quantized layers apart; every tensor
+    is accounted for.
+    """
     entries, model = collect_entries(folder, config, clip_folder), on_meta(config)
-    check_entries(entries, model, stored_rows(config))
-    return model, entries
+    parts = take_parts(entries, model, config.quantization, folder)
+    check_entries(entries, model, stored_rows(config), own_parameters(model))
+    return model, entries, parts
 
 
 # ---- in
@@ -144,6 +137,7 @@ class Checkpoint:
     model: Llava  # on meta, nothing trained; may be changed before its weights are loaded
     processor: Processor
     entries: dict[str, TensorInfo]  # by our names
+    parts: Parts  # of quantized layers that the files have
     source: str
     adapter: Path | None = None
 
@@ -151,17 +145,31 @@ class Checkpoint:
     def config(self) -> LlavaConfig:
         return self.model.config
 
+    def quantize(self, method: str, group_size: int | None = None) -> None:
+        """From here on the linear layers of the decoder's blocks are quantized ones, which choose
+        their numbers as their weights are read. Raises UserError.
+        """
+        checks.check_quantize(method, METHODS, self.config.quantization is not None)
+        stored = quantize_linears(self.model, BLOCKS, method, group_size)
+        self.model.config = replace(self.config, quantization=stored)
+
     def load(
-        self, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
+        self,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        quantize: str | None = None,
     ) -> tuple[Llava, Processor]:
         """The ready model, its adapter applied, and its processor; see `load`. Call it once."""
         device = pick_device(device)
+        if quantize is not None:
+            self.quantize(quantize)
         dtype = pick_dtype(dtype, self.model, device)
         if self.adapter is not None:  # read first: its files are smaller, and checked by shape
             lora = read_adapter(self.model, self.adapter, self.source)
         self.load_weights(dtype, device)
         if self.adapter is not None:
             apply_adapter(self.model, *lora)
+        speed_up(self.model, dtype)
         prepack_linears(self.model)
         self.model.processor = self.processor
         return self.model.eval(), self.processor
@@ -175,6 +183,7 @@ class Checkpoint:
         checkpoint does not have, such as LoRA's, are NaN until they are initialised.
         """
         load_weights(self.model, self.entries, dtype, device, offload)
+        self.parts.fill(self.model, device, offload)
 
 
 def open_checkpoint(
@@ -197,33 +206,16 @@ def open_checkpoint(
     folder = TINY if str(source) == "tiny" else find_folder(str(source), revision)
     config, clip_folder = read_config(folder)
     processor = read_processor(folder, config, clip_folder, image_aspect_ratio, template, adapter)
-    model, entries = plan_model(folder, config, clip_folder)
-    return Checkpoint(model, processor, entries, source, adapter)
+    model, entries, parts = plan_model(folder, config, clip_folder)
+    return Checkpoint(model, processor, entries, parts, source, adapter)
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Llava:
     """The model of a folder without its processor, for callers that make its inputs themselves."""
-    model, entries = plan_model(folder, *read_config(folder))
+    model, entries, parts = plan_model(folder, *read_config(folder))
     load_weights(model, entries, dtype, device)
+    parts.fill(model, device)
     return model.eval()
-
-
-def read_dtype(
-    dtype: str | torch.dtype, names: str, allowed: Collection[torch.dtype] = NAMES
-) -> torch.dtype:
-    found = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    checks.check_dtype(found, dtype, allowed, names)
-    return found
-
-
-def pick_dtype(dtype: str | torch.dtype, model: nn.Module, device: torch.device) -> torch.dtype:
-    """The dtype that `load` was asked for; "auto" depends on the model and the device."""
-    if not isinstance(dtype, str) or dtype != "auto":
-        return read_dtype(dtype, "auto, fp32, bf16, fp16 or torch.float64", {*NAMES, torch.float64})
-    if device.type == "cpu":
-        small = sum(p.numel() for p in model.parameters()) <= SMALL
-        return torch.float32 if small else torch.bfloat16
-    return DTYPES[model.config.dtype or "float16"]
 
 
 def load(
@@ -242,13 +234,13 @@ def load(
     source: a folder in the layout of llava-hf or of the original LLaVA-1.5, a hub id, or "tiny",
     the bundled one. dtype: "auto", "fp32", "bf16", "fp16" or a torch.dtype (also float64, to
     compare); auto is what the checkpoint stores, but on CPU fp32 for small models and bf16 for
-    large ones. device: "auto" takes the GPU where there is one. quantize: None; nothing else is
-    built yet. adapter: a PEFT folder, applied unmerged. image_aspect_ratio ("pad", "crop") and
-    template (a name in data/chat.py): None for what the adapter records, or else the checkpoint.
-    revision: of a hub id. The processor is also the model's `processor`, which `stream` decodes
-    with. Raises UserError, in one line, for whatever is wrong with the files.
+    large ones. device: "auto" takes the GPU where there is one. quantize: "int8", "int4", "hqq4",
+    "nf4" … (quant/methods.py), how the decoder's blocks are kept; None for what the checkpoint is,
+    quantized or not. adapter: a PEFT folder, applied unmerged. image_aspect_ratio ("pad", "crop")
+    and template (a name in data/chat.py): None for what the adapter records, or else the
+    checkpoint. revision: of a hub id. The processor is also the model's `processor`, which
+    `stream` decodes with. Raises UserError, in one line, for whatever is wrong with the files.
     """
-    checks.check_quantize(quantize)
     checkpoint = open_checkpoint(
         source,
         adapter=adapter,
@@ -256,7 +248,7 @@ def load(
         template=template,
         revision=revision,
     )
-    return checkpoint.load(dtype, device)
+    return checkpoint.load(dtype, device, quantize)
 
 
 # ---- out
@@ -272,16 +264,20 @@ def write_model(
     """Write all files of a llava-hf folder. `state`: the whole tensors of a sharded model."""
     state = dict(model.named_parameters()) if state is None else state
     checks.check_merged(state.keys(), folder)
-    save_weights(state, folder, dtype)
-    write_settings(model.config, processor, folder, dtype)
+    stored, config = model.config.quantization, replace(model.config, dtype=NAMES[dtype])
+    if stored is None:
+        save_weights(state, folder, dtype)
+    else:
+        save_weights(written_state(model, stored, dtype), folder)
+    write_settings(config, processor, folder, dtype, written_config(model, config))
 
 
 def write_settings(
-    config: LlavaConfig, processor: Processor, folder: Path, dtype: torch.dtype
+    config: LlavaConfig, processor: Processor, folder: Path, dtype: torch.dtype, extra: dict = {}
 ) -> None:
-    """All files of a llava-hf folder but its weights, which are stored as `dtype`."""
+    """All files of a llava-hf folder but its weights, stored as `dtype`; `extra`: config.json's."""
     config = replace(config, dtype=NAMES[dtype], vision_source=None)
-    write_json(folder / "config.json", config.to_hf())
+    write_json(folder / "config.json", config.to_hf() | extra)
     ids = {
         "bos_token_id": config.text.bos_token_id,
         "eos_token_id": list(config.text.eos_token_ids),

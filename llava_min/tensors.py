@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llava_min.checks.weights import check_index, check_is_table, check_known, check_once
+from llava_min.config import LlavaConfig
 from llava_min.errors import UserError, escape_controls
-from llava_min.hub import find_files
+from llava_min.hub import find_files, find_tower
 from llava_min.names import to_ours
 from llava_min.util.files import check_file
 
@@ -110,6 +111,24 @@ def read_entries(folder: Path, ignored: re.Pattern = RECOMPUTED) -> dict[str, Te
         listed = {name: file for name, file in shards.items() if not ignored.fullmatch(name)}
         check_index(index, listed, file_of)
     return entries
+
+
+def collect_entries(
+    folder: Path, config: LlavaConfig, clip_folder: Path | None
+) -> dict[str, TensorInfo]:
+    """Our name -> TensorInfo; a tower that is not in the folder's files is its CLIP folder's."""
+    entries = read_entries(folder)
+    if config.vision_source and not any(name.startswith("vision_tower.") for name in entries):
+        entries |= read_entries(clip_folder or find_tower(folder, config.vision_source), CLIP_REST)
+    return entries
+
+
+def stored_rows(config: LlavaConfig) -> dict[str, int]:
+    """The original's vocabulary lacks the rows that LlavaConfig adds for <image> and <pad>."""
+    if not config.vision_source:
+        return {}
+    vocabulary = ("language_model.embed_tokens.weight", "lm_head.weight")
+    return dict.fromkeys(vocabulary, config.image_token_id)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -6,12 +6,14 @@ reads only those.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llava_min.checks.load import check_dtype
 from llava_min.checks.weights import check_part, check_tied, not_finite
 from llava_min.fast import reader as fast_reader
 from llava_min.fast.cpu_linear import unpacked
@@ -25,9 +27,39 @@ PIECE = 1 << 19
 # reopen a file after this many bytes: mapped pages count towards this process's memory
 REOPEN = 32 << 20
 SHARD_BYTES = 5 << 30
+# parameters: up to here `dtype="auto"` is fp32 on CPU, where exactness costs little
+SMALL = 500_000_000
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES |= {name: dtype for dtype, name in NAMES.items()}
+
+
+# ---- dtypes
+
+
+def read_dtype(
+    dtype: str | torch.dtype, names: str, allowed: Collection[torch.dtype] = NAMES
+) -> torch.dtype:
+    found = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    check_dtype(found, dtype, allowed, names)
+    return found
+
+
+def pick_dtype(dtype: str | torch.dtype, model: nn.Module, device: torch.device) -> torch.dtype:
+    """The dtype that `load` was asked for; "auto" depends on the model and the device."""
+    if not isinstance(dtype, str) or dtype != "auto":
+        return read_dtype(dtype, "auto, fp32, bf16, fp16 or torch.float64", {*NAMES, torch.float64})
+    if device.type == "cpu":
+        return torch.float32 if count_weights(model) <= SMALL else torch.bfloat16
+    return DTYPES[model.config.dtype or "float16"]
+
+
+def count_weights(model: nn.Module) -> int:
+    """Parameters of `model`, a quantized layer's weights counted one by one."""
+    layers = [m for _, m in layers_that_load(model).values()]
+    own = sum(p.numel() for m in layers for n, p in m.named_parameters() if n != "bias")
+    weights = sum(m.in_features * m.out_features for m in layers)
+    return sum(p.numel() for p in model.parameters()) - own + weights
 
 
 # ---- read
@@ -48,13 +80,25 @@ class Reader:
 
     def rows(self, info: TensorInfo, first: int, end: int) -> Tensor:
         """Rows first to end, as they are stored."""
+        file, pickled = self.opened(info), info.path.suffix == ".bin"
+        x = (file[info.name] if pickled else file.get_slice(info.name))[first:end]
+        self.mapped += x.nbytes
+        return x
+
+    def opened(self, info: TensorInfo) -> Any:
         if info.path != self.path or self.mapped > REOPEN:
             self.path, self.file, self.mapped = info.path, None, 0  # closed before it is reopened
             self.file = open_file(info.path)
-        pickled = info.path.suffix == ".bin"
-        x = (self.file[info.name] if pickled else self.file.get_slice(info.name))[first:end]
+        return self.file
+
+    def whole(self, info: TensorInfo, device: torch.device) -> Tensor:
+        """A tensor of any dtype as it is stored. Raises UserError for NaN or infinity."""
+        file, pickled = self.opened(info), info.path.suffix == ".bin"
+        x = file[info.name] if pickled else file.get_tensor(info.name)
         self.mapped += x.nbytes
-        return x
+        if x.is_floating_point() and not is_finite(x):
+            raise not_finite(info, x.dtype)
+        return x.to(device, copy=True)
 
     def fill(self, out: Tensor, info: TensorInfo, first: int = 0) -> None:
         """Read rows into `out`, in its dtype and on its device: from `first` on, as many as it has.
@@ -153,11 +197,16 @@ def layers_that_load(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
 def load_layer(
     layer: nn.Module, reader: Reader, info: TensorInfo, device: torch.device, offload: bool
 ) -> None:
-    """Give a layer its weight whole; of what it stores, a sharded layer keeps this rank's rows."""
-    old = {name: p for name, p in layer.named_parameters(recurse=False) if name != "bias"}
+    """Give a layer its weight whole, in the dtype in which it is stored."""
     weight = torch.empty(info.shape, dtype=info.torch_dtype, device=device)
     reader.fill(weight, info)
-    layer.load(weight)
+    store_whole(layer, lambda: layer.load(weight), offload)
+
+
+def store_whole(layer: nn.Module, store: Callable[[], None], offload: bool) -> None:
+    """Call `store`, which gives a layer all its numbers; a sharded one keeps this rank's rows."""
+    old = {name: p for name, p in layer.named_parameters(recurse=False) if name != "bias"}
+    store()
     for name, p in old.items():
         if is_sharded(p):
             first, end = local_rows(p)

@@ -207,10 +207,10 @@ def test_dtypes(folder):
             llava_min.load(folder, dtype=bad, device="cpu")
 
 
-def test_quantize_is_told_to_be_missing(folder):
+def test_an_unknown_method_of_quantizing_is_refused(folder):
     llava_min.load(folder, quantize=None)
-    with pytest.raises(UserError, match="quantize: 'nf4' is not built yet"):
-        llava_min.load(folder, quantize="nf4")
+    with pytest.raises(UserError, match="quantize: 'nf5', expected one of int8, int4, hqq8"):
+        llava_min.load(folder, quantize="nf5")
 
 
 def test_an_answer_ends_with_any_end_token_streamed_or_not(folder):

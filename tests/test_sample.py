@@ -402,9 +402,9 @@ def test_help_is_quick_and_mistakes_exit_with_2(tmp_path):
 
 def test_small_files_are_read_once(ask, images, monkeypatch):
     loading, count = sys.modules["llava_min.load"], []
-    for name in ("read_config", "read_processor", "read_entries"):
+    for name in ("read_config", "read_processor", "collect_entries"):
         read = getattr(loading, name)
         spy = lambda *given, read=read, name=name: count.append(name) or read(*given)
         monkeypatch.setattr(loading, name, spy)
     ask(images[0])
-    assert sorted(count) == ["read_config", "read_entries", "read_processor"]
+    assert sorted(count) == ["collect_entries", "read_config", "read_processor"]

@@ -79,7 +79,6 @@ TEXT = {
 }
 OPTIONAL_WINDOW = {"use_sliding_window": FLAG, "max_window_layers": Range(int, 0)}
 LLAVA = {
-    "quantization_config": UNQUANTIZED,
     "auto_map": Only(),
     "projector_hidden_act": Only(("gelu",)),
     "vision_feature_select_strategy": Only(("default", "full")),
@@ -90,7 +89,6 @@ LLAVA = {
     "tie_word_embeddings": FLAG,
 }
 ORIGINAL = {
-    "quantization_config": UNQUANTIZED,
     "auto_map": Only(),
     "mm_use_im_start_end": Only((False,)),
     "mm_use_im_patch_token": Only((False,)),
@@ -238,6 +236,15 @@ def check_original(data: dict, model_types: tuple[str, ...], where: str) -> None
     if not named or NOT_CLIP.search(PurePath(tower).name.lower()):
         expected = f"the folder or hub id of a CLIP {ONLY}"
         refuse(where, "mm_vision_tower", tower, expected, OTHER_CHECKPOINT)
+
+
+def stored_layers(data: dict, where: str) -> Any:
+    """The `quantization_config` as a quant.folder.Stored, or None. Raises UserError."""
+    if data.get("quantization_config") is None:
+        return None
+    from llava_min.quant.folder import read_config  # with torch, which no flag waits for
+
+    return read_config(data["quantization_config"], where)
 
 
 def check_tower(data: dict, where: str) -> None:

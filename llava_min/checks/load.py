@@ -24,10 +24,23 @@ def check_adapter(adapter: Any) -> None:
     find_adapter(Path(adapter))
 
 
-def check_quantize(quantize: Any) -> None:
-    if quantize is not None:
-        given = escape_controls(quantize)[:100]
-        raise UserError(f"{given!r} is not built yet; leave it out", "quantize")
+def check_quantize(method: Any, methods: Collection[str], quantized: bool) -> None:
+    """One of `methods` that needs no data, for a checkpoint that is in 16 bit, or UserError."""
+    if not isinstance(method, str) or method not in methods:
+        given = escape_controls(method)[:100]
+        raise UserError(f"{given!r}, expected one of {', '.join(methods)}", "quantize")
+    if method == "awq4":
+        raise UserError(
+            "awq4 needs calibration data and is not chosen while a checkpoint is read; give int4 "
+            "or hqq4",
+            "quantize",
+        )
+    if quantized:
+        raise UserError(
+            f"{method} for a checkpoint that is quantized already; leave it out, or give the "
+            "16-bit checkpoint",
+            "quantize",
+        )
 
 
 def check_dtype(dtype: Any, given: Any, allowed: Collection[torch.dtype], names: str) -> None:

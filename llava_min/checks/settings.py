@@ -128,7 +128,7 @@ RULES = (
 
 NEEDS = (
     Need(
-        "lora_r lora_alpha lora_dropout lora_targets dora rslora",
+        "lora_r lora_alpha lora_dropout lora_targets dora rslora quantize",
         lambda c: c.train == "lora",
         "{train} lora",
     ),

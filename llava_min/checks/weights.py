@@ -5,7 +5,7 @@ Messages name tensors as the file does.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +103,39 @@ def names_in_layout(entries: dict[str, Any], ours: Iterable[str]) -> list[str]:
     return sorted(to_layout(name, layout) or name for name in ours)
 
 
-def check_entries(entries: dict[str, Any], model: nn.Module, rows: dict[str, int] = {}) -> None:
+def check_parts(entries: dict[str, Any], needed: dict[str, Collection[str]], folder: Path) -> None:
+    """Every quantized layer (path -> suffixes) has all of its tensors, or UserError."""
+    if not needed:
+        raise UserError(
+            f"{folder}: no layer is quantized, though config.json has a quantization_config; "
+            "the weights do not belong to config.json"
+        )
+    names = {f"{path}.{suffix}" for path, suffixes in needed.items() for suffix in suffixes}
+    if missing := names_in_layout(entries, names - entries.keys()):
+        raise UserError(
+            f"{folder}: missing {preview(missing)} of quantized layers; the weights do not belong "
+            "to config.json, download them again"
+        )
+
+
+def check_entries(
+    entries: dict[str, Any],
+    model: nn.Module,
+    rows: dict[str, int] = {},
+    elsewhere: Collection[str] = (),
+) -> None:
     """Every parameter of `model` has a tensor of its shape and kind, every tensor a parameter, or
     UserError.
 
     entries: our name -> TensorInfo. rows: of tensors that have fewer rows than the model, such as
-    the vocabulary of the original layout.
+    the vocabulary of the original layout. elsewhere: parameters that are accounted for already,
+    those of quantized layers.
     """
     parameters = model.named_parameters(remove_duplicate=False)
+    parameters = [(n, p) for n, p in parameters if n not in elsewhere]
     expected = {n: (rows.get(n, len(p)), *p.shape[1:]) for n, p in parameters}
-    needed = {n for n, _ in model.named_parameters()}  # a tied head may be left out
+    # a tied head may be left out
+    needed = {n for n, _ in model.named_parameters()} - set(elsewhere)
     both = [(info, expected[n]) for n, info in entries.items() if n in expected]
     shown = lambda info: escape_controls(info.name)[:200]
     faults = []

@@ -62,6 +62,7 @@ def settings_of_model(
         "image_aspect_ratio": processor.image_config.aspect,
         "image_size": processor.image_config.size,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": stored.method if (stored := model.config.quantization) else None,
         "device": str(model.device),
         "batch_size": args.batch_size,
         "ranks": num_ranks,

@@ -37,7 +37,7 @@ def tensors_of(layer: CodebookLinear | Int8Linear) -> dict[str, Tensor]:
     state = {
         "quant_type": layer.kind,
         "blocksize": BLOCK,
-        "dtype": NAMES[layer.dtype],
+        "dtype": NAMES.get(layer.dtype, "float32"),
         "shape": [layer.out_features, layer.in_features],
     }
     if layer.double_quant:

@@ -76,8 +76,31 @@ def tensors_of(layer: QuantLinear, kind: str) -> dict[str, Tensor]:
     return {name: getattr(layer, name).detach() for name in own_tensors(layer)}
 
 
-def config_of(method: str, group_size: int | None, skipped: list[str]) -> dict:
-    """The quantization_config of a checkpoint by `method`; `skipped` are modules left in 16 bit."""
+def names_of(stored: Stored, layer: QuantLinear) -> list[str]:
+    """Suffixes of the tensors that a layer has in that layout, without the bias."""
+    if stored.kind == OURS:
+        return own_tensors(layer)
+    if stored.kind == GEMM:
+        return ["qweight", "qzeros", "scales"]
+    if stored.kind == CT:
+        return ["weight_packed", "weight_scale", "weight_shape"]
+    if stored.method == "int8":
+        return ["weight", "SCB", "weight_format"]
+    nested = ["nested_absmax", "nested_quant_map"] if stored.double_quant else []
+    parts = ["absmax", "quant_map", *nested, f"quant_state.bitsandbytes__{stored.method}"]
+    return ["weight", *(f"weight.{part}" for part in parts)]
+
+
+def config_of(
+    method: str,
+    group_size: int | None,
+    skipped: list[str],
+    dtype: str = "bfloat16",
+    double_quant: bool = True,
+) -> dict:
+    """The quantization_config of a checkpoint by `method`; `skipped` are modules left in `dtype`,
+    in which other tools then compute.
+    """
     kind = kind_of(method, group_size)
     if kind == BNB:
         four = method != "int8"
@@ -86,8 +109,8 @@ def config_of(method: str, group_size: int | None, skipped: list[str]) -> dict:
             "load_in_4bit": four,
             "load_in_8bit": not four,
             "bnb_4bit_quant_type": method if four else "fp4",
-            "bnb_4bit_use_double_quant": four,
-            "bnb_4bit_compute_dtype": "bfloat16",
+            "bnb_4bit_use_double_quant": four and double_quant,
+            "bnb_4bit_compute_dtype": dtype,
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": skipped,
             "llm_int8_threshold": 6.0,

@@ -48,6 +48,7 @@ def base_identity(ready: Checkpoint) -> dict[str, Any]:
     """The part of an identity that the base model decides, wherever its folder lies."""
     config, image = ready.model.config, ready.processor.image_config
     weights = {entry.path for entry in ready.entries.values()}
+    weights |= {info.path for layer in ready.parts.layers.values() for info in layer.values()}
     folder = ready.entries["language_model.norm.weight"].path.parent
     patterns = ("token*", "added_tokens.json", "special_tokens_map.json")
     tokenizer = {path for pattern in patterns for path in folder.glob(pattern)}
@@ -58,11 +59,12 @@ def base_identity(ready: Checkpoint) -> dict[str, Any]:
         "image_processor": image,
     }
     # `text` and `vision` are parts themselves, and `vision_source` is a place
-    left_out = ("text", "vision", "vision_source")
+    left_out = ("text", "vision", "vision_source", "quantization")
     return {
         "base model": hash_files(sorted(weights)),
         "tokenizer": hash_files(sorted(tokenizer)),
         "chat template": ready.processor.template_name,
+        "quantization": config.quantization and str(config.quantization),
         **{
             f"{part}.{name}": value
             for part, values in parts.items()

@@ -14,6 +14,7 @@ from torch import nn
 from llava_min.errors import UserError, label, shorten
 from llava_min.lora import LoRAConfig
 from llava_min.parallel.dtensor import local_shard
+from llava_min.quant.checkpoint import own_parameters
 from llava_min.training.optim import check_optimizer, config_groups
 from llava_min.training.targets import add_lora
 
@@ -73,7 +74,7 @@ def set_trainable(
         if switch is not None:
             trained = trained | {part} if switch else trained - {part}
 
-    unused = unused_modules(model)
+    unused, quantized = unused_modules(model), own_parameters(model)
     # a tied weight is visited twice; its `lm_head` name decides
     for name, p in model.named_parameters(remove_duplicate=False):
         whole, is_lora = is_inside(name, trained), ".lora_" in name
@@ -86,6 +87,12 @@ def set_trainable(
                 "train",
             )
         is_trained = whole or is_lora and train == "lora"
+        if whole and name in quantized:
+            raise UserError(
+                f"{train} trains {top_module(name)}, which is quantized; give lora, or the 16-bit "
+                "checkpoint",
+                "train",
+            )
         p.requires_grad_(is_trained and not is_inside(name, unused))
     check_trained(train, [name for name, p in model.named_parameters() if p.requires_grad])
 

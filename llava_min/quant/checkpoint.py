@@ -1,0 +1,147 @@
+"""The quantized layers of a checkpoint: found by the tensors that its files have, filled, written.
+
+folder.py says how one layer is stored; here are all of a model, whatever model it is.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_min.checks.weights import check_parts
+from llava_min.errors import UserError
+from llava_min.fast.int_matmul import Int4Linear, quant_layers, swap
+from llava_min.names import path_in
+from llava_min.quant.folder import GEMM, Stored, config_of, kind_of, names_of, tensors_of
+from llava_min.quant.methods import quantize_layers
+from llava_min.tensors import TensorInfo
+from llava_min.weights import Reader, layers_that_load, store_whole
+
+OPTIONAL = ("weight_format", "weight_shape")  # repeat what the config says
+
+
+@dataclass
+class Parts:
+    """The tensors of quantized layers, not read yet: path -> suffix -> TensorInfo."""
+
+    stored: Stored | None  # None: no layer is quantized
+    layers: dict[str, dict[str, TensorInfo]]
+
+    def fill(self, model: nn.Module, device: torch.device, offload: bool = False) -> None:
+        """Give the layers of `model` their numbers as they are; wrapped ones are found as `base`.
+
+        Raises UserError, which names file and layer, for what a layer cannot have.
+        """
+        reader, layers = Reader(), layers_that_load(model)
+        in_order = lambda item: min((str(i.path), i.start or 0) for i in item[1].values())
+        for path, infos in sorted(self.layers.items(), key=in_order):
+            layer = layers[f"{path}.weight"][1]
+            tensors = {suffix: reader.whole(info, device) for suffix, info in infos.items()}
+            try:
+                store_whole(layer, lambda: self.stored.fill(layer, tensors), offload)
+            except UserError as e:
+                file = next(iter(infos.values())).path
+                raise UserError(f"{file}: {path}: {e}") from None
+
+
+def take_parts(
+    entries: dict[str, TensorInfo], model: nn.Module, stored: Stored | None, folder: Path
+) -> Parts:
+    """Move the tensors of quantized layers out of `entries`, and put such layers into `model`, on
+    meta: a linear layer is one if it has another tensor than a weight and a bias.
+
+    Raises UserError for a layer of which a tensor is missing.
+    """
+    if stored is None:
+        return Parts(None, {})
+    found: dict[str, list[str]] = {}
+    for path in quantized_paths(entries, model):
+        linear = model.get_submodule(path)
+        layer = stored.layer(linear.in_features, linear.out_features)
+        layer.bias = linear.bias
+        swap(model, path, layer)
+        found[path] = names_of(stored, layer)
+    required = {path: set(names) - set(OPTIONAL) for path, names in found.items()}
+    check_parts(entries, required, folder)
+    parts = {
+        path: {n: entries.pop(f"{path}.{n}") for n in names if f"{path}.{n}" in entries}
+        for path, names in found.items()
+    }
+    return Parts(stored, parts)
+
+
+def quantized_paths(entries: dict[str, TensorInfo], model: nn.Module) -> list[str]:
+    """Linear layers that have another tensor in `entries` than a weight and a bias."""
+    # a tied head has its weight from the embedding, which is never quantized
+    owners = {name for name, _ in model.named_parameters()}
+    linears = {p for p, m in model.named_modules() if type(m) is nn.Linear}
+    marked = set()
+    for name in entries.keys() - {f"{p}.{x}" for p in linears for x in ("weight", "bias")}:
+        parts = name.split(".")
+        marked |= {".".join(parts[:i]) for i in range(1, len(parts))} & linears
+    return sorted(path for path in marked if f"{path}.weight" in owners)
+
+
+def quantize_linears(
+    model: nn.Module, inside: str, method: str, group_size: int | None = None
+) -> Stored:
+    """Each linear layer whose path begins with `inside` becomes a quantized one."""
+    paths = [p for p, m in model.named_modules() if p.startswith(inside) and type(m) is nn.Linear]
+    quantize_layers(model, paths, method, group_size)
+    return Stored(kind_of(method, group_size), method, group_size)
+
+
+def own_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters in which quantized layers keep their weights."""
+    names = ((path, name) for path, m in quant_layers(model) for name, _ in m.named_parameters())
+    return {f"{path}.{name}" for path, name in names if name != "bias"}
+
+
+# ---- out
+
+
+def written_state(model: nn.Module, stored: Stored, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Name -> tensor of a checkpoint that is stored so; what is not quantized in `dtype`.
+
+    Raises UserError for a layout that is read only.
+    """
+    if stored.kind == GEMM:
+        raise UserError(
+            "a model read from an AWQ-GEMM checkpoint is not written; copy its folder, or quantize "
+            "the 16-bit checkpoint"
+        )
+    kind, own = kind_of(stored.method, stored.group_size), own_parameters(model)
+    state = {n: p.detach().to(dtype) for n, p in model.named_parameters() if n not in own}
+    for path, layer in quant_layers(model):
+        layer = layer.portable() if isinstance(layer, Int4Linear) else layer
+        state |= {f"{path}.{suffix}": x for suffix, x in tensors_of(layer, kind).items()}
+    return state
+
+
+def written_config(model: nn.Module, config: Any) -> dict:
+    """The key `quantization_config` that goes with `written_state`; {} where nothing is
+    quantized.
+    """
+    stored = config.quantization
+    if stored is None:
+        return {}
+    # transformers' paths begin with `model.` from 4.52 on
+    skipped = [n for path in left_out(model) for n in {path: 0, path_in(path, "hf_5_memory"): 0}]
+    given = (stored.method, stored.group_size, skipped, config.dtype, stored.double_quant)
+    return {"quantization_config": config_of(*given)}
+
+
+def left_out(model: nn.Module) -> list[str]:
+    """Modules without a quantized layer, by the shortest paths that tell them from the others."""
+    quantized = [path for path, _ in quant_layers(model)]
+    out: list[str] = []
+    for path, module in model.named_modules():
+        inside = f"{path}." if path else ""
+        if any(q == path or q.startswith(inside) for q in quantized):
+            continue
+        linear = any(hasattr(m, "in_features") for m in module.modules())
+        if linear and not path.startswith(tuple(f"{p}." for p in out)):
+            out.append(path)
+    return out
