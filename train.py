@@ -5,8 +5,7 @@ python train.py --model llava-hf/llava-1.5-7b-hf --data my.json --image-folder i
 torchrun --nproc_per_node=8 train.py --recipe lora-7b --data mix665k.json --image-folder images
 
 The loss is a sum over the supervised tokens of a whole step, divided by their number, so neither
-the micro-batch size nor the number of ranks changes a step. training/run.py does what a run needs
-besides: checkpoints, evaluation, signals.
+micro-batches nor ranks change a step. training/run.py saves, evaluates and hears signals.
 """
 
 import math
@@ -213,9 +212,8 @@ def build_run(config: TrainConfig, world, signals: Signals, out: Path, resumed: 
 
     # the model on meta: mistakes in it and in the data show before any weight is read
     c, dtype, rows = config, DTYPES[config.precision], config.batch_size * config.grad_accum
-    checkpoint = open_checkpoint(
-        c.model, image_aspect_ratio=c.image_aspect_ratio, template=c.template
-    )
+    image_mode = {"image_aspect_ratio": c.image_aspect_ratio}
+    checkpoint = open_checkpoint(c.model, template=c.template, **image_mode)
     model, processor = checkpoint.model, checkpoint.processor
     if c.quantize is not None:
         checkpoint.quantize(c.quantize)

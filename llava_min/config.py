@@ -1,8 +1,7 @@
 """The shapes of a LLaVA, from and to `config.json`: vision tower, language model, and their joint.
 
-Published files leave most fields out, so a missing field takes the default of transformers' own
-config class. `checks/config.py` refuses what is wrong or not implemented, then the fields are read
-with plain look-ups.
+A missing field takes the default of transformers' own config class, as published files expect.
+`checks/config.py` refuses what is wrong or not implemented; the page then uses plain look-ups.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -11,7 +10,6 @@ from typing import Any, ClassVar, Literal
 from llava_min.checks import config as checks
 
 IGNORE = -100  # the label of a token that is not supervised
-# the linear layers of a decoder block
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

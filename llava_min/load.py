@@ -20,12 +20,7 @@ from llava_min.checks.weights import check_entries
 from llava_min.config import LlavaConfig, VisionConfig, read_eos
 from llava_min.data.from_folder import read_processor, read_settings
 from llava_min.data.processor import Processor
-from llava_min.fast.cpu_linear import prepack_linears
-from llava_min.fast.int_matmul import speed_up
-from llava_min.hub import CLIP_336, find_folder, find_tower
-from llava_min.llava import Llava
-from llava_min.parallel.ranks import pick_device
-from llava_min.quant.checkpoint import (
+from llava_min.export.quantized import (
     Parts,
     own_parameters,
     quantize_linears,
@@ -33,6 +28,11 @@ from llava_min.quant.checkpoint import (
     written_config,
     written_state,
 )
+from llava_min.fast.cpu_linear import prepack_linears
+from llava_min.fast.int_matmul import speed_up
+from llava_min.hub import CLIP_336, find_folder, find_tower
+from llava_min.llava import Llava
+from llava_min.parallel.ranks import pick_device
 from llava_min.quant.methods import METHODS
 from llava_min.tensors import TensorInfo, collect_entries, stored_rows
 from llava_min.util.files import new_folder, read_json, read_optional, write_json

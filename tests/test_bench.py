@@ -16,9 +16,9 @@ import torch
 from llava_min import __main__ as verbs
 from llava_min.config import LlavaConfig, TextConfig, VisionConfig
 from llava_min.errors import UserError
-from llava_min.sizes import SIZES
 from llava_min.tools import bench, bench_train
 from llava_min.tools.speed import answering, setup, worker
+from llava_min.util.sizes import SIZES
 
 TEST = LlavaConfig(
     vision=VisionConfig(

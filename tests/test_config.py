@@ -12,8 +12,8 @@ from llava_min.checks.config_keys import KNOWN, unknown_keys
 from llava_min.checks.config_keys import ORIGINAL as ORIGINAL_KEYS
 from llava_min.config import LlavaConfig, TextConfig
 from llava_min.errors import UserError
-from llava_min.sizes import SIZES
 from llava_min.util.files import read_json
+from llava_min.util.sizes import SIZES
 
 TEXT_FIELDS = (
     "vocab_size",

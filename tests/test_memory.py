@@ -11,13 +11,13 @@ from llava_min.config import LlavaConfig, TextConfig, VisionConfig
 from llava_min.fast.cpu_linear import upcast_linears
 from llava_min.load import random_model
 from llava_min.lora import LoRAConfig
-from llava_min.sizes import SIZES
 from llava_min.training import memory
 from llava_min.training.memory import Step, step_memory
 from llava_min.training.optim import make_optimizer, parameter_groups
 from llava_min.training.targets import add_lora
 from llava_min.training.trainable import set_trainable
 from llava_min.training.wrap import enable_gradient_checkpointing
+from llava_min.util.sizes import SIZES
 
 VISION = VisionConfig(
     hidden_size=64,

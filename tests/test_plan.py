@@ -11,9 +11,9 @@ import torch
 from conftest import load_script
 
 from llava_min.errors import UserError
-from llava_min.sizes import SIZES
 from llava_min.tools import plan, plan_fit
 from llava_min.training.memory import Step, step_memory
+from llava_min.util.sizes import SIZES
 
 SMALL = replace(
     SIZES["300m"], text=replace(SIZES["300m"].text, num_hidden_layers=2, vocab_size=32064)

@@ -12,11 +12,11 @@ from conftest import load_script
 from llava_min.config import LlavaConfig, TextConfig
 from llava_min.load import load, on_meta
 from llava_min.lora import LoRAConfig
-from llava_min.sizes import SIZES
 from llava_min.training.targets import add_lora
 from llava_min.training.trainable import set_trainable
 from llava_min.util.cli import parse
 from llava_min.util.files import write_json
+from llava_min.util.sizes import SIZES
 
 train = load_script("train")
 QWEN = LlavaConfig(  # Qwen1.5-4B-Chat

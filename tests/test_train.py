@@ -27,13 +27,13 @@ from llava_min.evaluation import predict
 from llava_min.llama import Block, Llama
 from llava_min.llava import Llava
 from llava_min.load import load
-from llava_min.sizes import SIZES
 from llava_min.toy import draw as toy
 from llava_min.training.batch_size import row_length
 from llava_min.training.dry_run import named_config
 from llava_min.training.log import Log
 from llava_min.training.wrap import add_neftune, compile_blocks, enable_gradient_checkpointing
 from llava_min.util.cli import comments, parse
+from llava_min.util.sizes import SIZES
 
 
 @pytest.fixture(scope="module")

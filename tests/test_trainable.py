@@ -8,9 +8,9 @@ from llava_min.config import LlavaConfig
 from llava_min.errors import UserError
 from llava_min.load import on_meta, random_model
 from llava_min.lora import LoRAConfig
-from llava_min.sizes import SIZES
 from llava_min.training.targets import add_lora
 from llava_min.training.trainable import check_gradients, parameter_table, set_trainable
+from llava_min.util.sizes import SIZES
 
 V, P, L, H = "vision_tower", "multi_modal_projector", "language_model", "lm_head"
 ALL = ("all-linear",)

@@ -49,9 +49,9 @@ def main(argv: list[str]) -> None:
 
 
 def plan(config: Config, argv: list[str]) -> list[str]:
-    from llava_min.sizes import SIZES
     from llava_min.tools.plan_fit import read_cards
     from llava_min.tools.small_files import config_of
+    from llava_min.util.sizes import SIZES
 
     cards = read_cards(config.gpus) if config.gpus else None
     recipe = from_recipe(config, argv) if config.recipe else False
@@ -93,7 +93,7 @@ def from_recipe(config: Config, argv: list[str]) -> bool:
 
 def size_of(name: str) -> str:
     """A recipe's hub id is planned by the size that its name contains, so nothing is fetched."""
-    from llava_min.sizes import SIZES
+    from llava_min.util.sizes import SIZES
 
     if Path(name).is_dir() or name == "tiny":
         return name
@@ -277,7 +277,7 @@ def times(config: Config, shapes, fit, cards) -> Iterator[str]:
 def notes() -> Iterator[str]:
     """Where figures that go around come from, beside ours."""
     from llava_min.load import on_meta
-    from llava_min.sizes import SIZES
+    from llava_min.util.sizes import SIZES
 
     model = on_meta(SIZES["7b"])
     n = sum(p.numel() for p in model.parameters())

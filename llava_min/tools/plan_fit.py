@@ -13,7 +13,6 @@ from llava_min.config import LlavaConfig
 from llava_min.errors import UserError, shorten
 from llava_min.load import on_meta
 from llava_min.quant.methods import bytes_of
-from llava_min.sizes import SIZES
 from llava_min.training.memory import (
     Allocations,
     Memory,
@@ -24,6 +23,7 @@ from llava_min.training.memory import (
     trained_model,
     without_values,
 )
+from llava_min.util.sizes import SIZES
 
 GIB = 2**30
 # GPU -> (GiB, dense 16-bit TFLOP/s with fp32 sums), from the makers' data sheets

@@ -10,7 +10,7 @@ from llava_min.data.processor import Processor
 from llava_min.errors import UserError, escape_controls, shorten
 from llava_min.hub import HUB_ID, SMALL_FILES, find_folder
 from llava_min.load import TINY, read_config
-from llava_min.sizes import SIZES
+from llava_min.util.sizes import SIZES
 
 
 def small_files(source: str) -> Path:

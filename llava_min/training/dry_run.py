@@ -14,9 +14,9 @@ from llava_min.errors import UserError, escape_controls, info
 from llava_min.llava import LOGIT_ROWS
 from llava_min.load import TINY, on_meta, read_config
 from llava_min.parallel.ranks import World
-from llava_min.sizes import SIZES
 from llava_min.training.batch_size import row_length
 from llava_min.training.trainable import parameter_table, setup_lora
+from llava_min.util.sizes import SIZES
 from llava_min.weights import DTYPES
 
 

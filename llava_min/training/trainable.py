@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from llava_min.errors import UserError, label, shorten
+from llava_min.export.quantized import own_parameters
 from llava_min.lora import LoRAConfig
 from llava_min.parallel.dtensor import local_shard
-from llava_min.quant.checkpoint import own_parameters
 from llava_min.training.optim import check_optimizer, config_groups
 from llava_min.training.targets import add_lora
 

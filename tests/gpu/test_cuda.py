@@ -20,10 +20,10 @@ from training import argv, final, lines, make_home, run, train
 
 import llava_min
 from llava_min.load import load_model, on_meta
-from llava_min.sizes import SIZES
 from llava_min.tools.speed.setup import write_random
 from llava_min.toy import draw as toy
 from llava_min.training.batch_size import try_step
+from llava_min.util.sizes import SIZES
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(),

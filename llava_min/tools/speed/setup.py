@@ -18,10 +18,10 @@ from typing import Any
 
 from llava_min.config import LlavaConfig
 from llava_min.errors import UserError, escape_controls, info, warn
-from llava_min.sizes import SIZES
 from llava_min.tools.speed.worker import Worker, config_of
 from llava_min.util.cli import guess
 from llava_min.util.files import check_free, write_json
+from llava_min.util.sizes import SIZES
 
 MAX_SHARD = 1 << 30  # bytes of random weights in memory at a time
 GIB, MIB = 1 << 30, 1 << 20
