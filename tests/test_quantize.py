@@ -418,8 +418,12 @@ def test_qlora_trains_an_adapter_that_fits_the_same_base(tmp_path, capsys):
     )
     assert one.keys() == two.keys() and all(torch.equal(x, two[n]) for n, x in one.items())
 
-    with pytest.raises(UserError, match="--train: full trains language_model, which is quantized"):
+    with pytest.raises(
+        UserError, match="--train: full of a quantized model, which only adapters learn on"
+    ):
         load_script("train").main([*run, "--out", str(tmp_path / "full"), "--train", "full"])
+    with pytest.raises(UserError, match="--train: projector of a quantized model"):
+        load_script("train").main([*run, "--out", str(tmp_path / "p"), "--train", "projector"])
     with pytest.raises(UserError, match="--quantize: nf4 for a checkpoint that is quantized alr"):
         load_script("train").main([*run, "--out", str(tmp_path / "b"), "--quantize", "nf4"])
 
