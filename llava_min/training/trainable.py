@@ -75,9 +75,9 @@ def set_trainable(
             trained = trained | {part} if switch else trained - {part}
 
     unused, quantized = unused_modules(model), own_parameters(model)
-    whole = sorted({top_module(name) for name in quantized if is_inside(name, trained)})
-    if quantized and (train != "lora" or whole):
-        part = f", and not {' and '.join(whole)} whole" if whole else ""
+    parts = sorted({top_module(name) for name in quantized if is_inside(name, trained)})
+    if quantized and (train != "lora" or parts):
+        part = f", and not {' and '.join(parts)} whole" if parts else ""
         raise UserError(
             f"{train} of a quantized model, which only adapters learn on; give lora{part}, or the "
             "16-bit checkpoint",
