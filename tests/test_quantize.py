@@ -17,8 +17,9 @@ from llava_min.fast.int_matmul import Int4Linear, quant_layers
 from llava_min.load import load_model, open_checkpoint, save
 from llava_min.names import to_layout
 from llava_min.quant.linear import QuantLinear
-from llava_min.quant.methods import METHODS, quantized
+from llava_min.quant.methods import METHODS, quantize_layers, quantized
 from llava_min.tools.quantize import main as quantize
+from llava_min.training.trainable import set_trainable
 
 # rows of whole groups of 128, and of whole blocks of 64: bitsandbytes 0.50 dequantizes others
 # wrongly on CPU
@@ -418,10 +419,21 @@ def test_qlora_trains_an_adapter_that_fits_the_same_base(tmp_path, capsys):
     )
     assert one.keys() == two.keys() and all(torch.equal(x, two[n]) for n, x in one.items())
 
-    with pytest.raises(UserError, match="--train: full trains language_model, which is quantized"):
+    with pytest.raises(
+        UserError, match="--train: full of a quantized model, which only adapters learn on"
+    ):
         load_script("train").main([*run, "--out", str(tmp_path / "full"), "--train", "full"])
+    with pytest.raises(UserError, match="--train: projector of a quantized model"):
+        load_script("train").main([*run, "--out", str(tmp_path / "p"), "--train", "projector"])
     with pytest.raises(UserError, match="--quantize: nf4 for a checkpoint that is quantized alr"):
         load_script("train").main([*run, "--out", str(tmp_path / "b"), "--quantize", "nf4"])
+
+
+def test_a_quantized_projector_is_not_trained_whole(base):
+    model = open_checkpoint(str(base)).model
+    quantize_layers(model, ["multi_modal_projector.linear_1"], "nf4")
+    with pytest.raises(UserError, match="give lora, and not multi_modal_projector whole, or"):
+        set_trainable(model, "lora")
 
 
 def test_a_tied_head_is_not_quantized(spm, tmp_path):

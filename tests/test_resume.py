@@ -290,9 +290,9 @@ def test_what_a_resumed_run_may_not_change():
     names = set(train.TrainConfig.__dataclass_fields__)
     assert settings.MAY_CHANGE <= names and names - settings.MAY_CHANGE == set(
         """skip_bad train train_projector train_vision lora_r lora_alpha lora_dropout lora_targets
-        dora rslora lr projector_lr vision_lr optimizer weight_decay betas warmup_ratio warmup_steps
-        schedule max_grad_norm epochs max_steps max_length too_long group_by_length packing
-        precision neftune_alpha image_aspect_ratio template exif seed eval_metrics
+        dora rslora quantize lr projector_lr vision_lr optimizer weight_decay betas warmup_ratio
+        warmup_steps schedule max_grad_norm epochs max_steps max_length too_long group_by_length
+        packing precision neftune_alpha image_aspect_ratio template exif seed eval_metrics
         best_metric""".split()
     )
 

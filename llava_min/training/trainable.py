@@ -75,6 +75,14 @@ def set_trainable(
             trained = trained | {part} if switch else trained - {part}
 
     unused, quantized = unused_modules(model), own_parameters(model)
+    parts = sorted({top_module(name) for name in quantized if is_inside(name, trained)})
+    if quantized and (train != "lora" or parts):
+        part = f", and not {' and '.join(parts)} whole" if parts else ""
+        raise UserError(
+            f"{train} of a quantized model, which only adapters learn on; give lora{part}, or the "
+            "16-bit checkpoint",
+            "train",
+        )
     # a tied weight is visited twice; its `lm_head` name decides
     for name, p in model.named_parameters(remove_duplicate=False):
         whole, is_lora = is_inside(name, trained), ".lora_" in name
@@ -87,12 +95,6 @@ def set_trainable(
                 "train",
             )
         is_trained = whole or is_lora and train == "lora"
-        if whole and name in quantized:
-            raise UserError(
-                f"{train} trains {top_module(name)}, which is quantized; give lora, or the 16-bit "
-                "checkpoint",
-                "train",
-            )
         p.requires_grad_(is_trained and not is_inside(name, unused))
     check_trained(train, [name for name, p in model.named_parameters() if p.requires_grad])
 
