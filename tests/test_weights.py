@@ -1423,6 +1423,22 @@ def test_an_index_and_its_shards_agree(folder, base, end, capsys):
     )
 
 
+@pytest.mark.parametrize("end", ["safetensors", "bin"])
+def test_a_shard_that_the_index_does_not_name_is_told_once(folder, end, capsys):
+    stem = "model" if end == "safetensors" else "pytorch_model"
+    shard(folder, 3, end)
+    (folder / f"other.{end}").write_bytes(b"no shard")
+    bare(folder), capsys.readouterr()
+    for name in (f"{stem}-00004-of-00004.{end}", f"{stem}-1-of-\x1b2.{end}"):
+        (folder / name).write_bytes(b"left over")
+    bare(folder), bare(folder)
+    assert capsys.readouterr().err == (
+        f"warning: {folder / stem}.{end}.index.json: does not name 2 shard(s) beside it "
+        f"({stem}-00004-of-00004.{end}, {stem}-1-of-\\x1b2.{end}), which are not read; remove "
+        "them, or download the index and the shards again, from one revision\n"
+    )
+
+
 def test_of_one_file_and_an_index_beside_it_is_said_which_is_read(folder, base, capsys):
     shard(folder, 2)
     assert bare(folder) and capsys.readouterr().err == ""
