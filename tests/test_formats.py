@@ -403,6 +403,27 @@ def test_media_beside_an_image_is_told_with_its_count(tmp_path, images, capsys):
     assert marks.endswith("are text: <video> (1 times)")
 
 
+def test_system_text_and_turns_under_another_key_are_told_with_their_count(tmp_path, capsys):
+    turns = messages("Hi", "No.")
+    keys = {
+        "systemprompt": "Be kind.",
+        "system_message": "Be kind.",
+        "instruction": "Answer.",
+        "history": [["Hi", "Ho"]],
+        "chosen": turns,
+        "rejected": turns,
+        "rejected_response": "No.",
+        "System-Message": "Be kind.",
+    }
+    empty = {"instruction": "", "history": [], "chosen": True, "rejected": 0, "historyof": "x"}
+    for key, value in keys.items():
+        others = [record("Hi", "Ho", id="2"), chat("Hi", "Ho", id="3", **empty)]
+        marked = [record("Hi", "Ho", id="4", **{key: value}), chat("Hi", "Ho", **{key: value})]
+        read(tmp_path, others + marked)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"fields that are not used: {key} (2 times); nothing of them reaches" in line
+
+
 def test_what_harms_nobody_is_not_told(tmp_path, images, capsys):
     extra = {
         "source": "coco/a.jpg",

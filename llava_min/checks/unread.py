@@ -19,6 +19,8 @@ FILE = re.compile(rf"data:(image|video|audio)/|.{{1,1000}}\.({ENDINGS})$", re.I)
 # and TRL; OpenAI; Axolotl; ms-swift
 MARKERS = ("loss", "label", "weight", "train", "loss_scale")
 FIELDS = ("tools", "weight", "loss", "loss_scale")  # of a record
+# of a record: system text, turns and answers of Alpaca, ms-swift, DPO; without their _ and -
+TEXTS = "systemprompt systemmessage instruction history chosen rejected rejectedresponse".split()
 # of an image part: sizes, which the vision tower fixes
 HINTS = ("detail", "min_pixels", "max_pixels", "resized_height", "resized_width")
 TURN = ("from", "value", "role", "content")
@@ -123,10 +125,17 @@ def check_supervised(raw: dict, messages: list[dict]) -> None:
 # ---- warnings
 
 
+def is_unread_text(key: str, value: object) -> bool:
+    """`systemPrompt` with a text in it, `history` with turns; not `chosen` with a number."""
+    plain = key.lower().replace("_", "").replace("-", "")
+    return plain in TEXTS and isinstance(value, (str, list, dict)) and bool(value)
+
+
 def unused_fields(raw: dict, read: tuple[str, ...], has_image: bool) -> list[str]:
     """The fields that one would expect to change what the model sees or learns."""
     names = [name for name in FIELDS if raw.get(name) not in (None, 1, "", [])]
     names += media_keys(raw, read)
+    names += [key for key in raw if key not in read and is_unread_text(key, raw[key])]
     if not has_image:
         names += [key for key in raw if key not in (*read, "id") and looks_like_a_file(raw[key])]
     for turn in turns_of(raw, read):
