@@ -403,6 +403,23 @@ def test_media_beside_an_image_is_told_with_its_count(tmp_path, images, capsys):
     assert marks.endswith("are text: <video> (1 times)")
 
 
+@pytest.mark.parametrize(
+    "mark",
+    "<Video> <video/> <IMAGE> <image_1> <image12> <|image_1|> <|image_pad|> <|video|> "
+    "<ImageHere> <image_placeholder> <image_token> <audio_pad>".split()
+    + ["<video />", "<image 1>"],
+)
+def test_marks_of_other_programs_are_told_with_their_count(tmp_path, capsys, mark):
+    quiet = (
+        "Is <b>, <img src='a.png'>, </video>, <video controls>, <image-set>, <ImageView>, "
+        "<imagery>, < image >, <|im_start|>, <|image> or <image|> a mark?"
+    )
+    read(tmp_path, [record(quiet, "x", id="1"), record("Hi", f"{mark} x", id="2")])
+    assert not capsys.readouterr().err
+    read(tmp_path, [record(f"{mark}\nWhat?", "x", id="1"), chat(f"The {mark}{mark}?", "x", id="2")])
+    assert capsys.readouterr().err.endswith(f"are text: {mark} (3 times)\n")
+
+
 def test_system_text_and_turns_under_another_key_are_told_with_their_count(tmp_path, capsys):
     turns = messages("Hi", "No.")
     keys = {

@@ -25,6 +25,12 @@ TEXTS = "systemprompt systemmessage instruction history chosen rejected rejected
 HINTS = ("detail", "min_pixels", "max_pixels", "resized_height", "resized_width")
 TURN = ("from", "value", "role", "content")
 MARK = "<(image|video|audio)>"
+# and as others write it: <Video>, <video/>, <ImageHere>, Phi-3 <|image_1|>, Qwen2-VL <|image_pad|>
+MARKS = re.compile(
+    r"<(\|?)(image|video|audio)(?:[_ ]?(?:pad|token|here|placeholder|patch))?(?:[_ ]?\d{1,3})?"
+    r" ?/?\1>",
+    re.I,
+)
 
 
 # ---- media
@@ -153,4 +159,4 @@ def unused_fields(raw: dict, read: tuple[str, ...], has_image: bool) -> list[str
 
 def marks_as_text(questions: dict[int, str]) -> list[str]:
     """The marks that stay text in the questions of a good record."""
-    return [found[0] for q in questions.values() for found in re.finditer(MARK, q)]
+    return [found[0] for q in questions.values() for found in MARKS.finditer(q)]
