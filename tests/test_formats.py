@@ -455,13 +455,14 @@ def test_what_harms_nobody_is_not_told(tmp_path, images, capsys):
         "tools": [],
         "weight": 1,
         "label": "cat",
+        "train": True,
         "kind": "k",
         "loss": True,
     }
     data = [
         GOOD | extra,
         record("Hi", "Ho", id="2", **(extra | {"source": "web", "label": 0})),
-        chat("Hi", "Ho", id="3", **(extra | {"source": "web"})),
+        chat("Hi", "Ho", id="3", **(extra | {"source": "web", "label": "0"})),
     ]
     assert len(read(tmp_path, data, images)) == 3 and not capsys.readouterr().err
 
@@ -598,6 +599,14 @@ def test_every_template_keeps_a_masked_answer_apart(name):
         (chat("Hi", "Ho", label=False), "label is false"),
         (record("Hi", "Ho", weight=0), "weight is 0"),
         (chat("Hi", "Ho", kto_tag=False), "kto_tag is false"),
+        (chat("Hi", "Ho", kto_tag=0), "kto_tag is 0"),
+        (record("Hi", "Ho", train=0), "train is 0: its answers are marked as not to be learned"),
+        (chat("Hi", "Ho", train=0.0), "train is 0.0"),
+        (record("Hi", "Ho", label="false"), "label is text (false), expected true or false"),
+        (chat("Hi", "Ho", label="True"), "label is text (True)"),
+        (chat("Hi", "Ho", train="0"), "train is text (0), expected true or false, 1 or 0"),
+        (record("Hi", "Ho", loss="False"), "loss is text"),
+        (record("Hi", "Ho", weight="1"), "weight is text"),
         (
             {
                 "id": "r1",

@@ -201,13 +201,13 @@ def test_fields_that_are_not_used_are_counted_in_one_line(tmp_path, capsys):
     data = [
         record("Hi", "Ho", system="Be kind.", source="web"),
         {"id": "r2", "system": "Be kind.", "tools": [{}], "conversations": weighed},
-        {"id": "r3", "weight": 2, "messages": called},
+        {"id": "r3", "weight": 2, "train": 0.5, "messages": called},
     ]
     read_records(written(tmp_path / "x.json", data))
     (line,) = capsys.readouterr().err.splitlines()
     assert (
-        "x.json: fields that are not used: weight (2 times), tools (1 times), loss (1 times), "
-        "tool_calls (1 times); " in line
+        "x.json: fields that are not used: weight (2 times), tools (1 times), train (1 times), "
+        "loss (1 times), tool_calls (1 times); " in line
     )
     assert line.endswith("nothing of them reaches the model: rename, fix or remove them")
 

@@ -18,7 +18,8 @@ FILE = re.compile(rf"data:(image|video|audio)/|.{{1,1000}}\.({ENDINGS})$", re.I)
 # of a turn: whether its answer is learned, in ms-swift and XTuner; preference data of LLaMA-Factory
 # and TRL; OpenAI; Axolotl; ms-swift
 MARKERS = ("loss", "label", "weight", "train", "loss_scale")
-FIELDS = ("tools", "weight", "loss", "loss_scale")  # of a record
+FIELDS = ("tools", "weight", "loss", "loss_scale", "train")  # of a record
+YES_OR_NO = ("true", "false", "1", "0")
 # of a record: system text, turns and answers of Alpaca, ms-swift, DPO; without their _ and -
 TEXTS = "systemprompt systemmessage instruction history chosen rejected rejectedresponse".split()
 # of an image part: sizes, which the vision tower fixes
@@ -118,10 +119,13 @@ def check_markers(turn: dict, where: str) -> None:
 
 
 def check_supervised(raw: dict, messages: list[dict]) -> None:
-    """Some answer is to be learned. (The `label` of a record may also be a class, 0.)"""
+    """Some answer is to be learned. (The `label` of a record may also be a class, 0 or "cat".)"""
     for name in (*MARKERS, "kto_tag"):
-        value = raw.get(name)
-        if value is False or name in FIELDS and isinstance(value, (int, float)) and value <= 0:
+        value, is_class = raw.get(name), name == "label"
+        if isinstance(value, str) and value.strip().lower() in YES_OR_NO[: 2 if is_class else 4]:
+            said = f"{name} is text ({shorten(value)})"
+            raise UserError(f"{said}, expected true or false, 1 or 0, without quotes")
+        if value is False or not is_class and isinstance(value, (int, float)) and value <= 0:
             said = f"{name} is {str(value).lower()}"
             raise UserError(f"{said}: its answers are marked as not to be learned")
     if all(m.get("loss") is False for m in messages if m["role"] == "assistant"):
