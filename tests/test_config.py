@@ -406,6 +406,8 @@ BAD = [  # (key, what is refused)
     ),
     *(("vision_feature_select_strategy", value) for value in ("cls", ["default"], 0)),
     *(("image_token_index", value) for value in (384, -1, "320", 320.0, None, True)),
+    *(("mm_patch_merge_type", value) for value in ("spatial", "spatial_unpad", ["flat"], True)),
+    *(("image_aspect_ratio", value) for value in ("anyres", "anyres_max_9", ["pad"], 1)),
     ("projector_hidden_act", "relu"),
     ("multimodal_projector_bias", "false"),
     ("multimodal_projector_bias", 1),
@@ -680,6 +682,7 @@ def test_towers_that_are_no_clip_are_refused_by_name(tower, good):
 
 def test_a_converted_config_that_kept_the_originals_keys_is_llava_hf():
     kept = {k: v for k, v in ORIGINAL.items() if k.startswith("mm_")}
+    kept |= {"mm_patch_merge_type": "flat", "image_aspect_ratio": "pad"}
     assert LlavaConfig.from_hf({**BASE, **kept}) == LlavaConfig.from_hf(BASE)
     flat = LlavaConfig.from_hf({**ORIGINAL, "model_type": "llava"})
     assert flat.vision_source == ORIGINAL["mm_vision_tower"]

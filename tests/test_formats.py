@@ -403,6 +403,44 @@ def test_media_beside_an_image_is_told_with_its_count(tmp_path, images, capsys):
     assert marks.endswith("are text: <video> (1 times)")
 
 
+@pytest.mark.parametrize(
+    "mark",
+    "<Video> <video/> <IMAGE> <image_1> <image12> <|image_1|> <|image_pad|> <|video|> "
+    "<ImageHere> <image_placeholder> <image_token> <audio_pad>".split()
+    + ["<video />", "<image 1>"],
+)
+def test_marks_of_other_programs_are_told_with_their_count(tmp_path, capsys, mark):
+    quiet = (
+        "Is <b>, <img src='a.png'>, </video>, <video controls>, <image-set>, <ImageView>, "
+        "<imagery>, < image >, <|im_start|>, <|image> or <image|> a mark?"
+    )
+    read(tmp_path, [record(quiet, "x", id="1"), record("Hi", f"{mark} x", id="2")])
+    assert not capsys.readouterr().err
+    read(tmp_path, [record(f"{mark}\nWhat?", "x", id="1"), chat(f"The {mark}{mark}?", "x", id="2")])
+    assert capsys.readouterr().err.endswith(f"are text: {mark} (3 times)\n")
+
+
+def test_system_text_and_turns_under_another_key_are_told_with_their_count(tmp_path, capsys):
+    turns = messages("Hi", "No.")
+    keys = {
+        "systemprompt": "Be kind.",
+        "system_message": "Be kind.",
+        "instruction": "Answer.",
+        "history": [["Hi", "Ho"]],
+        "chosen": turns,
+        "rejected": turns,
+        "rejected_response": "No.",
+        "System-Message": "Be kind.",
+    }
+    empty = {"instruction": "", "history": [], "chosen": True, "rejected": 0, "historyof": "x"}
+    for key, value in keys.items():
+        others = [record("Hi", "Ho", id="2"), chat("Hi", "Ho", id="3", **empty)]
+        marked = [record("Hi", "Ho", id="4", **{key: value}), chat("Hi", "Ho", **{key: value})]
+        read(tmp_path, others + marked)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"fields that are not used: {key} (2 times); nothing of them reaches" in line
+
+
 def test_what_harms_nobody_is_not_told(tmp_path, images, capsys):
     extra = {
         "source": "coco/a.jpg",
@@ -417,13 +455,14 @@ def test_what_harms_nobody_is_not_told(tmp_path, images, capsys):
         "tools": [],
         "weight": 1,
         "label": "cat",
+        "train": True,
         "kind": "k",
         "loss": True,
     }
     data = [
         GOOD | extra,
         record("Hi", "Ho", id="2", **(extra | {"source": "web", "label": 0})),
-        chat("Hi", "Ho", id="3", **(extra | {"source": "web"})),
+        chat("Hi", "Ho", id="3", **(extra | {"source": "web", "label": "0"})),
     ]
     assert len(read(tmp_path, data, images)) == 3 and not capsys.readouterr().err
 
@@ -560,6 +599,14 @@ def test_every_template_keeps_a_masked_answer_apart(name):
         (chat("Hi", "Ho", label=False), "label is false"),
         (record("Hi", "Ho", weight=0), "weight is 0"),
         (chat("Hi", "Ho", kto_tag=False), "kto_tag is false"),
+        (chat("Hi", "Ho", kto_tag=0), "kto_tag is 0"),
+        (record("Hi", "Ho", train=0), "train is 0: its answers are marked as not to be learned"),
+        (chat("Hi", "Ho", train=0.0), "train is 0.0"),
+        (record("Hi", "Ho", label="false"), "label is text (false), expected true or false"),
+        (chat("Hi", "Ho", label="True"), "label is text (True)"),
+        (chat("Hi", "Ho", train="0"), "train is text (0), expected true or false, 1 or 0"),
+        (record("Hi", "Ho", loss="False"), "loss is text"),
+        (record("Hi", "Ho", weight="1"), "weight is text"),
         (
             {
                 "id": "r1",

@@ -78,7 +78,12 @@ TEXT = {
     "pad_token_id": Range(int, -1, null=True),
 }
 OPTIONAL_WINDOW = {"use_sliding_window": FLAG, "max_window_layers": Range(int, 0)}
-LLAVA = {
+# LLaVA-1.6 splits an image into tiles; a fork may say so in either layout
+WHOLE_IMAGE = {
+    "mm_patch_merge_type": Only(("flat",)),
+    "image_aspect_ratio": Only(("pad", "square")),
+}
+LLAVA = WHOLE_IMAGE | {
     "auto_map": Only(),
     "projector_hidden_act": Only(("gelu",)),
     "vision_feature_select_strategy": Only(("default", "full")),
@@ -88,13 +93,11 @@ LLAVA = {
     "multimodal_projector_bias": FLAG,
     "tie_word_embeddings": FLAG,
 }
-ORIGINAL = {
+ORIGINAL = WHOLE_IMAGE | {
     "auto_map": Only(),
     "mm_use_im_start_end": Only((False,)),
     "mm_use_im_patch_token": Only((False,)),
     "mm_vision_select_feature": Only(("patch", "cls_patch")),
-    "mm_patch_merge_type": Only(("flat",)),
-    "image_aspect_ratio": Only(("pad", "square")),
     "mm_vision_select_layer": Range(int, -MAX_SIZE),
     "tie_word_embeddings": FLAG,
 }

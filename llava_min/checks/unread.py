@@ -18,11 +18,20 @@ FILE = re.compile(rf"data:(image|video|audio)/|.{{1,1000}}\.({ENDINGS})$", re.I)
 # of a turn: whether its answer is learned, in ms-swift and XTuner; preference data of LLaMA-Factory
 # and TRL; OpenAI; Axolotl; ms-swift
 MARKERS = ("loss", "label", "weight", "train", "loss_scale")
-FIELDS = ("tools", "weight", "loss", "loss_scale")  # of a record
+FIELDS = ("tools", "weight", "loss", "loss_scale", "train")  # of a record
+YES_OR_NO = ("true", "false", "1", "0")
+# of a record: system text, turns and answers of Alpaca, ms-swift, DPO; without their _ and -
+TEXTS = "systemprompt systemmessage instruction history chosen rejected rejectedresponse".split()
 # of an image part: sizes, which the vision tower fixes
 HINTS = ("detail", "min_pixels", "max_pixels", "resized_height", "resized_width")
 TURN = ("from", "value", "role", "content")
 MARK = "<(image|video|audio)>"
+# and as others write it: <Video>, <video/>, <ImageHere>, Phi-3 <|image_1|>, Qwen2-VL <|image_pad|>
+MARKS = re.compile(
+    r"<(\|?)(image|video|audio)(?:[_ ]?(?:pad|token|here|placeholder|patch))?(?:[_ ]?\d{1,3})?"
+    r" ?/?\1>",
+    re.I,
+)
 
 
 # ---- media
@@ -110,10 +119,13 @@ def check_markers(turn: dict, where: str) -> None:
 
 
 def check_supervised(raw: dict, messages: list[dict]) -> None:
-    """Some answer is to be learned. (The `label` of a record may also be a class, 0.)"""
+    """Some answer is to be learned. (The `label` of a record may also be a class, 0 or "cat".)"""
     for name in (*MARKERS, "kto_tag"):
-        value = raw.get(name)
-        if value is False or name in FIELDS and isinstance(value, (int, float)) and value <= 0:
+        value, is_class = raw.get(name), name == "label"
+        if isinstance(value, str) and value.strip().lower() in YES_OR_NO[: 2 if is_class else 4]:
+            said = f"{name} is text ({shorten(value)})"
+            raise UserError(f"{said}, expected true or false, 1 or 0, without quotes")
+        if value is False or not is_class and isinstance(value, (int, float)) and value <= 0:
             said = f"{name} is {str(value).lower()}"
             raise UserError(f"{said}: its answers are marked as not to be learned")
     if all(m.get("loss") is False for m in messages if m["role"] == "assistant"):
@@ -123,10 +135,17 @@ def check_supervised(raw: dict, messages: list[dict]) -> None:
 # ---- warnings
 
 
+def is_unread_text(key: str, value: object) -> bool:
+    """`systemPrompt` with a text in it, `history` with turns; not `chosen` with a number."""
+    plain = key.lower().replace("_", "").replace("-", "")
+    return plain in TEXTS and isinstance(value, (str, list, dict)) and bool(value)
+
+
 def unused_fields(raw: dict, read: tuple[str, ...], has_image: bool) -> list[str]:
     """The fields that one would expect to change what the model sees or learns."""
     names = [name for name in FIELDS if raw.get(name) not in (None, 1, "", [])]
     names += media_keys(raw, read)
+    names += [key for key in raw if key not in read and is_unread_text(key, raw[key])]
     if not has_image:
         names += [key for key in raw if key not in (*read, "id") and looks_like_a_file(raw[key])]
     for turn in turns_of(raw, read):
@@ -144,4 +163,4 @@ def unused_fields(raw: dict, read: tuple[str, ...], has_image: bool) -> list[str
 
 def marks_as_text(questions: dict[int, str]) -> list[str]:
     """The marks that stay text in the questions of a good record."""
-    return [found[0] for q in questions.values() for found in re.finditer(MARK, q)]
+    return [found[0] for q in questions.values() for found in MARKS.finditer(q)]

@@ -29,7 +29,10 @@ def preview(names: list[str], most: int = 6) -> str:
 
 
 def check_shards(shards: Any, index: Path) -> None:
-    """The `weight_map` of an index names files that are beside it, or UserError."""
+    """The `weight_map` of an index names files that are beside it, or UserError.
+
+    A shard beside it that it does not name is a warning.
+    """
     if not isinstance(shards, dict) or not shards:
         raise UserError(f"{index}: no weight_map; download the file again")
     names = sorted(set(map(str, shards.values())))
@@ -42,6 +45,13 @@ def check_shards(shards: Any, index: Path) -> None:
         raise UserError(
             f"{index}: {len(absent)} of {len(names)} shards are absent "
             f"({', '.join(absent[:4])}); download them"
+        )
+    stem, end = index.name.split(".")[:2]
+    if extra := sorted({p.name for p in index.parent.glob(f"{stem}-*-of-*.{end}")} - {*names}):
+        shown = ", ".join(escape_controls(name)[:100] for name in extra[:4])
+        warn_once(
+            f"{index}: does not name {len(extra)} shard(s) beside it ({shown}), which are not "
+            "read; remove them, or download the index and the shards again, from one revision"
         )
 
 

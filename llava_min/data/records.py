@@ -46,24 +46,35 @@ class ImageFiles:
     """Which images are there. Each folder is listed once: a stat of every file can take minutes."""
 
     def __init__(self, root: Path):
-        self.root, self.names = root, {}
+        self.root = root
+        # folder -> name -> whether it is seen to be a regular file without a stat, as a link is not
+        self.listed: dict[str, dict[str, bool]] = {}
         self.asked: list[Path] = []
         self.found = 0
         self.folded: dict[str, Path] = {}
         self.alike: tuple[Path, Path] | None = None  # the first two that differ in case alone
 
     def has(self, path: Path) -> bool:
+        """Whether `path` is a regular file, or a link to one."""
         folder, name = os.path.split(path)
-        if folder not in self.names:
-            try:
-                self.names[folder] = set(os.listdir(folder))
-            except OSError:
-                self.names[folder] = set()
+        if folder not in self.listed:
+            self.listed[folder] = list_folder(folder)
         if (other := self.folded.setdefault(str(path).casefold(), path)) != path:
             self.alike = self.alike or (other, path)
         self.asked.append(path)
-        self.found += name in self.names[folder]
-        return name in self.names[folder]
+        is_file = self.listed[folder].get(name)  # None: there is no such name
+        found = is_file or is_file is not None and os.path.isfile(path)
+        self.found += found
+        return found
+
+
+def list_folder(folder: str) -> dict[str, bool]:
+    """Name -> whether it is a regular file and no link; empty for what cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return {e.name: e.is_file(follow_symlinks=False) for e in entries}
+    except OSError:
+        return {}
 
 
 class SkippedRecords:
