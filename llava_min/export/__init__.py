@@ -4,3 +4,11 @@
 way and reads them back; `hf`, `original` and `gguf` are the layouts; `read_gguf` is the way back.
 `quantized` reads and writes the layers of quantized checkpoints.
 """
+
+# The formats of `export --to`, a page each: its `export(model, folder, dtype, type)` writes an open
+# model (`tensors.open_model`) into a new folder, compares what it wrote, and says what that is.
+FORMATS = {
+    "hf": "llava_min.export.hf",
+    "original": "llava_min.export.original",
+    "gguf": "llava_min.export.gguf",
+}

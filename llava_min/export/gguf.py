@@ -209,3 +209,7 @@ def run_quantizer(llama_cpp: ModuleType, source: Path, target: Path, ftype: int)
     llama_cpp.llama_log_set(quiet, None)
     if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), params):
         raise UserError(f"{source}: llama.cpp's quantizer failed; choose q8_0 or q4_0", "type")
+
+
+def export(model: Tensors, folder: Path, dtype: torch.dtype, type: str | None) -> str:
+    return write_gguf(model, folder, type or "f16")

@@ -15,7 +15,6 @@ from llava_min.export.jinja import JINJA
 from llava_min.export.stream import check_sums, write_shards
 from llava_min.export.tensors import Merge, Tensors
 from llava_min.load import (
-    SMALL,
     load_model,
     on_meta,
     open_checkpoint,
@@ -24,6 +23,7 @@ from llava_min.load import (
 )
 from llava_min.names import to_layout
 from llava_min.tensors import read_entries
+from llava_min.weights import SMALL
 
 # of the logits' largest value, by which the written model may differ from its source: the weights
 # are rounded to the dtype on disk, and an adapter is merged in another order than it is applied
@@ -106,3 +106,15 @@ def check_logits(model: Tensors, folder: Path, dtype: torch.dtype, rows: int) ->
             f"{float(right.abs().max()):.3g} at most; export it with {label('dtype')} fp32"
         )
     return worst
+
+
+def export(model: Tensors, folder: Path, dtype: torch.dtype, type: str | None) -> str:
+    write_hf(model, folder, dtype)
+    return f"hf layout, {proved(model, folder, dtype, model.model.config.text.vocab_size)}"
+
+
+def proved(model: Tensors, folder: Path, dtype: torch.dtype, rows: int) -> str:
+    """What shows that the folder is the model: its tensors and, if it is small, its logits."""
+    worst = check_logits(model, folder, dtype, rows)
+    logits = "" if worst is None else f", logits within {worst:.2g} of the source's"
+    return f"every tensor read back{logits}"

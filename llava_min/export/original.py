@@ -15,6 +15,7 @@ from llava_min.config import LlavaConfig
 from llava_min.data.tokenizer import Tokenizer
 from llava_min.data.tokenizer.tokenizer_json import content_of
 from llava_min.errors import UserError, info, shorten, warn
+from llava_min.export.hf import proved
 from llava_min.export.stream import check_sums, write_file, write_shards
 from llava_min.export.tensors import Merge, Tensors
 from llava_min.load import read_config
@@ -164,3 +165,8 @@ def write_tokenizer(tokenizer: Tokenizer, end: int, folder: Path) -> None:
             f"{folder}: has a tokenizer.json alone, for the source has no tokenizer.model; LLaVA's "
             "own code wants one (use_fast=False), take Vicuna's"
         )
+
+
+def export(model: Tensors, folder: Path, dtype: torch.dtype, type: str | None) -> str:
+    write_original(model, folder, dtype)
+    return f"original layout, {proved(model, folder, dtype, model.model.config.image_token_id)}"

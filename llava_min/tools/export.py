@@ -5,13 +5,15 @@ by tensor, and OUT gets its name only once all of it has been read back.
 """
 
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
 from llava_min.errors import UserError, info
+from llava_min.export import FORMATS
 from llava_min.util.cli import PathArg, flags, parse
 
-Format = Literal["hf", "original", "gguf"]
+Format = Literal[tuple(FORMATS)]
 
 
 @dataclass
@@ -63,28 +65,6 @@ def run(config: ExportConfig, source: str, out: Path) -> None:
     )
     dtype = model.dtype if config.dtype is None else DTYPES[config.dtype]
     with new_folder(out, overwrite=config.overwrite) as aside:
-        if config.to == "gguf":
-            from llava_min.export.gguf import write_gguf
-
-            what = write_gguf(model, aside, config.type or "f16")
-        else:
-            what = write_folder(model, aside, config.to, dtype)
+        page = import_module(FORMATS[config.to])
+        what = page.export(model, aside, dtype, config.type)
     info(f"saved {out}: {what}")
-
-
-def write_folder(model, folder: Path, to: str, dtype) -> str:
-    """One of the two layouts of safetensors, proved by its tensors and, if small, its logits."""
-    from llava_min.export.hf import check_logits, write_hf
-    from llava_min.export.original import write_original
-
-    if to == "hf":
-        write_hf(model, folder, dtype)
-        rows = model.model.config.text.vocab_size
-    else:
-        write_original(model, folder, dtype)
-        rows = model.model.config.image_token_id
-    worst = check_logits(model, folder, dtype, rows)
-    proved = "every tensor read back"
-    if worst is not None:
-        proved += f", logits within {worst:.2g} of the source's"
-    return f"{to} layout, {proved}"
