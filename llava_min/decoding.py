@@ -34,7 +34,7 @@ NEG = -1e9
 
 
 def left_padded(model: Llava, batch: dict) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The processor's dict -> ids (B, T), valid (B, T) bool, pixels (N, 3, S, S) or None.
+    """The processor's dict -> ids (B, T), valid (B, T) bool, pixels (images, 3, S, S) or None.
 
     Padding may be on either side; it is moved to the left, so that no padding separates a prompt
     from its answer.

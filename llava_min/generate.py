@@ -32,7 +32,7 @@ def generate(
     token.
 
     batch: the processor's dict of input_ids (B, T), attention_mask (B, T) and, if there are images,
-    pixel_values (N, 3, S, S). options: the fields of `Options`. cache: a chat's (`new_cache`).
+    pixel_values (images, 3, S, S). options: those of `Options`. cache: a chat's (`new_cache`).
     compile: make the step one fused program, which takes a while once and pays in long answers.
 
     Raises UserError for an option out of range, a prompt that leaves no room for max_new_tokens in
