@@ -2,7 +2,6 @@
 to ask and how to score it. To add a benchmark, add a file; docs/evaluation.md lists its keys.
 """
 
-import difflib
 import re
 import tomllib
 from dataclasses import dataclass, fields
@@ -13,6 +12,7 @@ from llava_min.data.formats import Record
 from llava_min.data.json_file import parse
 from llava_min.data.records import ImageFiles, raw_records, sources
 from llava_min.errors import UserError, escape_controls, label, preview, shorten, warn
+from llava_min.util.cli import guess
 from llava_min.util.files import check_file
 
 FOLDER = Path(__file__).parent
@@ -45,9 +45,8 @@ def read_benchmark(name: str) -> Benchmark:
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not path.is_file():
         names = sorted(p.stem for p in FOLDER.glob("*.toml"))
-        near = difflib.get_close_matches(name, names, n=1)
-        guess = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-        raise UserError(f"{shorten(name)}: no such benchmark or .toml file; {guess}", "benchmark")
+        fix = guess(name, names, f"there are {', '.join(names)}")
+        raise UserError(f"{shorten(name)}: no such benchmark or .toml file; {fix}", "benchmark")
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as e:
@@ -55,9 +54,8 @@ def read_benchmark(name: str) -> Benchmark:
     keys = {f.name: f.type for f in fields(Benchmark)}
     for key, value in data.items():
         if key not in keys:
-            near = difflib.get_close_matches(key, keys, n=1)
-            guess = f"did you mean {near[0]}?" if near else f"there are {', '.join(keys)}"
-            raise UserError(f"{path}: {escape_controls(key)} is not a setting; {guess}")
+            fix = guess(key, keys, f"there are {', '.join(keys)}")
+            raise UserError(f"{path}: {escape_controls(key)} is not a setting; {fix}")
         expected = getattr(keys[key], "__origin__", keys[key])
         fits = type(value) is expected
         if fits and expected is list:
