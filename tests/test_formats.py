@@ -368,6 +368,10 @@ def test_parquet_reads_no_bytes_where_it_need_not(tmp_path, parquet, monkeypatch
             },
             "has images",
         ),
+        (chat("What?", "x", metadata={"image": "a.png"}), "has metadata.image, which is not read"),
+        (record("What?", "x", data={"images": [{"bytes": "x"}]}), "has data.images"),
+        (record("What?", "x", source=[{"a": {"video": "a.mp4"}}]), "has source.a.video"),
+        (chat([{**TEXT, "extra": {"audio": "a.wav"}}], "x"), "has extra.audio"),
         (record("<video>\nWhat?", "x"), "message 0: its <video> stands for a video"),
         (chat("What is said?<audio>", "x"), "its <audio> stands for an audio"),
         (
@@ -401,6 +405,21 @@ def test_media_beside_an_image_is_told_with_its_count(tmp_path, images, capsys):
         "max_pixels (1 times); nothing of them reaches the model" in fields
     )
     assert marks.endswith("are text: <video> (1 times)")
+
+
+def test_what_stands_inside_other_fields_and_parts_is_counted(tmp_path, images, capsys):
+    data = [
+        GOOD | {"metadata": {"image": "b.png", "width": 3}},
+        chat("Hi", "x", metadata={"origin": {"from": "c.jpg"}}, id="2"),
+        part("image_url", image_url={"url": "a.png", "detail": "high"}) | {"id": "3"},
+        chat([{**TEXT, "cache_control": {"type": "x"}}], "x", id="4"),
+    ]
+    read(tmp_path, data, images)
+    (fields,) = capsys.readouterr().err.splitlines()
+    assert (
+        "not used: metadata.image (1 times), metadata.origin.from (1 times), detail (1 times), "
+        "cache_control (1 times); nothing" in fields
+    )
 
 
 @pytest.mark.parametrize(
@@ -458,6 +477,7 @@ def test_what_harms_nobody_is_not_told(tmp_path, images, capsys):
         "train": True,
         "kind": "k",
         "loss": True,
+        "metadata": {"source": "coco", "image_id": 7, "videos": [], "labels": ["cat", {"n": 1}]},
     }
     data = [
         GOOD | extra,

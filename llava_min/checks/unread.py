@@ -5,6 +5,7 @@ answers that are marked as not to be learned; fields that mean something in othe
 """
 
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 
 from llava_min.checks.formats import kind
@@ -22,9 +23,13 @@ FIELDS = ("tools", "weight", "loss", "loss_scale", "train")  # of a record
 YES_OR_NO = ("true", "false", "1", "0")
 # of a record: system text, turns and answers of Alpaca, ms-swift, DPO; without their _ and -
 TEXTS = "systemprompt systemmessage instruction history chosen rejected rejectedresponse".split()
+# where an image part may hold its image
+SOURCES = ("image", "image_url", "path", "url")
 # of an image part: sizes, which the vision tower fixes
 HINTS = ("detail", "min_pixels", "max_pixels", "resized_height", "resized_width")
 TURN = ("from", "value", "role", "content")
+PART = ("type", "text", "index", *SOURCES)
+NOTHING = (None, "", "auto", [], {})  # auto: OpenAI's `detail` where nothing is asked for
 MARK = "<(image|video|audio)>"
 # and as others write it: <Video>, <video/>, <ImageHere>, Phi-3 <|image_1|>, Qwen2-VL <|image_pad|>
 MARKS = re.compile(
@@ -60,13 +65,35 @@ def turns_of(raw: dict, read: tuple[str, ...]) -> list[dict]:
     return [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
 
 
+def parts_of(turn: dict) -> list[dict]:
+    content = turn.get("content")
+    return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+
+
+def said_in(raw: dict, read: tuple[str, ...], depth: int) -> Iterator[tuple[str, str, object]]:
+    """(name, key, value) of what `raw` says under keys not among `read`, and of the objects inside
+    down to `depth` levels, whose keys are named `metadata.image`.
+    """
+    for key, value in raw.items():
+        if key in read:
+            continue
+        yield key, key, value
+        if depth and isinstance(value, (dict, list)) and not is_media(key, value):
+            for inner in value if isinstance(value, list) else [value]:
+                if isinstance(inner, dict):
+                    for name, last, x in said_in(inner, (), depth - 1):
+                        yield f"{key}.{name}", last, x
+
+
 def media_keys(raw: dict, read: tuple[str, ...]) -> list[str]:
-    """The keys of a record and of its turns that name media and are not among `read`."""
-    said = [(key, value) for key, value in raw.items() if key not in read]
+    """The keys of a record, its turns and their parts that name media and are not among `read`."""
+    said = [*said_in(raw, read, 2)]
     for turn in turns_of(raw, read):
         if len(turn) > 2:  # more than who speaks and what
-            said += [(key, value) for key, value in turn.items() if key not in TURN]
-    return [key for key, value in said if is_media(key, value)]
+            said += said_in(turn, TURN, 1)
+        for part in parts_of(turn):
+            said += said_in(part, PART, 1)
+    return [name for name, key, value in said if is_media(key, value)]
 
 
 def placeholder(question: str) -> str | None:
@@ -147,7 +174,8 @@ def unused_fields(raw: dict, read: tuple[str, ...], has_image: bool) -> list[str
     names += media_keys(raw, read)
     names += [key for key in raw if key not in read and is_unread_text(key, raw[key])]
     if not has_image:
-        names += [key for key in raw if key not in (*read, "id") and looks_like_a_file(raw[key])]
+        said = said_in(raw, (*read, "id"), 2)
+        names += [name for name, key, x in said if looks_like_a_file(x) and not is_media(key, x)]
     for turn in turns_of(raw, read):
         answer = turn.get("from", turn.get("role")) in ("gpt", "assistant")
         for name, value in turn.items() if len(turn) > 2 else ():
@@ -155,10 +183,20 @@ def unused_fields(raw: dict, read: tuple[str, ...], has_image: bool) -> list[str
                 names += [name] * (value not in ((None, 0, 1) if answer else (None, 0)))
             elif name not in TURN and value is not None and not is_media(name, value):
                 names.append(name)
-        content = turn.get("content")
-        for part in content if isinstance(content, list) else ():
-            names += [name for name in HINTS if part.get(name)] if isinstance(part, dict) else []
+        for part in parts_of(turn):
+            names += unused_of_part(part)
     return names
+
+
+def unused_of_part(part: dict) -> list[str]:
+    """What a part says beside its text or image: `detail` stands in it, or as in OpenAI's API
+    beside the `url`.
+    """
+    said = [(key, value) for key, value in part.items() if key not in PART]
+    for source in map(part.get, SOURCES):
+        if isinstance(source, dict):
+            said += [(key, value) for key, value in source.items() if key != "url"]
+    return [key for key, value in said if value not in NOTHING and not is_media(key, value)]
 
 
 def marks_as_text(questions: dict[int, str]) -> list[str]:

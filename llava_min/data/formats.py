@@ -42,6 +42,7 @@ from llava_min.checks.image_file import open_image
 from llava_min.checks.unread import (
     HINTS,
     MARKERS,
+    SOURCES,
     check_markers,
     check_media,
     check_supervised,
@@ -59,7 +60,6 @@ Talk = tuple[list[dict], list[Stored]]  # messages as templates take them; image
 
 ROLES = {"human": "user", "gpt": "assistant"}
 SYSTEM = ("system", "system_prompt")
-SOURCES = ("image", "image_url", "path", "url")  # where a part may hold its image
 
 
 @dataclass(slots=True)
