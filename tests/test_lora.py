@@ -17,6 +17,7 @@ import llava_min
 from llava_min.adapter import adapter_names, load_adapter, peft_name, read_adapter, save_adapter
 from llava_min.checks.adapter import PEFT_PREFIX
 from llava_min.checks.adapter_targets import is_target
+from llava_min.checks.config_keys import ADAPTER, unknown_keys
 from llava_min.config import LINEARS, LlavaConfig
 from llava_min.errors import UserError
 from llava_min.fast.cpu_linear import prepack_linears
@@ -64,6 +65,32 @@ def test_what_an_adapter_config_leaves_out_is_as_peft_has_it(tmp_path):
         and not is_target("lm_head", every)
         and not is_target("model.lm_head", every)
     )
+
+
+def test_a_key_of_adapter_config_that_peft_does_not_have_is_named_once(tmp_path, capsys):
+    peft = pytest.importorskip("peft", reason="its LoraConfig; pip install -e '.[test]'")
+    folder, base = saved(tmp_path / "a", taught()), our_model(their_model("mistral"))
+    path = folder / "adapter_config.json"
+    ours = json.loads(path.read_text())
+    theirs = peft.LoraConfig(**{key: ours[key] for key in ("r", "lora_alpha", "target_modules")})
+    plain = {key: list(x) if isinstance(x, set) else x for key, x in theirs.to_dict().items()}
+    assert plain.keys() >= ours.keys() and unknown_keys(dict.fromkeys(plain, 1), ADAPTER) == {}
+    for data, said in (
+        (ours, ""),
+        (ours | plain, ""),
+        (ours | {"new_config": None, "use_new": False, "new_pattern": {}}, ""),
+        (ours | {"use_new": True, "new_pattern": {"q_proj": 2}}, "warning: "),
+        (ours | {"use_new": True, "new_pattern": {"q_proj": 2}}, ""),  # said already
+    ):
+        path.write_text(json.dumps(data))
+        read_adapter(base, folder)
+        err = capsys.readouterr().err
+        assert bool(err) == bool(said), err
+        if said:
+            assert err.startswith(
+                f"warning: {path}: use_new = True, new_pattern = {{'q_proj': 2}}: no published "
+                "LoraConfig of PEFT has such a key, and it is not obeyed;"
+            )
 
 
 def test_embeddings_of_an_adapter_over_a_tied_head_are_refused(tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llava_min.checks.config_keys import ADAPTER, warn_unknown_keys
 from llava_min.checks.regex import is_quick, is_regex
 from llava_min.errors import UserError, escape_controls, shorten
 from llava_min.names import path_in, to_layout
@@ -176,7 +177,7 @@ RULES = {  # key -> whether a value is possible, and the possible ones in words
 
 def check_config(path: Path, data: dict[str, Any]) -> None:
     """`data`, the content of adapter_config.json, is valid, and everything that it asks for is
-    implemented.
+    implemented; a warning for a key that PEFT does not have.
     """
     for key, neutral in NEUTRAL.items():
         if data.get(key) not in (*NOT_GIVEN, *neutral):
@@ -196,6 +197,7 @@ def check_config(path: Path, data: dict[str, Any]) -> None:
                     f"{path}: {key} has {shorten(regex, 200)!r}, expected the path of a layer or a "
                     "regex with at most two repetitions; write the layers out"
                 )
+    warn_unknown_keys(data, path, ADAPTER, "LoraConfig of PEFT")
 
 
 # ---- tensors

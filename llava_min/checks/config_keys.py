@@ -1,13 +1,16 @@
-"""The keys of config.json that published config classes have; any other gets a warning.
+"""The keys that published classes write into config.json and adapter_config.json; any other gets a
+warning.
 
 A fork records what it does to the model under a key of its own: `"grouping": "avgpool1d"` pools the
 visual tokens, and without it the checkpoint is another model. Sources: transformers 4.31 to 5.23
 (PretrainedConfig, LlavaConfig, CLIPConfig, CLIPVisionConfig, LlamaConfig, MistralConfig,
-Qwen2Config), and LLaVA's train.py and llava_arch.py. Whether the value of a known key is
-implemented is decided in checks/config.py.
+Qwen2Config), and LLaVA's train.py and llava_arch.py; PEFT 0.2 to 0.21 (PeftConfig, LoraConfig).
+Whether the value of a known key is implemented is decided in checks/config.py and
+checks/adapter.py.
 """
 
 import reprlib
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +69,26 @@ ORIGINAL = """
     vision_tower
 """
 KNOWN = frozenset(" ".join((BASE, GENERATION, TEXT, VISION, LLAVA_HF, ORIGINAL)).split())
+# PEFT's PeftConfig and LoraConfig.
+ADAPTER = frozenset(
+    """
+    alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias
+    corda_config enable_lora ensure_weight_tying eva_config exclude_modules fan_in_fan_out
+    inference_mode init_lora_weights kasa_config layer_replication layers_pattern
+    layers_to_transform loftq_config lora_alpha lora_bias lora_dropout lora_ga_config
+    megatron_config megatron_core merge_weights modules_to_save monteclora_config peft_type
+    peft_version qalora_group_size r rank_pattern revision runtime_config target_modules
+    target_parameters task_type trainable_token_indices use_bdlora use_dora use_qalora
+    use_rslora velora_config
+    """.split()
+)
 
 
-def unknown_keys(data: dict[str, Any]) -> dict[str, Any]:
-    """Key -> value of what a config.json sets and no class has; keys of an inner config are dotted.
+def unknown_keys(data: dict[str, Any], known: Set[str] = KNOWN) -> dict[str, Any]:
+    """Key -> value of what a file sets and no class has; keys of an inner config are dotted.
 
-    Null and false count as left out: a fork writes them where it does not use its own option.
+    Null, false and what is empty count as left out: a fork writes them where it does not use its
+    own option.
     """
     inner = ("vision_config", "text_config")
     parts = {"": data} | {f"{key}.": data[key] for key in inner if isinstance(data.get(key), dict)}
@@ -79,19 +96,23 @@ def unknown_keys(data: dict[str, Any]) -> dict[str, Any]:
         prefix + key: value
         for prefix, part in parts.items()
         for key, value in part.items()
-        if key not in KNOWN and value is not None and value is not False
+        if key not in known and value is not False and value not in (None, "", [], {})
     }
 
 
-def warn_unknown_keys(data: dict[str, Any], path: Path) -> None:
+def warn_unknown_keys(
+    data: dict[str, Any],
+    path: Path,
+    known: Set[str] = KNOWN,
+    classes: str = "config of LLaVA, CLIP or the decoder",
+) -> None:
     """A warning, once, for the keys of the file `path` that no published class has."""
-    keys = unknown_keys(data)
+    keys = unknown_keys(data, known)
     if not keys:
         return
     shown = [f"{shorten(key)} = {shorten(reprlib.repr(value))}" for key, value in keys.items()]
     more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
     warn_once(
-        f"{path}: {', '.join(shown[:8])}{more}: no published config of LLaVA, CLIP or the decoder "
-        "has such a key, and it is not obeyed; if a fork wrote it to change the model, load it "
-        "with that fork's code"
+        f"{path}: {', '.join(shown[:8])}{more}: no published {classes} has such a key, and it is "
+        "not obeyed; if a fork wrote it to change the model, load it with that fork's code"
     )
