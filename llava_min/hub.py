@@ -6,6 +6,7 @@ https://huggingface.co/docs/huggingface_hub/guides/download
 import re
 from pathlib import Path
 
+from llava_min.checks.load import check_tower_folder
 from llava_min.checks.weights import check_shards
 from llava_min.errors import UserError, escape_controls, shorten, warn_once
 from llava_min.util.files import read_json
@@ -50,11 +51,11 @@ def find_tower(folder: Path, tower: str) -> Path:
     published = re.search(r"clip-vit-(base|large)-patch(14-336|14|16|32)(?!\d)", tower.lower())
     hub_id = f"openai/{published[0]}" if published else f"its hub id, such as {CLIP_336}"
     other = f"write {hub_id} there" if hub_id != tower else "check the network"
-    return find_folder(
-        tower,
-        named_by=f"{folder / 'config.json'}: mm_vision_tower: ",
-        fix=f"put the folder of that CLIP at {shorten(beside, 400)}, or {other}",
-    )
+    named_by = f"{folder / 'config.json'}: mm_vision_tower: "
+    fix = f"put the folder of that CLIP at {shorten(beside, 400)}, or {other}"
+    found = find_folder(tower, named_by=named_by, fix=fix)
+    check_tower_folder(found, f"{named_by}{shorten(tower, 400)}", fix)
+    return found
 
 
 def _download(hub_id: str, revision: str | None, where: str, fix: str | None) -> Path:

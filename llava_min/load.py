@@ -111,7 +111,8 @@ def read_tower(folder: Path, config: LlavaConfig) -> tuple[LlavaConfig, Path | N
         return config.with_vision(VisionConfig(), str(path)), None
     clip = clip or find_tower(folder, config.vision_source)
     clip_path = clip / "config.json"
-    vision = VisionConfig.from_clip(read_json(clip_path), str(clip_path))
+    where = f"{clip_path} (the mm_vision_tower of {path})"
+    vision = VisionConfig.from_clip(read_json(clip_path), where)
     return config.with_vision(vision, str(path)), clip
 
 

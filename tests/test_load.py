@@ -665,6 +665,14 @@ def test_a_tower_at_a_path_of_another_machine(spm, tmp_path):
         )
     shutil.copytree(tmp_path / "clip", beside)  # as told
     llava_min.load(folder, device="cpu")
+    for tower in (str(tmp_path), ".", ".."):  # folders, and none of them is a CLIP's
+        change(folder / "config.json", mm_vision_tower=tower)
+        with pytest.raises(UserError) as told:
+            llava_min.load(folder, device="cpu")
+        said = str(told.value)
+        assert (
+            f"{folder}/config.json" in said and "mm_vision_tower" in said and "CLIP" in said.upper()
+        )
     change(folder / "config.json", mm_vision_tower="x" * 5000)
     with pytest.raises(UserError, match="mm_vision_tower: x+…: cannot be looked up"):
         llava_min.load(folder, device="cpu")
@@ -706,6 +714,33 @@ def test_templates_by_name(folder):
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": QWEN_JINJA}]
     change(folder / "tokenizer_config.json", chat_template=named)
     assert open_checkpoint(str(folder)).processor.template_name == "chatml"
+
+
+@pytest.mark.parametrize(
+    "value, says",
+    [
+        (5, "is a number, expected text"),
+        ({"default": "x"}, "is an object, expected text"),
+        (True, "is true or false, expected text"),
+        ([], "is [], expected a list of objects with name and template, one of them default"),
+        (["x"], "is ['x'], expected a list of objects"),
+        ([{"name": "tool_use", "template": "x"}], "expected a list of objects"),
+        ([{"name": "default"}], "expected a list of objects"),
+        ([{"name": "default", "template": 5}], "is a number, expected text"),
+    ],
+)
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.json"])
+def test_a_template_of_an_odd_type_is_refused(folder, adapter, name, value, says):
+    for place, options in ((folder, {}), (adapter, {"adapter": str(adapter)})):
+        path = place / name
+        before = path.read_text() if path.exists() else "{}"
+        path.write_text(json.dumps(json.loads(before) | {"chat_template": value}))
+        with pytest.raises(UserError) as told:
+            open_checkpoint(str(folder), **options)
+        assert str(told.value).startswith(f"{path}: chat_template is ") and says in str(told.value)
+        assert "template" in str(told.value).rpartition("; ")[2]
+        assert open_checkpoint(str(folder), template="plain", **options)
+        path.write_text(before)
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from llava_min.checks.formats import kind
 from llava_min.config import LlavaConfig
-from llava_min.errors import UserError, escape_controls, shorten
+from llava_min.errors import UserError, escape_controls, label, shorten
 
 
 def check_aspect(aspect: Any, known: dict) -> None:
@@ -52,4 +53,24 @@ def check_processor_config(found: dict, config: LlavaConfig, path: Path, origina
     if not isinstance(found.get(original, False), bool):
         raise UserError(
             f"{path}: {original} is {shorten(found[original])}, expected true or false; correct it"
+        )
+
+
+def check_jinja(found: Any, path: Path) -> None:
+    """The `chat_template` of the file `path` is text, or absent."""
+    if not isinstance(found, (str, type(None))):
+        raise UserError(
+            f"{path}: chat_template is {kind(found)}, expected text; correct or remove it, or say "
+            f"which template with {label('template')}"
+        )
+
+
+def check_named_jinja(found: list, path: Path) -> None:
+    """Each has a name, and one is the default."""
+    names = [x.get("name") if isinstance(x, dict) and "template" in x else None for x in found]
+    if None in names or "default" not in names:
+        raise UserError(
+            f"{path}: chat_template is {shorten(found, 100)}, expected a list of objects with name "
+            "and template, one of them default; correct or remove it, or say which template with "
+            f"{label('template')}"
         )

@@ -81,3 +81,9 @@ def check_model_folder(folder: Path) -> None:
     else:
         fix = "give one, a hub id, or tiny"
     raise UserError(f"{folder}: {what}; {fix}")
+
+
+def check_tower_folder(folder: Path, where: str, fix: str) -> None:
+    """`where`: the file, the key and the value that name the folder of a CLIP."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{where}: a folder without config.json, expected that of a CLIP; {fix}")

@@ -10,6 +10,8 @@ from pathlib import Path
 from llava_min.checks.from_folder import (
     check_aspect,
     check_image_size,
+    check_jinja,
+    check_named_jinja,
     check_processor_config,
     check_tokenizer,
 )
@@ -65,8 +67,9 @@ def read_jinja(folder: Path) -> tuple[Path, str | None]:
     for path in (folder / name for name in names):
         found = read_optional(path).get("chat_template")
         if isinstance(found, list):  # several by name, as transformers 4 wrote them
-            named = {str(x.get("name")): x.get("template") for x in found if isinstance(x, dict)}
-            found = named.get("default")
+            check_named_jinja(found, path)
+            found = next(x["template"] for x in found if x["name"] == "default")
+        check_jinja(found, path)
         if found:
             return path, found
     return path, None
@@ -80,7 +83,7 @@ def read_template(folder: Path, tokenizer: Tokenizer, adapter: Path | None = Non
     config, (path, text) = read_json(folder / "config.json"), read_jinja(folder)
     if adapter is not None:
         beside, own = read_jinja(adapter)
-        if isinstance(own, str) and own.strip() and own.split() != str(text).split():
+        if own and own.split() not in ([], (text or "").split()):
             return find_template(config, {}, own, tokenizer, beside)
     recorded = read_optional(folder / "processor_config.json")
     return find_template(config, recorded, text, tokenizer, path)
