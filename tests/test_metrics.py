@@ -85,6 +85,9 @@ TEN = ["red"] * 4 + ["dark red"] * 3 + ["crimson"] * 2 + ["blue"]
         ("multiple_choice", "", ["A"], 0),
         ("multiple_choice", "Two dogs.", ["B", "two dogs"], 1),
         ("multiple_choice", "B", ["(B) two dogs"], 1),
+        ("multiple_choice", "B\nBecause C", ["B"], 1),
+        ("multiple_choice", "Because A.\nC", ["C"], 0),
+        ("multiple_choice", "Because A.\nC", ["A"], 0),
     ],
 )
 def test_golden_scores(name, prediction, references, expected):

@@ -109,13 +109,13 @@ def number(text: str) -> float | None:
 def multiple_choice(predictions: list[str], references: list[list[str]]) -> list[float]:
     """1 if the chosen letter, or else the whole text, is the right one.
 
-    A letter is chosen by "B", "b", "(B)", "B.", "B) two dogs", "B" on a line of its own, "Answer:
-    B", "The answer is (B).", "The best of them is B." and the like, also in full width; "A dog" and
-    "A or B" choose none, and neither do two such sentences that differ. LLaVA's rule for ScienceQA
-    is a subset: capitals, "B. …" and "The answer is B." VLMEvalKit (can_infer_option) takes the
-    only option letter among the last four words, so that "It shows A dog." chooses A. Here a letter
-    must be followed by a mark or the end of the line, and inside a text preceded by "is" or
-    "answer".
+    A letter is chosen by "B", "b", "(B)", "B.", "B) two dogs", "B" alone on the first line,
+    "Answer: B", "The answer is (B).", "The best of them is B." and the like, also in full width; "A
+    dog", "A or B" and a letter alone on a later line choose none, and neither do two such sentences
+    that differ. LLaVA's rule for ScienceQA is a subset: capitals, "B. …" and "The answer is B."
+    VLMEvalKit (can_infer_option) takes the only option letter among the last four words, so that
+    "It shows A dog." chooses A. Here a letter must be followed by a mark or the end of the line,
+    and inside a text preceded by "is" or "answer".
     """
     return best(chosen, predictions, references)
 
