@@ -31,10 +31,12 @@ def reading(path: Path) -> Iterator[None]:
         ) from None
 
 
-def refuse_columns(path: Path, columns: list[str]) -> None:
+def refuse_columns(path: Path, columns: dict[str, Any]) -> None:
+    """`columns`: image or images or both -> its type, as arrow has it."""
+    found = " and ".join(f"{name}, {type}" for name, type in columns.items())
     raise UserError(
-        f"{path}: has the columns {shorten(', '.join(columns), 300)}; expected image or images, "
-        "not both, as {bytes (binary), path (text)}, bytes, or a list of them"
+        f"{path}: has {shorten(found, 300)}; expected image or images, not both, as struct<bytes: "
+        "binary, path: string>, as binary, or as a list of them; write the column so"
     ) from None
 
 

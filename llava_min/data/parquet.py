@@ -24,6 +24,7 @@ NAMES = ("images", "image")
 BINARY = ("binary", "large_binary", "binary_view")
 TEXT = ("string", "large_string", "string_view")
 NULL = ("null",)  # of a field that has no value in the whole file
+ODD = ("fixed_size_binary", "uint8", "int8")  # as which bytes are not read
 LISTS = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
 
 
@@ -107,6 +108,9 @@ def column_of(f, name: str, type) -> Column | None:
     leaf = lambda key: min((p for p in leaves if p.endswith("." + key)), key=len)
     if kind(type) in BINARY:
         return Column(name, many, leaves[0], None)
+    inner = type.value_type if kind(type) in (*LISTS, "dictionary") else type
+    if kind(inner) in (ODD if inner is type else ODD + BINARY):
+        raise LookupError(name)
     if kind(type) != "struct":
         return None  # paths, or what no record may have
     fields = {field.name: kind(field.type) for field in type}
@@ -147,7 +151,7 @@ def parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
         try:
             column = image_column(f)
         except LookupError:
-            refuse_columns(path, [f.schema.column(i).path for i in range(len(f.schema))])
+            refuse_columns(path, {x.name: x.type for x in f.schema_arrow if x.name in NAMES})
         names = f.schema_arrow.names
         n, others = 0, [name for name in names if column is None or name != column.name]
         for g in range(f.num_row_groups):
