@@ -5,8 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from llava_min.errors import UserError, escape_controls
-from llava_min.util.cli import guess
+from llava_min.errors import UserError, escape_controls, guess
 from llava_min.util.script import run
 
 

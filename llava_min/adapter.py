@@ -30,11 +30,6 @@ from llava_min.util.files import read_json, write_json
 from llava_min.weights import is_finite
 
 
-def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Apply the PEFT adapter of `folder` to `model`, not merged. Raises UserError."""
-    apply_adapter(model, *read_adapter(model, folder))
-
-
 def read_adapter(
     model: nn.Module, folder: Path, source: str | Path | None = None
 ) -> tuple[LoRAConfig, dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 package.
 """
 
+import difflib
 import functools
 import sys
 from collections.abc import Iterable
@@ -53,9 +54,16 @@ def shorten(x: object, n: int = 60) -> str:
 
 
 def preview(lines: Iterable[str], between: str = " | ", most: int = 5) -> str:
-    """The first few of many lines, for a message."""
-    lines = [line[:280] for line in lines]
-    return between.join(lines[:most] + ["…"] * (len(lines) > most))
+    """The first few of many lines or names, for a message, and how many more there are."""
+    lines = list(lines)
+    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return between.join([shorten(line, 280) for line in lines[:most]] + more)
+
+
+def guess(name: str, known: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:
+    """What to do about an unknown name: the nearest of the `known` ones, or `otherwise`."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
 def info(text: str) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 
 from llava_min.checks.ranges import Fraction, PositiveFloat, PositiveInt, Seed
-from llava_min.errors import UserError, escape_controls, label
+from llava_min.errors import UserError, escape_controls, guess, label, preview
 from llava_min.util.cli import PathArg, flags, parse
 from llava_min.util.script import run
 
@@ -181,6 +181,19 @@ def test_an_unknown_recipe_is_guessed(tmp_path):
     (tmp_path / "pretrain.toml").write_text("lr = 1.0")
     with pytest.raises(UserError, match="did you mean pretrain"):
         read("--recipe", "pretran", recipes=tmp_path)
+
+
+def test_many_names_are_shown_by_the_first_and_counted():
+    names = [f"layer.{i}" for i in range(7)]
+    assert preview(names[:2], ", ") == "layer.0, layer.1"
+    assert preview(iter(names), ", ", 3) == "layer.0, layer.1, layer.2, and 4 more"
+    assert preview(names) == "layer.0 | layer.1 | layer.2 | layer.3 | layer.4 | and 2 more"
+    assert preview(["a\x1b[31m", "b" * 999], ", ") == r"a\x1b[31m, " + "b" * 280 + "…"
+
+
+def test_a_guess_is_the_nearest_or_what_else_to_do():
+    assert guess("top-k", ["top_k", "top_p"], "see --help") == "did you mean top_k?"
+    assert guess("zzz", ["top_k", "top_p"], "see --help") == "see --help"
 
 
 def test_help_shows_comments_and_defaults(capsys):

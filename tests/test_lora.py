@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llava_min
-from llava_min.adapter import adapter_names, load_adapter, peft_name, read_adapter, save_adapter
+from llava_min.adapter import adapter_names, apply_adapter, peft_name, read_adapter, save_adapter
 from llava_min.checks.adapter import PEFT_PREFIX
 from llava_min.checks.adapter_targets import is_target
 from llava_min.checks.config_keys import ADAPTER, unknown_keys
@@ -51,6 +51,10 @@ def saved(folder: Path, model, config: LoRAConfig = LoRAConfig(4, 10)) -> Path:
     folder.mkdir()
     save_adapter(model, config, folder, "base")
     return folder
+
+
+def load_adapter(model, folder: Path) -> None:
+    apply_adapter(model, *read_adapter(model, folder))
 
 
 def test_what_an_adapter_config_leaves_out_is_as_peft_has_it(tmp_path):

@@ -14,7 +14,7 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-from llava_min.errors import shorten, warn_once
+from llava_min.errors import preview, shorten, warn_once
 
 # PretrainedConfig: names, versions, the labels of a classifier, how the weights were stored.
 BASE = """
@@ -111,8 +111,7 @@ def warn_unknown_keys(
     if not keys:
         return
     shown = [f"{shorten(key)} = {shorten(reprlib.repr(value))}" for key, value in keys.items()]
-    more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
     warn_once(
-        f"{path}: {', '.join(shown[:8])}{more}: no published {classes} has such a key, and it is "
+        f"{path}: {preview(shown, ', ', 8)}: no published {classes} has such a key, and it is "
         "not obeyed; if a fork wrote it to change the model, load it with that fork's code"
     )

@@ -1,11 +1,10 @@
 """Which options of `generate` go together, and which token ids they may name."""
 
-import difflib
 import operator
 from collections.abc import Iterable
 from typing import Any
 
-from llava_min.errors import UserError, escape_controls, warn_once
+from llava_min.errors import UserError, guess, shorten, warn_once
 
 # transformers' names for what `Options` has under another
 SYNONYMS = {
@@ -20,9 +19,9 @@ def check_option_names(names: Iterable[str], known: list[str]) -> None:
     for name in names:
         if name in known:
             continue
-        near = [SYNONYMS[name]] if name in SYNONYMS else difflib.get_close_matches(name, known, 1)
-        fix = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        raise UserError(f"no option of generate; {fix}", escape_controls(name)[:100])
+        near = [SYNONYMS[name]] if name in SYNONYMS else known
+        fix = guess(SYNONYMS.get(name, name), near, f"there are {', '.join(known)}")
+        raise UserError(f"no option of generate; {fix}", shorten(name, 100))
 
 
 def check_together(o: Any) -> None:

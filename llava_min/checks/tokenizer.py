@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llava_min.errors import UserError, escape_controls
+from llava_min.errors import UserError, escape_controls, preview
 
 MAX_ID = 1 << 24  # above any vocabulary, below a giant allocation
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -214,7 +214,7 @@ def check_byte_level(
     )
     missing = [f"0x{b:02X}" for b, char in bytes_of.items() if char not in model["vocab"]]
     if missing:
-        what = f"the byte-level vocabulary has no token for byte {', '.join(missing[:8])}"
+        what = f"the byte-level vocabulary has no token for byte {preview(missing, ', ')}"
         raise bad_file(path, what)
 
 

@@ -12,17 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_min.errors import UserError, escape_controls, warn_once
+from llava_min.errors import UserError, escape_controls, preview, warn_once
 from llava_min.names import LAYOUTS, to_layout
 
 SHARD = re.compile(r"[\w.-]+\.(safetensors|bin)")
 
 
-def preview(names: list[str], most: int = 6) -> str:
-    """How many tensors there are, and the first names."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    shown = ", ".join(escape_controls(name)[:100] for name in names[:most])
-    return f"{len(names)} tensor(s) ({shown}{more})"
+def counted(names: list[str]) -> str:
+    """How many there are, and the first names."""
+    return f"{len(names)} tensor(s) ({preview(names, ', ')})"
 
 
 # ---- files
@@ -44,14 +42,14 @@ def check_shards(shards: Any, index: Path) -> None:
     if absent := [name for name in names if not (index.parent / name).is_file()]:
         raise UserError(
             f"{index}: {len(absent)} of {len(names)} shards are absent "
-            f"({', '.join(absent[:4])}); download them"
+            f"({preview(absent, ', ')}); download them"
         )
     stem, end = index.name.split(".")[:2]
     if extra := sorted({p.name for p in index.parent.glob(f"{stem}-*-of-*.{end}")} - {*names}):
-        shown = ", ".join(escape_controls(name)[:100] for name in extra[:4])
         warn_once(
-            f"{index}: does not name {len(extra)} shard(s) beside it ({shown}), which are not "
-            "read; remove them, or download the index and the shards again, from one revision"
+            f"{index}: does not name {len(extra)} shard(s) beside it ({preview(extra, ', ')}), "
+            "which are not read; remove them, or download the index and the shards again, from one "
+            "revision"
         )
 
 
@@ -76,7 +74,7 @@ def check_once(info: Any, other: Any) -> None:
 def check_known(unknown: list[str], folder: Path) -> None:
     if unknown:
         raise UserError(
-            f"{folder}: {preview(unknown)} have no place in a LLaVA-1.5; is this another "
+            f"{folder}: {counted(unknown)} have no place in a LLaVA-1.5; is this another "
             "architecture?"
         )
 
@@ -89,7 +87,7 @@ def check_index(index: Path, listed: dict[str, str], file_of: dict[str, str]) ->
     again = "download the index and the shards again, from one revision"
     if absent := sorted(listed.keys() - file_of.keys()):
         raise UserError(
-            f"{index}: missing {preview(absent)}, which it lists and no shard has; {again}"
+            f"{index}: missing {counted(absent)}, which it lists and no shard has; {again}"
         )
     if moved := next((name for name in listed if listed[name] != file_of[name]), None):
         raise UserError(
@@ -98,7 +96,7 @@ def check_index(index: Path, listed: dict[str, str], file_of: dict[str, str]) ->
         )
     if extra := sorted(file_of.keys() - listed.keys()):
         warn_once(
-            f"{index}: does not list {preview(extra)}, which the shards have; they are read "
+            f"{index}: does not list {counted(extra)}, which the shards have; they are read "
             "all the same"
         )
 
@@ -123,7 +121,7 @@ def check_parts(entries: dict[str, Any], needed: dict[str, Collection[str]], fol
     names = {f"{path}.{suffix}" for path, suffixes in needed.items() for suffix in suffixes}
     if missing := names_in_layout(entries, names - entries.keys()):
         raise UserError(
-            f"{folder}: missing {preview(missing)} of quantized layers; the weights do not belong "
+            f"{folder}: missing {counted(missing)} of quantized layers; the weights do not belong "
             "to config.json, download them again"
         )
 
@@ -150,9 +148,9 @@ def check_entries(
     shown = lambda info: escape_controls(info.name)[:200]
     faults = []
     if missing := names_in_layout(entries, needed - entries.keys()):
-        faults.append(f"missing {preview(missing)}")
+        faults.append(f"missing {counted(missing)}")
     if unknown := sorted(info.name for n, info in entries.items() if n not in expected):
-        faults.append(f"unknown {preview(unknown)}")
+        faults.append(f"unknown {counted(unknown)}")
     faults += [
         f"shape {list(info.shape)} of {shown(info)}, expected {list(shape)}"
         for info, shape in both

@@ -14,7 +14,7 @@ from typing import Any
 from llava_min.checks.settings import MAY_CHANGE
 from llava_min.data.formats import Record
 from llava_min.data.records import hash_images, hash_records, sources
-from llava_min.errors import UserError, escape_controls, label, warn
+from llava_min.errors import UserError, escape_controls, label, shorten, warn
 from llava_min.load import Checkpoint
 
 MAX_HASHED = 1 << 30  # bytes of a file that is hashed whole
@@ -105,17 +105,16 @@ def as_stored(identity: dict[str, Any]) -> dict[str, Any]:
 def differences(then: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """The names whose values differ between two stored identities, each with both values."""
     return {
-        name: f"{escape_controls(name)} (was {preview(then.get(name))}, "
-        f"is {preview(now.get(name))})"
+        name: f"{escape_controls(name)} (was {brief(then.get(name))}, is {brief(now.get(name))})"
         for name in sorted(then.keys() | now.keys())
         if then.get(name) != now.get(name)
     }
 
 
-def preview(value: Any) -> str:
+def brief(value: Any) -> str:
     if re.fullmatch("[0-9a-f]{64}", str(value)):
         return value[:12]  # a hash
-    return escape_controls(json.dumps(value))[:60]
+    return shorten(json.dumps(value))
 
 
 def check_identity(checkpoint: Path, then: dict[str, Any], identity: dict[str, Any]) -> None:

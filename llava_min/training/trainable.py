@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_min.errors import UserError, label, shorten
+from llava_min.errors import UserError, label, preview, shorten
 from llava_min.export.quantized import own_parameters
 from llava_min.lora import LoRAConfig
 from llava_min.parallel.dtensor import local_shard
@@ -182,12 +182,10 @@ def check_gradients(model: nn.Module) -> None:
         if fault:
             faults.setdefault(fault, []).append(name)
     if faults:
-        found = "; ".join(f"{preview(names)} has {fault}" for fault, names in faults.items())
+        found = "; ".join(
+            f"{preview(names, ', ', 4)} has {fault}" for fault, names in faults.items()
+        )
         raise UserError(
             f"the first backward: {found}; look at {label('train')}, {label('precision')} and the "
             "model"
         )
-
-
-def preview(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")

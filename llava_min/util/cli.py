@@ -6,7 +6,6 @@ Nothing heavy is imported, so `--help` and a mistyped flag answer at once.
 
 import argparse
 import dataclasses
-import difflib
 import inspect
 import os
 import re
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from llava_min.checks.ranges import check_number, not_none, range_of
-from llava_min.errors import UserError, escape_controls, set_labels, shorten
+from llava_min.errors import UserError, escape_controls, guess, set_labels, shorten
 
 # a path, or several with commas between; the shell does not expand ~ in --name=~/x
 PathArg = Annotated[str, "~"]
@@ -146,12 +145,6 @@ class Parser(argparse.ArgumentParser):
                 "see --help"
             )
         raise UserError(message.removeprefix("argument ") + "; see --help")
-
-
-def guess(name: str, known: typing.Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:
-    """What to do about an unknown name: the nearest of the `known` ones, or `otherwise`."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
-    return f"did you mean {near[0]}?" if near else otherwise
 
 
 def comments(config: type) -> dict[str, str]:

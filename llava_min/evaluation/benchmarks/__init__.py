@@ -11,8 +11,7 @@ from llava_min.checks.formats import check_path, check_text, kind
 from llava_min.data.formats import Record
 from llava_min.data.json_file import parse
 from llava_min.data.records import ImageFiles, raw_records, sources
-from llava_min.errors import UserError, escape_controls, label, preview, shorten, warn
-from llava_min.util.cli import guess
+from llava_min.errors import UserError, escape_controls, guess, label, preview, shorten, warn
 from llava_min.util.files import check_file
 
 FOLDER = Path(__file__).parent

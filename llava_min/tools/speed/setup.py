@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_min.config import LlavaConfig
-from llava_min.errors import UserError, escape_controls, info, warn
+from llava_min.errors import UserError, escape_controls, guess, info, warn
 from llava_min.tools.speed.worker import Worker, config_of
-from llava_min.util.cli import guess
 from llava_min.util.files import check_free, write_json
 from llava_min.util.sizes import SIZES
 
