@@ -28,6 +28,7 @@ from llava_min.export.quantized import (
     written_config,
     written_state,
 )
+from llava_min.export.stream import save_weights
 from llava_min.fast.cpu_linear import prepack_linears
 from llava_min.fast.int_matmul import speed_up
 from llava_min.hub import CLIP_336, find_folder, find_tower
@@ -36,7 +37,7 @@ from llava_min.parallel.ranks import pick_device
 from llava_min.quant.methods import METHODS
 from llava_min.tensors import TensorInfo, collect_entries, stored_rows
 from llava_min.util.files import new_folder, read_json, read_optional, write_json
-from llava_min.weights import NAMES, load_weights, pick_dtype, read_dtype, save_weights
+from llava_min.weights import NAMES, load_weights, pick_dtype, read_dtype
 
 TINY = Path(__file__).parent / "tiny"
 BLOCKS = "language_model.layers."  # what `quantize` is about

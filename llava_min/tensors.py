@@ -66,6 +66,9 @@ class TensorInfo:
         """None for what is not a float of 16 bits or more."""
         return FLOATS.get(self.dtype)
 
+    def open(self) -> Any:
+        return open_file(self.path)
+
     def __str__(self) -> str:
         return f"{self.path}: {escape_controls(self.name)[:200]}"
 

@@ -127,7 +127,7 @@ def test_adapter_is_merged(tmp_path, source):
 
 
 def test_shards(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(stream.shards, "__defaults__", (20_000,))
+    monkeypatch.setattr(stream, "SHARD_BYTES", 20_000)
     export.main([str(source), str(tmp_path / "out"), "--to", "hf", "--dtype", "fp32"])
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
     a, b = load(source, dtype="fp32")[0], load(tmp_path / "out", dtype="fp32")[0]
@@ -174,8 +174,8 @@ def test_a_wrong_tensor_is_found(tmp_path, source):
 
 def test_bytes_are_read_back(tmp_path, source):
     model, path = open_model(str(source)), tmp_path / "x.safetensors"
-    tensors = [(n, n, model.shape(n)) for n in model.names]
-    sums = stream.write_file(path, tensors, model.read, torch.float32)
+    rows, sums = [stream.Row(n, n, model.shape(n), torch.float32) for n in model.names], {}
+    stream.write_file(path, rows, model.read, sums)
     entries = {e.name: e for e in list_tensors(path)}
     stream.check_sums(entries, sums, torch.float32)
     with open(path, "r+b") as f:

@@ -12,7 +12,7 @@ from llava_min.checks.weights import check_entries
 from llava_min.data.processor import Processor
 from llava_min.errors import UserError, label
 from llava_min.export.jinja import JINJA
-from llava_min.export.stream import check_sums, write_shards
+from llava_min.export.stream import Row, check_sums, write_shards
 from llava_min.export.tensors import Merge, Tensors
 from llava_min.load import (
     load_model,
@@ -35,8 +35,9 @@ def write_hf(model: Tensors, folder: Path, dtype: torch.dtype) -> None:
 
     Raises UserError where what is read back is not what was meant.
     """
-    rows = [(name, to_layout(name, "hf"), model.shape(name)) for name in model.names]
-    sums = write_shards(folder, rows, model.read, dtype)
+    rows = [Row(name, to_layout(name, "hf"), model.shape(name), dtype) for name in model.names]
+    sums: dict[str, int] = {}
+    write_shards(folder, rows, model.read, sums)
     if isinstance(model.read, Merge):
         model.read.check_changed()
     write_settings(model.model.config, model.processor, folder, dtype)

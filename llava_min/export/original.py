@@ -16,7 +16,7 @@ from llava_min.data.tokenizer import Tokenizer
 from llava_min.data.tokenizer.tokenizer_json import content_of
 from llava_min.errors import UserError, info, shorten, warn
 from llava_min.export.hf import proved
-from llava_min.export.stream import check_sums, write_file, write_shards
+from llava_min.export.stream import Row, check_sums, write_file, write_shards
 from llava_min.export.tensors import Merge, Tensors
 from llava_min.load import read_config
 from llava_min.names import to_layout
@@ -56,15 +56,12 @@ def write_original(model: Tensors, folder: Path, dtype: torch.dtype) -> None:
 
     tower = [name for name in model.names if name.startswith(TOWER)]
     rest = [name for name in model.names if not name.startswith(TOWER)]
-    row = lambda name, layout: (name, to_layout(name, layout), shape(name))
+    row = lambda name, layout: Row(name, to_layout(name, layout), shape(name), dtype)
     (folder / CLIP).mkdir()
-    sums = write_shards(folder, [row(name, "original") for name in rest], read, dtype)
-    sums |= write_file(
-        folder / CLIP / "model.safetensors",
-        [row(name, "original_clip") for name in tower],
-        read,
-        dtype,
-    )
+    sums: dict[str, int] = {}
+    write_shards(folder, [row(name, "original") for name in rest], read, sums)
+    clip = [row(name, "original_clip") for name in tower]
+    write_file(folder / CLIP / "model.safetensors", clip, read, sums)
     if isinstance(model.read, Merge):
         model.read.check_changed()
     write_json(folder / "config.json", to_original(model, dtype))
