@@ -75,8 +75,7 @@ class Reader:
 
     def rows(self, info: TensorInfo, first: int, end: int) -> Tensor:
         """Rows first to end, as they are stored."""
-        file, pickled = self.opened(info), info.path.suffix == ".bin"
-        x = (file[info.name] if pickled else file.get_slice(info.name))[first:end]
+        x = info.rows(self.opened(info), first, end)
         self.mapped += x.nbytes
         return x
 

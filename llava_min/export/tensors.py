@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_min.adapter import lora_paths, read_adapter
+from llava_min.checks.load import check_llava
 from llava_min.data.processor import Processor
 from llava_min.errors import UserError, escape_controls, label
 from llava_min.export.stream import Read
@@ -83,6 +84,7 @@ def open_model(
     """
     first = next((a for a in adapters if Path(a).is_dir()), None)
     checkpoint = open_checkpoint(source, adapter=first, **settings)
+    check_llava(checkpoint.config, source)
     read = read_from(checkpoint.entries, checkpoint.model)
     if adapters:
         weights = [1.0] * len(adapters) if weights is None else weights
