@@ -198,7 +198,6 @@ def load_weights(config: TrainConfig, checkpoint, world, dtype) -> None:
 
 def build_run(config: TrainConfig, world, signals: Signals, out: Path, resumed: Path | None):
     """Data, model and optimizer of one rank, at the first step or where `resumed` left them."""
-    from llava_min.checks.load import check_llava
     from llava_min.data.loader import loader
     from llava_min.evaluation.predict import check_room
     from llava_min.load import open_checkpoint
@@ -215,7 +214,6 @@ def build_run(config: TrainConfig, world, signals: Signals, out: Path, resumed: 
     c, dtype, rows = config, DTYPES[config.precision], config.batch_size * config.grad_accum
     image_mode = {"image_aspect_ratio": c.image_aspect_ratio}
     checkpoint = open_checkpoint(c.model, template=c.template, **image_mode)
-    check_llava(checkpoint.config, c.model)
     model, processor = checkpoint.model, checkpoint.processor
     if c.quantize is not None:
         checkpoint.quantize(c.quantize)

@@ -222,8 +222,6 @@ class LlavaConfig:
 
     @property
     def tokens_per_image(self) -> int:
-        if self.vision is None:
-            return 0
         keeps_class_token = self.vision_feature_select_strategy == "full"
         return self.vision.num_patches + (self.vision.has_class_token and keeps_class_token)
 

@@ -219,6 +219,16 @@ def test_texts(tiny, alone):
     )
 
 
+def test_a_conversation_with_it(alone, capsys, monkeypatch):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"/image x.png\nWhat?\n")))
+    sample.main(["--model", str(alone), "--chat", "--prompt", "Hello", "--max-new-tokens", "4"])
+    said = capsys.readouterr()
+    assert "/image: this is a language model without a vision tower" in said.err
+    assert said.err.count(" tokens in ") == 2
+
+
 def test_no_image_to_it(alone, tmp_path, tiny):
     model, processor = load(alone, dtype="fp32")
     image = Image.new("RGB", (64, 64))

@@ -68,17 +68,14 @@ class Cursor:
     """Reads a header; Damaged where the file has less than is asked for."""
 
     def __init__(self, file: BinaryIO, size: int):
-        self.file, self.size = file, size
-
-    @property
-    def at(self) -> int:
-        return self.file.tell()
+        self.file, self.size, self.position = file, size, 0
 
     def take(self, n: int, what: str) -> bytes:
-        if n > self.size - self.at:
+        if n > self.size - self.position:
             raise Damaged(f"it ends in {what}")
-        if n > MOST_HEADER - self.at:
+        if n > MOST_HEADER - self.position:
             raise Damaged(f"{what} ends beyond {MOST_HEADER >> 20} MiB")
+        self.position += n
         return self.file.read(n)
 
     def number(self, letter: str, what: str) -> Any:
@@ -110,7 +107,7 @@ class Cursor:
         return SCALARS[kind]
 
     def check_left(self, n: int, what: str) -> None:
-        if n > min(self.size, MOST_HEADER) - self.at:
+        if n > min(self.size, MOST_HEADER) - self.position:
             raise Damaged(f"it ends in {what}")
 
 
@@ -145,7 +142,7 @@ def parse(c: Cursor, path: Path, size: int) -> tuple[dict[str, Any], dict[str, G
     step = metadata.get("general.alignment", 32)
     if not isinstance(step, int) or step < 1 or step & (step - 1):
         raise Damaged(f"general.alignment is {step}, expected a power of two")
-    start, found = -(-c.at // step) * step, {}
+    start, found = -(-c.position // step) * step, {}
     for name, shape, type, offset in infos:
         if name in found:
             raise Damaged(f"tensor {name} stands twice")

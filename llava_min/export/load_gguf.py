@@ -103,7 +103,7 @@ def open_files(
         vision and replace(vision.images, aspect=ASPECTS[aspect or vision.images.aspect]),
         decoder.template if template is None else template,
         config.image_token_id,
-        config.tokens_per_image,
+        config.tokens_per_image if vision else 0,
         config.text.eos_token_ids,
         decoder.original,
     )

@@ -11,15 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llava_min.config import VisionConfig
-from llava_min.data.image import ASPECTS, ImageConfig
+from llava_min.data.image import ASPECTS, CLIP_MEAN, CLIP_STD, ImageConfig
 from llava_min.errors import UserError, shorten
 from llava_min.export.gguf_file import GGUFTensor, read_header
 from llava_min.export.gguf_names import ASPECT_KEY
 from llava_min.export.mmproj import IN_BLOCK, WHOLE
+from llava_min.export.read_gguf import round_fp32
 from llava_min.tensors import TensorInfo
 
 SIZES = {  # ours -> the file's key
@@ -93,8 +95,7 @@ def read_sizes(path: Path, metadata: dict[str, Any]) -> VisionConfig:
     if absent := [SIZES[name] for name, x in data.items() if not isinstance(x, int | float)]:
         found = shorten(metadata.get(absent[0], "missing"))
         raise UserError(f"{path}: {absent[0]} is {found}, expected a number; download it again")
-    # fp32's 1e-5 is 9.99999975e-06
-    data["layer_norm_eps"] = float(f"{data['layer_norm_eps']:.6g}")
+    data["layer_norm_eps"] = round_fp32(data["layer_norm_eps"])
     data["hidden_act"] = "gelu" if metadata.get("clip.use_gelu") else "quick_gelu"
     width = metadata.get("clip.vision.projection_dim")
     return VisionConfig.from_hf(data | ({"projection_dim": width} if width else {}), str(path))
@@ -121,9 +122,18 @@ def read_images(path: Path, metadata: dict[str, Any], size: int) -> ImageConfig:
         numbers = isinstance(x, list) and all(isinstance(n, float) and math.isfinite(n) for n in x)
         if not numbers or len(x) != 3 or (key.endswith("std") and min(x) <= 0):
             raise UserError(f"{path}: {key} is {shorten(x)}, expected three numbers; correct it")
-    mean, std = (tuple(float(f"{n:.9g}") for n in metadata[key]) for key in TRIPLES)
+    mean, std = (as_published(metadata[key]) for key in TRIPLES)
     # mtmd pads an image to a square, as LLaVA-1.5 does
     return ImageConfig(size, mean, std, ASPECTS.get(metadata.get(ASPECT_KEY), "pad"))
+
+
+def as_published(stored: list[float]) -> tuple[float, ...]:
+    """The decimals that were rounded to fp32: CLIP's own, which have more than it keeps, or the
+    shortest."""
+    for known in (CLIP_MEAN, CLIP_STD):
+        if [float(np.float32(n)) for n in known] == stored:
+            return known
+    return tuple(map(round_fp32, stored))
 
 
 def ours(stored: dict[str, GGUFTensor], config: VisionConfig) -> Iterator[tuple[str, TensorInfo]]:
