@@ -3,6 +3,7 @@
     python sample.py cat.jpg --model llava-hf/llava-1.5-7b-hf --prompt "What is on the sofa?"
     python sample.py cat.jpg dog.jpg --prompt "What animal is this?"  # a line each: IMAGE: ANSWER
     python sample.py cat.jpg --chat                                   # a conversation about it
+    python sample.py --model SmolLM2.gguf --prompt "Who are you?"     # a language model alone
 
 Answers go to stdout, everything else to stderr. The answer about a single image is streamed, unless
 several answers, beams or --json are asked for.
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llava_min.checks.question import check_fits, check_flags, check_prompt
+from llava_min.checks.question import check_fits, check_flags, check_no_image, check_prompt
 from llava_min.errors import UserError, escape_controls, info
 from llava_min.options import NumericOptions
 from llava_min.util.cli import PathArg, flags, parse
@@ -83,7 +84,10 @@ def answer(config: Config, prompt: str | None) -> None:
         template=config.template,
     )
     processor = checkpoint.processor
-    batch = processor.chat([{"role": "user", "content": content(question)}], images[:1])
+    if not images:
+        check_no_image(checkpoint.config.vision)
+    talk = [{"role": "user", "content": content(question, bool(images))}]
+    batch = processor.chat(talk, images[:1])
     context = checkpoint.config.text.context
     check_fits(config.max_new_tokens, batch["input_ids"].shape[1], context)
     model, _ = checkpoint.load(config.dtype, config.device, config.quantize)
@@ -98,8 +102,8 @@ def answer(config: Config, prompt: str | None) -> None:
         "suppress_tokens": processor.suppressed_ids(model.config.text.vocab_size),
     }
     if config.chat:
-        chat(model, processor, images[0], prompt, config.exif, options)
-    elif len(images) * config.answers == 1 and not config.json:
+        chat(model, processor, images[:1], prompt, config.exif, options)
+    elif max(len(images), 1) * config.answers == 1 and not config.json:
         stream_answer(model, batch, processor, [], **options)
     else:
         answer_all(model, processor, images, question, config, options)
@@ -116,9 +120,10 @@ def read_prompt(config: Config) -> str | None:
     return check_prompt(os.fsencode(prompt), "--prompt")
 
 
-def content(prompt: str) -> list[dict]:
-    """A question about an image. Every template puts the image first, so <image> is dropped."""
-    return [{"type": "image"}, {"type": "text", "text": prompt.replace("<image>", "").strip()}]
+def content(prompt: str, about_image: bool) -> list[dict]:
+    """A question, about an image or not. Every template puts it first, so <image> is dropped."""
+    text = {"type": "text", "text": prompt.replace("<image>", "").strip()}
+    return [{"type": "image"}, text] if about_image else [text]
 
 
 def show(text: str) -> None:
@@ -156,10 +161,11 @@ def answer_all(
     from llava_min.generate import generate
 
     n, start, tokens, cut = config.num_return_sequences, time.perf_counter(), 0, 0
-    for i in range(0, len(images), BATCH):
-        paths, began = config.images[i : i + BATCH], time.perf_counter()
-        talks = [[{"role": "user", "content": content(prompt)}] for _ in paths]
-        batch = processor.chat(talks, [[image] for image in images[i : i + BATCH]])
+    asked = config.images or [None]  # None: a text alone
+    for i in range(0, len(asked), BATCH):
+        paths, began = asked[i : i + BATCH], time.perf_counter()
+        talks = [[{"role": "user", "content": content(prompt, bool(images))}] for _ in paths]
+        batch = processor.chat(talks, [[image] for image in images[i : i + BATCH]] or None)
         answers = generate(model, batch, eos_token_id=processor.stop_ids, **options)
         seconds = round(time.perf_counter() - began, 3)  # of the whole batch
         for j, ids in enumerate(answers):
@@ -173,7 +179,7 @@ def answer_all(
                 print(json.dumps(row), flush=True)
             else:
                 show(f"{escape_controls(path)}: {text}\n" if len(images) > 1 else f"{text}\n")
-    stopped = f"; {cut} of {len(images) * n} answers stopped at --max-new-tokens"
+    stopped = f"; {cut} of {len(asked) * n} answers stopped at --max-new-tokens"
     limit = f"{stopped} {config.max_new_tokens}" if cut else ""
     info(f"{tokens} tokens in {time.perf_counter() - start:.1f} s{limit}")
 
@@ -204,9 +210,11 @@ def questions(first: str | None) -> Iterator[str]:
 
 
 def chat(
-    model: Any, processor: Any, image: Any, first: str | None, exif: bool, options: dict
+    model: Any, processor: Any, images: list, first: str | None, exif: bool, options: dict
 ) -> None:
+    """A conversation about `images`, which are one or none."""
     from llava_min.checks.image_file import open_image
+    from llava_min.checks.processor import check_sees
     from llava_min.generate import new_cache
 
     cache, talk = new_cache(model), []
@@ -220,26 +228,28 @@ def chat(
             info("forgot the conversation; the image stays")
         elif command == "/image":
             try:
+                check_sees(processor.image_config, "/image")
                 path = rest.strip().strip("'\"")
-                image, talk = open_image(path and str(Path(path).expanduser()), exif=exif), []
+                images, talk = [open_image(path and str(Path(path).expanduser()), exif=exif)], []
                 info("a new image, a new conversation")
             except UserError as e:
                 info(f"error: {e}")
         elif command.startswith("/"):
             info(HELP if command == "/help" else f"{command}: no such command; {HELP}")
         else:
-            talk = turn(model, processor, image, talk, line, cache, options)
+            talk = turn(model, processor, images, talk, line, cache, options)
 
 
 def turn(
-    model: Any, processor: Any, image: Any, talk: list, question: str, cache: Any, options: dict
+    model: Any, processor: Any, images: list, talk: list, question: str, cache: Any, options: dict
 ) -> list[dict]:
     """Ask one question and stream its answer -> the conversation with both; without an answer, the
     conversation as it was.
     """
-    asked, ids = [*talk, {"role": "user", "content": question if talk else content(question)}], []
+    ids, text = [], question if talk else content(question, bool(images))
+    asked = [*talk, {"role": "user", "content": text}]
     try:
-        batch = processor.chat(asked, [image])
+        batch = processor.chat(asked, images)
         stream_answer(model, batch, processor, ids, cache=cache, **options)
     except UserError as e:
         info(f"error: {e}" + ("; /reset forgets the conversation" if talk else ""))

@@ -241,7 +241,7 @@ class ChatCache(KVCache):
     def __init__(self, model: nn.Module):
         super().__init__(model.config.text, 1, 0, model.dtype, model.device)
         self.image_token_id = model.config.image_token_id
-        self.tokens_per_image = model.config.tokens_per_image
+        self.tokens_per_image = model.config.tokens_per_image if model.config.vision else 1
         self.ids, self.pixels = [], None
 
     def common_prefix(self, ids: list[int], pixels: Tensor | None) -> tuple[int, int]:

@@ -203,7 +203,7 @@ ORIGINAL_TYPES = {"llava": "llama"} | {f"llava_{family}": family for family in F
 class LlavaConfig:
     """A vision tower, a language model, and the two-layer projector between them."""
 
-    vision: VisionConfig = field(default_factory=VisionConfig)
+    vision: VisionConfig | None = field(default_factory=VisionConfig)  # None: answers texts alone
     text: TextConfig = field(default_factory=TextConfig)
     image_token_id: int = 32000
     # index into [embeddings, block 1, block 2, …], as transformers counts

@@ -60,14 +60,15 @@ def packed_positions(segments: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Llava(nn.Module):
-    """Vision tower, projector, language model and head."""
+    """Vision tower, projector, language model and head; without the first two, texts alone."""
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
         self.config = config
-        tower = TOWERS[config.vision.model_type]
-        self.vision_tower = tower(config.vision, config.vision_layers_used)
-        self.multi_modal_projector = Projector(config)
+        if config.vision is not None:
+            tower = TOWERS[config.vision.model_type]
+            self.vision_tower = tower(config.vision, config.vision_layers_used)
+            self.multi_modal_projector = Projector(config)
         self.language_model = Llama(config.text)
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         self.tie_weights()

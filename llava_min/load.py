@@ -28,6 +28,7 @@ from llava_min.export.quantized import (
     written_config,
     written_state,
 )
+from llava_min.export.stream import save_weights
 from llava_min.fast.cpu_linear import prepack_linears
 from llava_min.fast.int_matmul import speed_up
 from llava_min.hub import CLIP_336, find_folder, find_tower
@@ -36,7 +37,7 @@ from llava_min.parallel.ranks import pick_device
 from llava_min.quant.methods import METHODS
 from llava_min.tensors import TensorInfo, collect_entries, stored_rows
 from llava_min.util.files import new_folder, read_json, read_optional, write_json
-from llava_min.weights import NAMES, load_weights, pick_dtype, read_dtype, save_weights
+from llava_min.weights import NAMES, load_weights, pick_dtype, read_dtype
 
 TINY = Path(__file__).parent / "tiny"
 BLOCKS = "language_model.layers."  # what `quantize` is about
@@ -204,6 +205,10 @@ def open_checkpoint(
         aspect, name = read_settings(adapter)
         image_aspect_ratio = aspect if image_aspect_ratio is None else image_aspect_ratio
         template = name if template is None else template
+    from llava_min.export.load_gguf import find_gguf, open_files  # they build on this page
+
+    if file := find_gguf(str(source)):
+        return Checkpoint(*open_files(file, adapter, image_aspect_ratio, template), source, adapter)
     folder = TINY if str(source) == "tiny" else find_folder(str(source), revision)
     config, clip_folder = read_config(folder)
     processor = read_processor(folder, config, clip_folder, image_aspect_ratio, template, adapter)
@@ -232,24 +237,19 @@ def load(
 ) -> tuple[Llava, Processor]:
     """A ready model and its processor.
 
-    source: a folder in the layout of llava-hf or of the original LLaVA-1.5, a hub id, or "tiny",
-    the bundled one. dtype: "auto", "fp32", "bf16", "fp16" or a torch.dtype (also float64, to
-    compare); auto is what the checkpoint stores, but on CPU fp32 for small models and bf16 for
-    large ones. device: "auto" takes the GPU where there is one. quantize: "int8", "int4", "hqq4",
-    "nf4" … (quant/methods.py), how the decoder's blocks are kept; None for what the checkpoint is,
-    quantized or not. adapter: a PEFT folder, applied unmerged. image_aspect_ratio ("pad", "crop")
-    and template (a name in data/chat.py): None for what the adapter records, or else the
-    checkpoint. revision: of a hub id. The processor is also the model's `processor`, which
-    `stream` decodes with. Raises UserError, in one line, for whatever is wrong with the files.
+    source: a folder in llava-hf's layout or the original LLaVA-1.5's, a hub id, llama.cpp's .gguf
+    or its folder, or "tiny", the bundled one. dtype: "auto", "fp32", "bf16", "fp16" or a
+    torch.dtype (also float64, to compare); auto is what the checkpoint stores, but on CPU fp32 for
+    small models and bf16 for large ones. device: "auto" takes the GPU where there is one. quantize:
+    "int8", "int4", "hqq4", "nf4" … (quant/methods.py), how the decoder's blocks are kept; None for
+    what the checkpoint is, quantized or not. adapter: a PEFT folder, applied unmerged.
+    image_aspect_ratio ("pad", "crop") and template (a name in data/chat.py): None for what the
+    adapter records, or else the checkpoint. revision: of a hub id. The processor is also the
+    model's `processor`, which `stream` decodes with. Raises UserError, in one line, for whatever is
+    wrong with the files.
     """
-    checkpoint = open_checkpoint(
-        source,
-        adapter=adapter,
-        image_aspect_ratio=image_aspect_ratio,
-        template=template,
-        revision=revision,
-    )
-    return checkpoint.load(dtype, device, quantize)
+    settings = dict(image_aspect_ratio=image_aspect_ratio, template=template, revision=revision)
+    return open_checkpoint(source, adapter=adapter, **settings).load(dtype, device, quantize)
 
 
 # ---- out
@@ -264,7 +264,7 @@ def write_model(
 ) -> None:
     """Write all files of a llava-hf folder. `state`: the whole tensors of a sharded model."""
     state = dict(model.named_parameters()) if state is None else state
-    checks.check_merged(state.keys(), folder)
+    checks.check_written(model.config, state.keys(), folder)
     stored, config = model.config.quantization, replace(model.config, dtype=NAMES[dtype])
     if stored is None:
         save_weights(state, folder, dtype)

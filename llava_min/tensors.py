@@ -66,6 +66,13 @@ class TensorInfo:
         """None for what is not a float of 16 bits or more."""
         return FLOATS.get(self.dtype)
 
+    def open(self) -> Any:
+        return open_file(self.path)
+
+    def rows(self, file: Any, first: int, end: int) -> Tensor:
+        """Rows first to end as they are stored, from what `open` gives."""
+        return (file[self.name] if self.start is None else file.get_slice(self.name))[first:end]
+
     def __str__(self) -> str:
         return f"{self.path}: {escape_controls(self.name)[:200]}"
 

@@ -1,4 +1,4 @@
-"""The weights of a model: read from a checkpoint's files, and written.
+"""The weights of a model, read from a checkpoint's files; export/stream.py writes them.
 
 A model is built on the meta device and its tensors are read some rows at a time, so the peak is the
 model itself, whatever dtype is asked for. A process that holds only some rows of a sharded model
@@ -7,26 +7,21 @@ reads only those.
 
 import math
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llava_min.checks.load import check_dtype
-from llava_min.checks.weights import check_part, check_tied, not_finite
+from llava_min.checks.weights import check_tied, not_finite
 from llava_min.fast import reader as fast_reader
-from llava_min.fast.cpu_linear import unpacked
-from llava_min.names import to_layout
 from llava_min.parallel.dtensor import is_sharded, local_rows, local_shard
-from llava_min.tensors import TensorInfo, open_file, save_tensors
-from llava_min.util.files import write_json
+from llava_min.tensors import TensorInfo
 
 # elements read at once: they stay in a core's cache while they are checked and converted
 PIECE = 1 << 19
 # reopen a file after this many bytes: mapped pages count towards this process's memory
 REOPEN = 32 << 20
-SHARD_BYTES = 5 << 30
 # parameters: up to here `dtype="auto"` is fp32 on CPU, where exactness costs little
 SMALL = 500_000_000
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -80,15 +75,14 @@ class Reader:
 
     def rows(self, info: TensorInfo, first: int, end: int) -> Tensor:
         """Rows first to end, as they are stored."""
-        file, pickled = self.opened(info), info.path.suffix == ".bin"
-        x = (file[info.name] if pickled else file.get_slice(info.name))[first:end]
+        x = info.rows(self.opened(info), first, end)
         self.mapped += x.nbytes
         return x
 
     def opened(self, info: TensorInfo) -> Any:
         if info.path != self.path or self.mapped > REOPEN:
             self.path, self.file, self.mapped = info.path, None, 0  # closed before it is reopened
-            self.file = open_file(info.path)
+            self.file = info.open()
         return self.file
 
     def whole(self, info: TensorInfo, device: torch.device) -> Tensor:
@@ -239,40 +233,3 @@ def as_parameter(old: Tensor, local: Tensor) -> nn.Parameter:
         layout = dict(shape=old.shape, stride=old.stride(), run_check=False)
         local = DTensor.from_local(local, old.device_mesh, old.placements, **layout)
     return nn.Parameter(local, requires_grad=old.requires_grad)
-
-
-# ---- write
-
-
-def save_weights(
-    state: dict[str, Tensor], folder: Path, dtype: torch.dtype | None = None, layout: str = "hf"
-) -> None:
-    """Write tensors under our names to `folder`, in shards of at most SHARD_BYTES.
-
-    layout: a column of names.py; every reader accepts "hf". Raises UserError where the layout has
-    no place for a tensor, or the disk is full.
-    """
-    size = lambda t: t.numel() * (dtype or t.dtype).itemsize
-    shards: list[dict[str, Tensor]] = [{}]
-    room = SHARD_BYTES
-    for name, tensor in state.items():
-        written = to_layout(name, layout)
-        check_part(name, written, layout)
-        if shards[-1] and size(tensor) > room:
-            shards.append({})
-            room = SHARD_BYTES
-        room -= size(tensor)
-        shards[-1][written] = tensor
-    n = len(shards)
-    files = [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
-    files = files if n > 1 else ["model.safetensors"]
-    for file, shard in zip(files, shards):
-        # one shard at a time is copied to the CPU
-        whole = {k: unpacked(t.detach()).to("cpu", dtype).contiguous() for k, t in shard.items()}
-        save_tensors(whole, folder / file)
-    if n > 1:
-        index = {
-            "metadata": {"total_size": sum(map(size, state.values()))},
-            "weight_map": {name: file for file, shard in zip(files, shards) for name in shard},
-        }
-        write_json(folder / "model.safetensors.index.json", index)

@@ -135,7 +135,7 @@ def test_a_tied_head_stays_tied():
 def test_a_packed_model_is_saved_as_it_was_read(tmp_path):
     from safetensors.torch import load_file
 
-    from llava_min.weights import save_weights
+    from llava_min.export.stream import save_weights
 
     model = our_model(their_model()).bfloat16()
     save_weights(dict(model.named_parameters()), tmp_path)

@@ -22,6 +22,7 @@ from conftest import IMAGE, hf_config, pixels, rows, write_processor
 from llava_min import weights
 from llava_min.config import LlavaConfig
 from llava_min.errors import UserError
+from llava_min.export.stream import save_weights
 from llava_min.generate import generate
 from llava_min.llava import IGNORE
 from llava_min.load import open_checkpoint, random_model
@@ -41,7 +42,6 @@ from llava_min.parallel.ranks import (
 )
 from llava_min.training.targets import add_lora
 from llava_min.training.trainable import set_trainable
-from llava_min.weights import save_weights
 
 
 @pytest.fixture(autouse=True)

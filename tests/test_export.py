@@ -10,8 +10,8 @@ from PIL import Image
 from llava_min import load
 from llava_min.adapter import save_adapter
 from llava_min.errors import UserError
-from llava_min.export import stream
-from llava_min.export.hf import check_logits, write_hf
+from llava_min.export import hf, original, proof, stream
+from llava_min.export.hf import write_hf
 from llava_min.export.jinja import JINJA
 from llava_min.export.tensors import open_model
 from llava_min.lora import LoRAConfig
@@ -127,7 +127,7 @@ def test_adapter_is_merged(tmp_path, source):
 
 
 def test_shards(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(stream.shards, "__defaults__", (20_000,))
+    monkeypatch.setattr(stream, "SHARD_BYTES", 20_000)
     export.main([str(source), str(tmp_path / "out"), "--to", "hf", "--dtype", "fp32"])
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
     a, b = load(source, dtype="fp32")[0], load(tmp_path / "out", dtype="fp32")[0]
@@ -167,22 +167,54 @@ def test_a_wrong_tensor_is_found(tmp_path, source):
     with pytest.raises(UserError, match="logits differ from the source's"):
         with new_folder(tmp_path / "out") as aside:
             write_hf(model, aside, torch.float32)
-            check_logits(model, aside, torch.float32, PIECES)
     assert not (tmp_path / "out").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize("to", ["hf", "original"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_large_model_is_compared_too(tmp_path, spm, kind, to, monkeypatch):
+    """As one that does not fit: block by block, the image's features and the logits of a text. A
+    block of the source that reads otherwise the second time is found."""
+    monkeypatch.setattr(proof, "SMALL", 0)
+    source = write_folder(tmp_path / "source", spm, their_model(kind))
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    for id in (IMAGE + 2, IMAGE + 3):
+        del settings["added_tokens_decoder"][str(id)]
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    for dtype in ("fp32", "bf16"):
+        args = [str(source), str(tmp_path / dtype), "--to", to, "--dtype", dtype]
+        export.main([*args, "--template", "vicuna_v1"])
+    for part in (
+        "vision_tower.layers.1.mlp.fc1.weight",
+        "language_model.layers.1.mlp.up_proj.weight",
+    ):
+        model = open_model(str(source), template="vicuna_v1")
+        right, calls = model.read, []
+
+        def wrong(name, dtype, part=part, right=right, calls=calls):
+            calls += [name] * (name == part)
+            x = right(name, dtype)
+            return x + 1 if name == part and len(calls) == 1 else x
+
+        model.read = wrong
+        page = {"hf": hf, "original": original}[to]
+        with pytest.raises(UserError, match="logits differ from the source's"):
+            with new_folder(tmp_path / "out") as aside:
+                page.export(model, aside, torch.float32, None)
+
+
 def test_bytes_are_read_back(tmp_path, source):
     model, path = open_model(str(source)), tmp_path / "x.safetensors"
-    tensors = [(n, n, model.shape(n)) for n in model.names]
-    sums = stream.write_file(path, tensors, model.read, torch.float32)
+    rows, sums = [stream.Row(n, n, model.shape(n), torch.float32) for n in model.names], {}
+    stream.write_file(path, rows, model.read, sums)
     entries = {e.name: e for e in list_tensors(path)}
-    stream.check_sums(entries, sums, torch.float32)
+    proof.Checked(model.model, entries, sums, torch.float32).rest()
     with open(path, "r+b") as f:
         f.seek(-4, 2)
         f.write(b"\0\0\0\x40")
     with pytest.raises(UserError, match="reads back otherwise"):
-        stream.check_sums(entries, sums, torch.float32)
+        proof.Checked(model.model, entries, sums, torch.float32).rest()
 
 
 def test_a_layout_without_a_place_is_refused(tmp_path, source):

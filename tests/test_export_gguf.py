@@ -96,8 +96,8 @@ def test_types(tmp_path, type, most):
     for name in found.tensors:
         x = found.read(name, torch.float32)
         assert (x - state[name]).norm() <= most * state[name].norm(), name
-    stored = found.tensors["language_model.layers.0.self_attn.q_proj.weight"].tensor_type
-    assert stored.name.lower() == type
+    stored = found.tensors["language_model.layers.0.self_attn.q_proj.weight"].kind
+    assert stored.lower() == type
 
 
 @pytest.mark.parametrize("type", ["q4_k_m", "q2_k", "q6_k"])

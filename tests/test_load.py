@@ -17,6 +17,7 @@ import llava_min
 from llava_min.config import LlavaConfig
 from llava_min.data.image import to_pixels
 from llava_min.errors import UserError
+from llava_min.export.stream import save_weights
 from llava_min.fast.cpu_linear import unpacked
 from llava_min.load import (
     TINY,
@@ -28,7 +29,6 @@ from llava_min.load import (
     random_model,
     save,
 )
-from llava_min.weights import save_weights
 
 CPU = torch.device("cpu")
 

@@ -36,6 +36,8 @@ from llava_min import names, weights
 from llava_min.checks.weights import check_entries
 from llava_min.config import LINEARS, LlavaConfig
 from llava_min.errors import UserError
+from llava_min.export import stream
+from llava_min.export.stream import save_weights
 from llava_min.fast.cpu_linear import unpacked
 from llava_min.llava import Llava
 from llava_min.load import collect_entries, on_meta, read_config, save, stored_rows
@@ -43,7 +45,7 @@ from llava_min.names import to_layout, to_ours
 from llava_min.quant.methods import quantize_layers, quantized
 from llava_min.tensors import read_entries
 from llava_min.util.files import new_folder, replace, write_json
-from llava_min.weights import load_weights, save_weights
+from llava_min.weights import load_weights
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +318,7 @@ def test_saved_is_loaded(kind, dtype, spm, tmp_path):
 def test_transformers_loads_what_we_save(kind_pair, shards, tmp_path, monkeypatch):
     theirs, ours, processor = kind_pair
     if shards:
-        monkeypatch.setattr(weights, "SHARD_BYTES", 80_000)
+        monkeypatch.setattr(stream, "SHARD_BYTES", 80_000)
     save(ours, processor, tmp_path / "saved")
     files = sorted(p.name for p in (tmp_path / "saved").glob("model*"))
     if shards:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_min.checks.processor import check_sees
 from llava_min.config import LlavaConfig
 from llava_min.errors import UserError
 
@@ -33,8 +34,9 @@ def check_inputs(
             "give what the processor made",
             "attention_mask",
         )
-    image = (3, config.vision.image_size, config.vision.image_size)
     if pixels is not None:
+        check_sees(config.vision, "pixel_values")
+        image = (3, config.vision.image_size, config.vision.image_size)
         if not (is_tensor(pixels, 4) and pixels.is_floating_point() and pixels.shape[1:] == image):
             raise UserError(
                 f"{describe(pixels)}, expected a float tensor (images, "

@@ -51,8 +51,18 @@ def check_dtype(dtype: Any, given: Any, allowed: Collection[torch.dtype], names:
         )
 
 
-def check_merged(names: Collection[str], folder: Path) -> None:
-    """No tensor is an adapter's, or UserError."""
+def check_llava(config: Any, source: Any) -> None:
+    """`config` has a vision tower, or UserError: texts can be asked of a language model alone."""
+    if config.vision is None:
+        raise UserError(
+            f"{source}: a language model without a vision tower, which only answers texts; "
+            "`python -m llava_min build` makes a LLaVA of it and a CLIP"
+        )
+
+
+def check_written(config: Any, names: Collection[str], folder: Path) -> None:
+    """A whole LLaVA, and no tensor of it is an adapter's, or UserError."""
+    check_llava(config, folder)
     if any(".lora_" in name for name in names):
         raise UserError(
             f"{folder}: the model has an adapter that is not merged; "

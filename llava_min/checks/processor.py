@@ -75,6 +75,16 @@ def check_template_token(id: int | None, token: str, template: str) -> None:
 # ---- images
 
 
+def check_sees(vision: Any, field: str) -> None:
+    """The model takes images, or UserError. `vision`: its settings for them, or None."""
+    if vision is None:
+        raise UserError(
+            "this is a language model without a vision tower; ask it without an image, or give "
+            "a LLaVA",
+            field,
+        )
+
+
 def check_image_list(images: Any) -> None:
     if not isinstance(images, (list, tuple)):
         raise UserError(

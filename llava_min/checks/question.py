@@ -1,5 +1,6 @@
 """What sample.py is asked: which of its flags go together, and the text of the question."""
 
+from pathlib import Path
 from typing import Any
 
 from llava_min.errors import UserError
@@ -8,11 +9,8 @@ from llava_min.errors import UserError
 def check_flags(config: Any, stdin_closed: bool) -> None:
     """`config`: sample.py's flags. Raises UserError where they do not go together."""
     images, several = len(config.images), config.answers > 1
-    if not images:
-        raise UserError(
-            "IMAGE: no image was given; python sample.py IMAGE [--prompt TEXT], "
-            "and --help for the rest"
-        )
+    if not images and not (is_gguf(config.model) and (config.prompt or config.chat)):
+        check_no_image(config)
     if config.compile and several:
         raise UserError(
             "--compile: works for one answer per image; leave it out with --num-beams or "
@@ -22,6 +20,20 @@ def check_flags(config: Any, stdin_closed: bool) -> None:
         raise UserError("--prompt -: stdin is closed; give the question as --prompt TEXT")
     if config.chat:
         check_chat(config, images, several, stdin_closed)
+
+
+def is_gguf(model: str | None) -> bool:
+    """Whether it can be a language model alone."""
+    return model is not None and (model.endswith(".gguf") or any(Path(model).glob("*.gguf")))
+
+
+def check_no_image(vision: Any) -> None:
+    """A model without `vision` is asked without an image; UserError for the others."""
+    if vision is not None:
+        raise UserError(
+            "IMAGE: no image was given; python sample.py IMAGE [--prompt TEXT], "
+            "and --help for the rest"
+        )
 
 
 def check_chat(config: Any, images: int, several: bool, stdin_closed: bool) -> None:

@@ -30,6 +30,7 @@ from llava_min.checks.processor import (
     check_image_token,
     check_padding_side,
     check_prompts,
+    check_sees,
     check_template_token,
     refuse_ids,
 )
@@ -52,6 +53,7 @@ from llava_min.util.files import write_json
 class Processor:
     """The tokenizer, the image settings and the chat template of a checkpoint.
 
+    image_config: None for a language model alone, which takes no images.
     tokens_per_image: how many placeholders `image_token_id` one image takes, 576 for CLIP-L/14-336.
     eos_ids: what ends an answer by the model's config.
     original: the checkpoint was trained by the original LLaVA, or from one that was.
@@ -60,7 +62,7 @@ class Processor:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        image_config: ImageConfig,
+        image_config: ImageConfig | None,
         template_name: str,
         image_token_id: int,
         tokens_per_image: int,
@@ -72,11 +74,13 @@ class Processor:
         self.image_token_id, self.tokens_per_image = image_token_id, tokens_per_image
         self.eos_ids, self.original = eos_ids, original
         self.rule = "llava" if original and template_name != "llava_hf" else self.template.rule
-        check_image_token(tokenizer.token_id(IMAGE_TOKEN), image_token_id)
-        if tokenizer.token_id(IMAGE_TOKEN) is None:
-            tokenizer.add_special(IMAGE_TOKEN, image_token_id)
+        content = [{"type": "image"}] if image_config else "x"
+        if image_config is not None:
+            check_image_token(tokenizer.token_id(IMAGE_TOKEN), image_token_id)
+            if tokenizer.token_id(IMAGE_TOKEN) is None:
+                tokenizer.add_special(IMAGE_TOKEN, image_token_id)
         # every token that the template needs is there
-        question = {"role": "user", "content": [{"type": "image"}]}
+        question = {"role": "user", "content": content}
         answer = {"role": "assistant", "content": "x"}
         for piece in render(template_name, [question, answer], answer=True):
             if piece.token is not None:
@@ -107,15 +111,15 @@ class Processor:
     def _encode_prompt(self, prompt: str, parse_special: bool) -> list[int]:
         t = self.tokenizer
         ids = [t.bos_id] if t.add_bos else []
-        mark = t.added[IMAGE_TOKEN]
+        mark = t.added.get(IMAGE_TOKEN)
         chunks = prompt.split(IMAGE_TOKEN)
         for i, chunk in enumerate(chunks):
             if i:
                 ids += self._ids_of("image")
             # the tokenizer's <image> may take the spaces beside it
-            if mark.lstrip and i + 1 < len(chunks):
+            if i + 1 < len(chunks) and mark.lstrip:
                 chunk = chunk.rstrip()
-            if mark.rstrip and i:
+            if i and mark.rstrip:
                 chunk = chunk.lstrip()
             if chunk:
                 ids += t.encode(chunk, at="special" if i else "start", parse_special=parse_special)
@@ -172,6 +176,7 @@ class Processor:
 
     def _ids_of(self, token: str) -> list[int]:
         if token == "image":
+            check_sees(self.image_config, "images")
             return [self.image_token_id] * self.tokens_per_image
         t = self.tokenizer
         named = {"bos": t.bos_id, "eos": t.eos_id}
@@ -214,7 +219,8 @@ class Processor:
         """Ids that have logits but are no text: the image token, and the rows of padding in a head
         of `vocab_size` rows.
         """
-        return [self.image_token_id, *range(len(self.tokenizer), vocab_size)]
+        image = [self.image_token_id] if self.image_token_id >= 0 else []
+        return [*image, *range(len(self.tokenizer), vocab_size)]
 
     def decode(self, ids) -> str:
         """The text of one row of ids (a list or a 1-D tensor), without special tokens."""

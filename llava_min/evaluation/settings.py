@@ -17,6 +17,8 @@ from llava_min.data.chat import render
 from llava_min.data.formats import Record
 from llava_min.data.processor import Processor
 from llava_min.data.records import sources
+from llava_min.export.gguf_file import read_header
+from llava_min.export.load_gguf import find_gguf, mmprojs
 from llava_min.fast.cpu_linear import unpacked
 from llava_min.hub import find_folder
 from llava_min.llava import Llava
@@ -55,12 +57,13 @@ def settings_of_model(
     args: Any, model: Llava, processor: Processor, first: Record, num_ranks: int
 ) -> dict:
     """What the loaded model adds; `prompt` is the one of the first record."""
+    images = processor.image_config
     return {
         "weights": hash_weights(model),
         "template": processor.template_name,
         "prompt": exact_prompt(processor, first),
-        "image_aspect_ratio": processor.image_config.aspect,
-        "image_size": processor.image_config.size,
+        "image_aspect_ratio": images and images.aspect,
+        "image_size": images and images.size,
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": stored.method if (stored := model.config.quantization) else None,
         "device": str(model.device),
@@ -100,10 +103,14 @@ def hash_weights(model: nn.Module) -> str:
 
 def hash_small_files(source: str, adapter: str | None) -> str:
     """Shortened sha256 of all SMALL_FILES in the folders of a model, its tower and its adapter."""
-    folder = TINY if source == "tiny" else find_folder(source)
-    tower = read_config(folder)[1]
-    digest = hashlib.sha256()
-    for place in filter(None, (folder, tower, adapter)):
+    digest, places = hashlib.sha256(), [adapter]
+    if file := find_gguf(source):  # their headers have it all
+        for path in (file, *mmprojs(file)):
+            digest.update(repr(read_header(path)[0]).encode())
+    else:
+        folder = TINY if source == "tiny" else find_folder(source)
+        places = [folder, read_config(folder)[1], adapter]
+    for place in filter(None, places):
         for path in (Path(place) / name for name in SMALL_FILES):
             if path.is_file():
                 content = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -5,7 +5,6 @@ llava-hf's converter for what its layout adds: <image> and <pad> behind the voca
 multiple of 64, the new ones at the mean of the others.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,16 +15,18 @@ from torch import Tensor
 from llava_min.checks.config import FLAG, check_fields, refuse
 from llava_min.checks.weights import check_entries
 from llava_min.config import LlavaConfig, TextConfig, VisionConfig, read_eos
-from llava_min.data.chat import IMAGE_TOKEN
+from llava_min.data.chat import IMAGE_TOKEN, ORIGINAL_KEY, TEMPLATE_KEY
 from llava_min.data.from_folder import read_template
 from llava_min.data.image import CLIP_MEAN, CLIP_STD, ImageConfig
 from llava_min.data.processor import Processor
+from llava_min.data.recognise import find_template
 from llava_min.data.tokenizer import Tokenizer
 from llava_min.errors import UserError, label, shorten
+from llava_min.export import gguf_names
 from llava_min.export.read_gguf import open_gguf, write_tokenizer
+from llava_min.export.stream import Read
 from llava_min.export.tensors import (
     PROJECTOR,
-    Read,
     Tensors,
     read_from,
     read_projector,
@@ -35,10 +36,11 @@ from llava_min.hub import find_folder
 from llava_min.llava import Llava
 from llava_min.load import on_meta
 from llava_min.tensors import CLIP_REST, TensorInfo, read_entries
-from llava_min.util.files import read_json, read_optional, write_json
+from llava_min.util.files import read_json, read_optional
 
 TEXT = ("language_model.", "lm_head.")
 TOWER = "vision_tower."
+RECORDED = {TEMPLATE_KEY: gguf_names.TEMPLATE_KEY, ORIGINAL_KEY: gguf_names.ORIGINAL_KEY}
 TABLES = ("language_model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -51,8 +53,8 @@ class Decoder:
     tokenizer: Tokenizer
     template: str
     dtype: torch.dtype
-    entries: dict[str, TensorInfo]  # empty where `read` has them from elsewhere
-    read: Callable[[str, torch.dtype], Tensor] | None = None
+    entries: dict[str, TensorInfo]
+    original: bool = False  # tokenized as the original LLaVA does, see Processor
 
 
 def build(
@@ -74,7 +76,8 @@ def build(
         tie_word_embeddings=decoder.tied,
     )
     model = on_meta(config)
-    check(model, tower | decoder.entries, decoder)
+    entries = tower | decoder.entries
+    check(model, entries, decoder)
     whole = read_projector(Path(projector), model) if projector else random_projector(model, seed)
     processor = Processor(
         decoder.tokenizer,
@@ -84,39 +87,19 @@ def build(
         config.tokens_per_image,
         config.text.eos_token_ids,
     )
-    return Tensors(model, processor, joined(model, tower, decoder, whole), decoder.dtype)
+    return Tensors(model, processor, joined(read_from(entries, model), whole), decoder.dtype)
 
 
-def joined(
-    model: Llava, tower: dict[str, TensorInfo], decoder: Decoder, projector: dict[str, Tensor]
-) -> Read:
-    from_files = read_from(tower | decoder.entries, model)
-
-    def read(name: str, dtype: torch.dtype) -> Tensor:
-        if name in projector:
-            return projector[name].to(dtype)
-        if decoder.read is None or name.startswith(TOWER):
-            return from_files(name, dtype)
-        x, rows = decoder.read(name, dtype), model.get_parameter(name).shape[0]
-        if len(x) == rows:
-            return x
-        mean = x.mean(0, dtype=torch.float64).to(dtype)
-        return torch.cat([x, mean.expand(rows - len(x), -1)])
-
-    return read
+def joined(read: Read, projector: dict[str, Tensor]) -> Read:
+    return lambda name, dtype: projector[name].to(dtype) if name in projector else read(name, dtype)
 
 
 def check(model: Llava, entries: dict[str, TensorInfo], decoder: Decoder) -> None:
-    """Every tensor of `model` is in the files, but the projector's and what a GGUF file has been
-    checked for; every tensor of the files is the model's.
+    """Every tensor of `model` but the projector's is in the files, and every tensor of the files is
+    the model's.
     """
-    elsewhere = {
-        name: TensorInfo(Path(), name, tuple(p.shape), "F32")
-        for name, p in model.named_parameters()
-        if name.startswith(PROJECTOR) or decoder.read and name.startswith(TEXT)
-    }
-    rows = dict.fromkeys(TABLES, decoder.config.vocab_size) if decoder.read is None else {}
-    check_entries(entries | elsewhere, model, rows)
+    elsewhere = {n for n, _ in model.named_parameters() if n.startswith(PROJECTOR)}
+    check_entries(entries, model, dict.fromkeys(TABLES, decoder.config.vocab_size), elsewhere)
 
 
 # ---- the parts
@@ -184,15 +167,19 @@ def read_gguf_decoder(path: Path) -> Decoder:
     found = open_gguf(path)
     with TemporaryDirectory() as folder:
         write_tokenizer(found, Path(folder))
-        write_json(Path(folder) / "config.json", found.config.to_hf())
-        tokenizer = Tokenizer.load(folder)
-        template = read_template(Path(folder), tokenizer)
-    kinds = {t.tensor_type.name for t in found.tensors.values()}
+        try:
+            tokenizer = Tokenizer.load(folder)
+        except UserError as e:  # which names a file that is gone in a moment
+            raise UserError(str(e).replace(f"{folder}/", f"{path}: its ")) from None
+    recorded = {ours: found.metadata.get(key) for ours, key in RECORDED.items()}
+    jinja = found.metadata.get("tokenizer.chat_template")
+    template = find_template(found.config.to_hf(), recorded, jinja, tokenizer, path)
+    kinds = {t.kind for t in found.tensors.values()}
     # what is dequantized is scales times small integers, and fits f16's digits better than bf16's
     dtype = {"F32": torch.float32, "BF16": torch.bfloat16}.get((kinds - {"F32"} or {"F32"}).pop())
-    return Decoder(
-        found.config, found.tied, tokenizer, template, dtype or torch.float16, {}, found.read
-    )
+    dtype = dtype or torch.float16
+    original = recorded[ORIGINAL_KEY] is True
+    return Decoder(found.config, found.tied, tokenizer, template, dtype, found.tensors, original)
 
 
 def add_tokens(t: Tokenizer) -> tuple[int, int]:

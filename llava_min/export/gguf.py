@@ -17,6 +17,9 @@ from llava_min.errors import UserError, escape_controls, label
 from llava_min.export import mmproj
 from llava_min.export.gguf_names import (
     ARCHITECTURES,
+    LEGACY_KEY,
+    ORIGINAL_KEY,
+    TEMPLATE_KEY,
     import_gguf,
     interleave,
     settings,
@@ -113,6 +116,9 @@ def write_text(model: Tensors, path: Path, type: str) -> None:
     metadata |= {f"{arch}.{key}": value for key, value in settings(text).items()}
     eos = next(iter(text.eos_token_ids), None)
     made = entries(model.processor, text.vocab_size, eos)
+    metadata[TEMPLATE_KEY] = model.processor.template_name
+    metadata[ORIGINAL_KEY] = model.processor.original
+    metadata[LEGACY_KEY] = model.processor.tokenizer.legacy
     add_metadata(writer, metadata | {f"tokenizer.{key}": value for key, value in made.items()})
     write_rows(writer, text_rows(model, type))
 
@@ -176,7 +182,7 @@ def check_text(model: Tensors, path: Path) -> float:
 
 def compare(model: Tensors, found: TextModel, name: str) -> float:
     right, x = model.read(name, torch.float32), found.read(name, torch.float32)
-    type = found.tensors[name].tensor_type.name.lower()
+    type = found.tensors[name].kind.lower()
     error = float(torch.linalg.vector_norm(x - right))
     error /= max(float(torch.linalg.vector_norm(right)), 1e-30)
     if not error <= ERROR.get(type, COARSE):

@@ -14,6 +14,11 @@ from llava_min.config import TextConfig
 from llava_min.errors import UserError
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # by our model_type
+# what llama.cpp has no key for, so that a file that we wrote is read as the model that it was
+TEMPLATE_KEY = "llava_min.template"  # its name in data/chat.py
+ORIGINAL_KEY = "llava_min.chunks"  # the processor's `original`
+LEGACY_KEY = "llava_min.tokenizer_legacy"  # tokenizer_config.json's `legacy`
+ASPECT_KEY = "llava_min.image_aspect_ratio"
 WHOLE = {  # ours -> theirs
     "language_model.embed_tokens.weight": "token_embd.weight",
     "language_model.norm.weight": "output_norm.weight",

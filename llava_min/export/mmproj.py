@@ -20,8 +20,10 @@ from pathlib import Path
 import torch
 
 from llava_min.errors import UserError
-from llava_min.export.gguf_names import import_gguf
+from llava_min.export.gguf_file import read_header
+from llava_min.export.gguf_names import ASPECT_KEY, import_gguf
 from llava_min.export.tensors import Tensors
+from llava_min.weights import Reader
 
 IN_BLOCK = {  # ours -> theirs, fc1 and fc2 as gguf's own table has them
     "self_attn.q_proj": "attn_q",
@@ -56,12 +58,12 @@ def names(model: Tensors) -> dict[str, str]:
     return found
 
 
-def settings(model: Tensors) -> dict[str, object]:
+def settings(model: Tensors, f32: bool) -> dict[str, object]:
     config, images = model.model.config, model.processor.image_config
     vision, used = config.vision, config.vision_layers_used
     return {
         "general.type": "mmproj",
-        "general.file_type": 1,
+        "general.file_type": 0 if f32 else 1,
         "clip.has_text_encoder": False,
         "clip.has_vision_encoder": True,
         "clip.has_llava_projector": True,
@@ -78,6 +80,7 @@ def settings(model: Tensors) -> dict[str, object]:
         "clip.vision.attention.layer_norm_epsilon": vision.layer_norm_eps,
         "clip.vision.image_mean": list(images.mean),
         "clip.vision.image_std": list(images.std),
+        ASPECT_KEY: images.aspect,
     }
 
 
@@ -92,9 +95,9 @@ def write(model: Tensors, path: Path, f32: bool) -> None:
 
     check_layout(model)
     writer = import_gguf().GGUFWriter(path, "clip")
-    add_metadata(writer, settings(model))
+    add_metadata(writer, settings(model, f32))
     write_rows(writer, rows(model, f32))
-    check(model, path)
+    check(model, path, f32)
 
 
 def rows(model: Tensors, f32: bool) -> Iterable:
@@ -106,19 +109,16 @@ def rows(model: Tensors, f32: bool) -> Iterable:
         yield theirs, shape, type, lambda ours=ours: model.read(ours, torch.float32)
 
 
-def check(model: Tensors, path: Path) -> None:
-    gguf = import_gguf()
-    reader = gguf.GGUFReader(path)
-    found = {t.name: t for t in reader.tensors}
+def check(model: Tensors, path: Path, f32: bool) -> None:
+    metadata, stored = read_header(path)
     for ours, theirs in names(model).items():
-        right, t = model.read(ours, torch.float32), found[theirs]
-        x = torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()).view(right.shape)
+        right = model.read(ours, torch.float32)
+        x = torch.empty_like(right)
+        Reader().fill(x, stored[theirs])
         if not torch.allclose(x, right, rtol=1e-3, atol=1e-6):
             raise UserError(f"{path}: {theirs} reads back otherwise than it was; write it again")
-    for key, value in settings(model).items():
-        if key == "general.file_type":
-            continue
-        there = reader.fields[key].contents()
+    for key, value in settings(model, f32).items():
+        there = metadata[key]
         same = there == value or torch.allclose(
             torch.tensor(there, dtype=torch.float64), torch.tensor(value, dtype=torch.float64)
         )

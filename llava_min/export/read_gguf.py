@@ -1,11 +1,10 @@
 """A GGUF language model read: its config, its tensors, and its tokenizer as the files we read.
 
-Every type that the `gguf` package can undo is taken (f32, f16, bf16, q8_0, q4_0, q4_1, the K-types
-…), some rows at a time. What the file asks and is not implemented is refused by name.
+Every type that the `gguf` package can undo is taken (f32, f16, q8_0, q4_0, the K-types …). What the
+file asks and is not implemented is refused by name.
 """
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,20 @@ from torch import Tensor
 from llava_min.config import TextConfig
 from llava_min.data.tokenizer.bpe import GPT2_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT
 from llava_min.data.tokenizer.tokenizer_json import DIGITS
-from llava_min.errors import UserError, escape_controls, shorten
-from llava_min.export.gguf_names import (
-    ARCHITECTURES,
-    from_gguf,
-    import_gguf,
-    split_halves,
-    turned_heads,
-)
+from llava_min.errors import UserError, shorten
+from llava_min.export.gguf_file import GGUFTensor, read_header
+from llava_min.export.gguf_names import ARCHITECTURES, LEGACY_KEY, from_gguf, turned_heads
 from llava_min.export.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from llava_min.export.spm import write_model
-from llava_min.util.files import check_file, write_json
-from llava_min.weights import PIECE, is_finite
+from llava_min.util.files import write_json
+from llava_min.weights import Reader
 
 IGNORED = ("rope_freqs.weight",)  # a table of Llama-3.1's rope scaling, refused by its settings
+# what no default can stand for
+NEEDED = (
+    "embedding_length", "feed_forward_length", "block_count", "context_length",
+    "attention.head_count", "attention.layer_norm_rms_epsilon",
+)  # fmt: skip
 
 
 @dataclass
@@ -39,54 +38,31 @@ class TextModel:
     path: Path
     config: TextConfig
     tied: bool
-    tensors: dict[str, Any]  # our name -> gguf's ReaderTensor
+    tensors: dict[str, GGUFTensor]  # by our names
     metadata: dict[str, Any]
-
-    def shape(self, name: str) -> torch.Size:
-        return torch.Size(int(n) for n in reversed(self.tensors[name].shape))
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """The whole tensor, dequantized, its rows in our order; UserError unless it is finite."""
-        gguf, stored, shape = import_gguf(), self.tensors[name], self.shape(name)
-        x = torch.empty(shape, dtype=dtype)
-        flat = x if len(shape) > 1 else x[None]
-        step, size = max(1, PIECE // math.prod(flat.shape[1:])), int(stored.n_bytes) // len(flat)
-        with open(self.path, "rb") as f:  # not through gguf's mapping, whose pages count as ours
-            f.seek(int(stored.data_offset))
-            for part in flat.split(step):
-                data = np.fromfile(f, np.uint8, len(part) * size).reshape(len(part), size)
-                found = gguf.dequantize(data, stored.tensor_type)
-                part.copy_(torch.from_numpy(np.ascontiguousarray(found)).view_as(part))
-        if not is_finite(x):
-            raise UserError(
-                f"{self.path}: {escape_controls(stored.name)} holds NaN, infinity or numbers too "
-                "large; download it again"
-            )
-        heads = turned_heads(name, self.config)
-        return split_halves(x, heads) if heads else x
+        x = torch.empty(self.tensors[name].shape, dtype=dtype)
+        Reader().fill(x, self.tensors[name])
+        return x
 
 
 def open_gguf(path: Path) -> TextModel:
     """The language model in `path`, all its tensors accounted for, or UserError."""
-    gguf = import_gguf()
-    check_file(path)
-    try:
-        reader = gguf.GGUFReader(path)
-        metadata = {key: f.contents() for key, f in reader.fields.items()}
-    except Exception as e:  # its reader raises many kinds for damaged files, none of them our fault
-        raise UserError(
-            f"{path}: damaged or not a GGUF file ({escape_controls(e)[:200]}); download it again"
-        ) from None
+    metadata, stored = read_header(path)
     config = read_config(path, metadata)
     tensors = {}
-    for t in reader.tensors:
-        if t.name in IGNORED:
+    for name, t in stored.items():
+        if name in IGNORED:
             continue
-        if (ours := from_gguf(t.name)) is None:
+        if (ours := from_gguf(name)) is None:
             raise UserError(
-                f"{path}: tensor {shorten(t.name)} has no place in a {config.model_type} decoder; "
+                f"{path}: tensor {shorten(name)} has no place in a {config.model_type} decoder; "
                 "give a plain Llama, Mistral or Qwen2 language model"
             )
+        if heads := turned_heads(ours, config):
+            t = replace(t, start=None, head=t.shape[0] // heads)
         tensors[ours] = t
     tied = "lm_head.weight" not in tensors
     model = TextModel(path, config, tied, tensors, metadata)
@@ -101,14 +77,14 @@ def check_shapes(model: TextModel) -> None:
         want = {f"language_model.{n}": p.shape for n, p in Llama(model.config).named_parameters()}
     if not model.tied:
         want["lm_head.weight"] = want["language_model.embed_tokens.weight"]
-    for name in want.keys() ^ model.tensors.keys():
+    for name in sorted(want.keys() ^ model.tensors.keys()):
         what = "is missing" if name in want else "is not of this architecture"
         raise UserError(f"{model.path}: {name} {what}; download the file again")
     for name, shape in want.items():
-        if model.shape(name) != shape:
+        if (found := model.tensors[name].shape) != shape:
             raise UserError(
-                f"{model.path}: {name} is {list(model.shape(name))}, expected {list(shape)} by its "
-                "metadata; download the file again"
+                f"{model.path}: {name} is {list(found)}, expected {list(shape)} by its metadata; "
+                "download the file again"
             )
 
 
@@ -122,31 +98,49 @@ def read_config(path: Path, metadata: dict[str, Any]) -> TextConfig:
     own = {
         key.removeprefix(f"{kind}."): x for key, x in metadata.items() if key.startswith(f"{kind}.")
     }
-    if own.get("rope.scaling.type", "none") != "none" or own.get("expert_count"):
-        raise UserError(
-            f"{path}: asks for rope scaling or experts, which are not implemented; "
-            "give another language model"
-        )
+    check_sizes(path, kind, own)
     tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list):
+    if not isinstance(tokens, list) or not all(isinstance(t, str) for t in tokens):
         raise UserError(f"{path}: no tokenizer.ggml.tokens; give a file with its tokenizer")
-    heads = own.get("attention.head_count")
+    heads = own["attention.head_count"]
     data = {
         "model_type": kind,
         "vocab_size": len(tokens),
-        "hidden_size": own.get("embedding_length"),
-        "intermediate_size": own.get("feed_forward_length"),
-        "num_hidden_layers": own.get("block_count"),
+        "hidden_size": own["embedding_length"],
+        "intermediate_size": own["feed_forward_length"],
+        "num_hidden_layers": own["block_count"],
         "num_attention_heads": heads,
         "num_key_value_heads": own.get("attention.head_count_kv", heads),
         "head_dim": own.get("attention.key_length", own.get("rope.dimension_count")),
-        "max_position_embeddings": own.get("context_length"),
-        "rms_norm_eps": round_fp32(own.get("attention.layer_norm_rms_epsilon")),
+        "max_position_embeddings": own["context_length"],
+        "rms_norm_eps": round_fp32(own["attention.layer_norm_rms_epsilon"]),
         "rope_theta": round_fp32(own.get("rope.freq_base", 10000.0)),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
     }
     return TextConfig.from_hf(data, str(path))
+
+
+def check_sizes(path: Path, kind: str, own: dict[str, Any]) -> None:
+    """What the decoder is made of is said, and is implemented, or UserError by the key's name."""
+    for key in NEEDED:
+        if not isinstance(own.get(key), int | float):
+            found = f"is {shorten(own[key])}, expected a number" if key in own else "is missing"
+            raise UserError(
+                f"{path}: {kind}.{key} {found}; download the file again, or give another"
+            )
+    if own.get("rope.scaling.type", "none") != "none" or own.get("expert_count"):
+        raise UserError(
+            f"{path}: asks for rope scaling or experts, which are not implemented; "
+            "give another language model"
+        )
+    width = own.get("attention.key_length", own.get("rope.dimension_count"))
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if own.get(key, width) != width:
+            raise UserError(
+                f"{path}: {kind}.{key} is {shorten(own[key])} and a head is {shorten(width)} wide, "
+                "which is not implemented; give another language model"
+            )
 
 
 def round_fp32(x: object) -> object:
@@ -162,7 +156,7 @@ def write_tokenizer(model: TextModel, folder: Path) -> None:
     m = {
         key.removeprefix("tokenizer.ggml."): x
         for key, x in model.metadata.items()
-        if key.startswith("tokenizer.")
+        if key.startswith("tokenizer.") or key == LEGACY_KEY
     }
     tokens, kinds = m["tokens"], m.get("token_type")
     if not isinstance(kinds, list) or len(kinds) != len(tokens):
@@ -274,6 +268,7 @@ def write_sentencepiece(path: Path, folder: Path, m: dict, added: list[dict]) ->
     write_model(folder / "tokenizer.model", m["tokens"][:n], scores[:n], kinds[:n])
     del added[: sum(t["id"] < n for t in added)]
     space = m.get("add_space_prefix", True)
-    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True}
+    legacy = m.get(LEGACY_KEY) is not False
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy}
     settings |= {"add_bos_token": bool(m.get("add_bos_token", True)), "add_eos_token": False}
     return settings if space else settings | {"add_prefix_space": False}

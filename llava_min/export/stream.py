@@ -1,4 +1,4 @@
-"""Safetensors written tensor by tensor, and read back to prove them.
+"""Safetensors written tensor by tensor.
 
 safetensors' own writer wants every tensor of a file in memory at once. The format is eight bytes, a
 JSON header that gives each tensor its place, and the bytes
@@ -7,93 +7,103 @@ JSON header that gives each tensor its place, and the bytes
 
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llava_min.errors import UserError
-from llava_min.export.tensors import Read
-from llava_min.tensors import TensorInfo
-from llava_min.util.files import write_json
-from llava_min.weights import SHARD_BYTES, Reader
+from llava_min.checks.weights import check_part
+from llava_min.fast.cpu_linear import unpacked
+from llava_min.names import to_layout
+from llava_min.util.files import write_json, writing
 
-CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+SHARD_BYTES = 5 << 30
+CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"}
+CODES |= {torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32"}
+CODES |= {torch.int64: "I64", torch.float64: "F64", torch.float8_e4m3fn: "F8_E4M3"}
+Read = Callable[[str, torch.dtype], Tensor]  # our name, dtype -> the whole tensor, on the CPU
+Sums = dict[str, int]  # our name -> checksum of the tensor's bytes
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tensor to be written."""
+
+    name: str  # ours
+    written: str  # in the file
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
 
 
 def as_bytes(x: Tensor) -> memoryview:
     return memoryview(x.contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def shards(sizes: dict[str, int], limit: int = SHARD_BYTES) -> list[list[str]]:
-    """Names in groups of at most `limit` bytes, in order; a larger tensor has one of its own."""
-    groups, room = [[]], limit
-    for name, size in sizes.items():
-        if groups[-1] and size > room:
+def shards(rows: Iterable[Row]) -> list[list[Row]]:
+    """In groups of at most SHARD_BYTES, in order; a larger tensor has one of its own."""
+    groups, room = [[]], SHARD_BYTES
+    for row in rows:
+        if groups[-1] and row.size > room:
             groups.append([])
-            room = limit
-        groups[-1].append(name)
-        room -= size
+            room = SHARD_BYTES
+        groups[-1].append(row)
+        room -= row.size
     return groups
 
 
-def write_file(
-    path: Path, tensors: Iterable[tuple[str, str, torch.Size]], read: Read, dtype: torch.dtype
-) -> dict[str, int]:
-    """Write (our name, name in the file, shape) of `tensors`, each when it is read.
+def write_file(path: Path, rows: list[Row], read: Read, sums: Sums | None = None) -> None:
+    """Write a file of `rows`, each tensor when it is read; checksums go to `sums`.
 
-    Returns our name -> checksum of its bytes.
+    Raises UserError where the file cannot be written.
     """
-    tensors, header, at, sums = list(tensors), {"__metadata__": {"format": "pt"}}, 0, {}
-    for _, theirs, shape in tensors:
-        end = at + shape.numel() * dtype.itemsize
-        header[theirs] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [at, end]}
-        at = end
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for row in rows:
+        end = at + row.size
+        place = {"dtype": CODES[row.dtype], "shape": list(row.shape), "data_offsets": [at, end]}
+        header[row.written], at = place, end
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)  # so that the tensors are aligned
-    with open(path, "wb") as f:
+    with writing(path), open(path, "wb") as f:
         f.write(len(head).to_bytes(8, "little") + head)
-        for ours, _, shape in tensors:
-            x = read(ours, dtype)
-            assert x.shape == shape and x.dtype == dtype, ours
+        for row in rows:
+            x = read(row.name, row.dtype)
+            assert x.shape == row.shape and x.dtype == row.dtype, row.name
             data = as_bytes(x)
             f.write(data)
-            sums[ours] = zlib.crc32(data)
-    return sums
+            if sums is not None:
+                sums[row.name] = zlib.crc32(data)
 
 
-def write_shards(
-    folder: Path,
-    tensors: list[tuple[str, str, torch.Size]],
-    read: Read,
-    dtype: torch.dtype,
-) -> dict[str, int]:
+def write_shards(folder: Path, rows: list[Row], read: Read, sums: Sums | None = None) -> None:
     """`write_file` in as many files as it takes, with the index that transformers reads."""
-    sizes = {ours: shape.numel() * dtype.itemsize for ours, _, shape in tensors}
-    rows, groups, sums = {t[0]: t for t in tensors}, shards(sizes), {}
-    names = ["model.safetensors"]
+    groups, names = shards(rows), ["model.safetensors"]
     if len(groups) > 1:
         names = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
     for name, group in zip(names, groups):
-        sums |= write_file(folder / name, [rows[ours] for ours in group], read, dtype)
+        write_file(folder / name, group, read, sums)
     if len(groups) > 1:
-        places = {rows[ours][1]: file for file, group in zip(names, groups) for ours in group}
-        write_json(
-            folder / "model.safetensors.index.json",
-            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places},
-        )
-    return sums
+        places = {row.written: file for file, group in zip(names, groups) for row in group}
+        index = {"metadata": {"total_size": sum(r.size for r in rows)}, "weight_map": places}
+        write_json(folder / "model.safetensors.index.json", index)
 
 
-def check_sums(entries: dict[str, TensorInfo], sums: dict[str, int], dtype: torch.dtype) -> None:
-    """What our reader finds in the files just written is, tensor for tensor, what was meant."""
-    reader = Reader()
-    for name, right in sums.items():
-        x = torch.empty(entries[name].shape, dtype=dtype)
-        reader.fill(x, entries[name])
-        if zlib.crc32(as_bytes(x)) != right:
-            raise UserError(
-                f"{entries[name]}: reads back otherwise than it was written; "
-                "check the disk, and write it again"
-            )
+def save_weights(
+    state: dict[str, Tensor], folder: Path, dtype: torch.dtype | None = None, layout: str = "hf"
+) -> None:
+    """Write tensors under our names to `folder`, in shards of at most SHARD_BYTES.
+
+    layout: a column of names.py; every reader accepts "hf". Raises UserError where the layout has
+    no place for a tensor, or the disk is full.
+    """
+    rows = []
+    for name, x in state.items():
+        written = to_layout(name, layout)
+        check_part(name, written, layout)
+        rows.append(Row(name, written, x.shape, dtype or x.dtype))
+    write_shards(folder, rows, lambda name, dtype: unpacked(state[name].detach()).to("cpu", dtype))

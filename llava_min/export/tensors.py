@@ -4,7 +4,6 @@ Nothing is held but the tensor at hand, so a model of any size is merged or writ
 its largest tensor. Adapters are merged as their tensors' layers pass by.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from llava_min.adapter import lora_paths, read_adapter
+from llava_min.checks.load import check_llava
 from llava_min.data.processor import Processor
 from llava_min.errors import UserError, escape_controls, label
+from llava_min.export.stream import Read
 from llava_min.llava import Llava
 from llava_min.load import Checkpoint, open_checkpoint
 from llava_min.lora import LoRAConfig, row_norms
@@ -22,7 +23,6 @@ from llava_min.tensors import TensorInfo, list_tensors
 from llava_min.weights import DTYPES, NAMES, Reader, mean_row
 
 PROJECTOR = "multi_modal_projector."
-Read = Callable[[str, torch.dtype], Tensor]  # our name, dtype -> the whole tensor, on the CPU
 
 
 @dataclass
@@ -84,6 +84,7 @@ def open_model(
     """
     first = next((a for a in adapters if Path(a).is_dir()), None)
     checkpoint = open_checkpoint(source, adapter=first, **settings)
+    check_llava(checkpoint.config, source)
     read = read_from(checkpoint.entries, checkpoint.model)
     if adapters:
         weights = [1.0] * len(adapters) if weights is None else weights

@@ -48,7 +48,7 @@ def check(config: BuildConfig) -> Path:
 
 def run(config: BuildConfig, out: Path) -> None:
     from llava_min.export.build import build
-    from llava_min.export.hf import check_logits, write_hf
+    from llava_min.export.hf import write_hf
     from llava_min.util.files import check_free, new_folder
     from llava_min.weights import DTYPES
 
@@ -65,7 +65,6 @@ def run(config: BuildConfig, out: Path) -> None:
     shapes = model.model.config
     with new_folder(out, overwrite=config.overwrite) as aside:
         write_hf(model, aside, dtype)
-        check_logits(model, aside, dtype, shapes.text.vocab_size)
     info(
         f"saved {out}: {shapes.text.model_type} with {shapes.tokens_per_image} tokens an image, "
         f"<image> is {shapes.image_token_id} of {shapes.text.vocab_size}, template "

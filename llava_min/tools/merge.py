@@ -45,7 +45,7 @@ def check(config: MergeConfig) -> tuple[str, list[str], Path]:
 
 
 def run(config: MergeConfig, source: str, adapters: list[str], out: Path) -> None:
-    from llava_min.export.hf import check_logits, write_hf
+    from llava_min.export.hf import write_hf
     from llava_min.export.tensors import open_model
     from llava_min.util.files import check_free, new_folder
     from llava_min.weights import DTYPES
@@ -62,6 +62,5 @@ def run(config: MergeConfig, source: str, adapters: list[str], out: Path) -> Non
     dtype = model.dtype if config.dtype is None else DTYPES[config.dtype]
     with new_folder(out, overwrite=config.overwrite) as aside:
         write_hf(model, aside, dtype)
-        check_logits(model, aside, dtype, model.model.config.text.vocab_size)
     changed = len({name for a in model.read.adapters for name in a.targets})
     info(f"saved {out}: {len(adapters)} adapter(s) merged into {changed} tensors, all read back")

@@ -65,6 +65,7 @@ def run(config: Config) -> None:
     """All stages; raises Fault at the first that fails."""
     import torch
 
+    from llava_min.checks.load import check_llava
     from llava_min.data.dataset import Dataset, collate
     from llava_min.data.records import read_records
     from llava_min.load import open_checkpoint
@@ -80,6 +81,7 @@ def run(config: Config) -> None:
     ready = open_checkpoint(
         config.model, template=config.template, image_aspect_ratio=config.image_aspect_ratio
     )
+    check_llava(ready.config, config.model)
     processor = ready.processor
     check_data(records)
     dataset = Dataset(records, processor, max_length=config.max_length)

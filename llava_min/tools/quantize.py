@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
 
 
 def write(config: Config, source: str, target: str) -> None:
+    from llava_min.checks.load import check_llava
     from llava_min.load import open_checkpoint, write_model
     from llava_min.parallel.ranks import pick_device
     from llava_min.util.files import check_free, new_folder
@@ -50,6 +51,7 @@ def write(config: Config, source: str, target: str) -> None:
     checkpoint = open_checkpoint(
         source, image_aspect_ratio=config.image_aspect_ratio, template=config.template
     )
+    check_llava(checkpoint.config, source)
     checkpoint.quantize(config.method, config.group_size)
     dtype = read_dtype(config.dtype, "bf16, fp16, fp32")
     checkpoint.load_weights(dtype, pick_device(config.device))

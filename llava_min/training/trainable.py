@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llava_min.checks.load import check_llava
 from llava_min.errors import UserError, label, preview, shorten
 from llava_min.export.quantized import own_parameters
 from llava_min.lora import LoRAConfig
@@ -33,6 +34,7 @@ def setup_lora(model: nn.Module, config: Any, device: torch.device) -> LoRAConfi
 
     Raises UserError for settings that do not fit the model or the optimizer.
     """
+    check_llava(model.config, config.model)
     c = config
     lora = LoRAConfig(c.lora_r, c.lora_alpha, c.lora_dropout, c.lora_targets, c.dora, c.rslora)
     if c.train == "lora":

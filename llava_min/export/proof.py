@@ -1,0 +1,146 @@
+"""What shows that a folder just written is the model that it was made of: every tensor, read back,
+has the bytes that were meant, and the logits are the source's.
+
+Both models run block by block, each with its weights for as long as it runs and the next one's on
+their way, so a model of any size is compared in the memory of two blocks.
+"""
+
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from llava_min.errors import UserError, label
+from llava_min.export.stream import Read, Sums, as_bytes
+from llava_min.export.tensors import Tensors, read_from
+from llava_min.llava import Llava
+from llava_min.load import on_meta, plan_model, read_config
+from llava_min.tensors import TensorInfo
+from llava_min.weights import SMALL
+
+# of the logits' largest value, by which the written model may differ from its source: the weights
+# are rounded to the dtype on disk, and an adapter is merged in another order than it is applied
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+EMBEDDING = "language_model.embed_tokens"
+
+
+class Streamed:
+    """Gives each part of a `model` on meta its weights while it runs, by hooks."""
+
+    def __init__(self, model: Llava, read: Read, dtype: torch.dtype, pool: ThreadPoolExecutor):
+        self.model, self.dtype, self.pool = model, dtype, pool
+        self.read = read
+        tower, text = model.vision_tower, model.language_model
+        self.parts = [
+            tower.embeddings,
+            *tower.layers[: tower.layers_used],
+            model.multi_modal_projector,
+            text.embed_tokens,
+            *text.layers,
+            model.lm_head,
+        ]
+        paths = {module: path for path, module in model.named_modules()}
+        self.paths = [paths[part] for part in self.parts]
+        self.ahead: tuple[int, Future] | None = None
+        # these say on which device and in which dtype their models are, and stay
+        for path in ("vision_tower.pre_layrnorm", "language_model.norm"):
+            put(model.get_submodule(path), self.load(path))
+        for i, part in enumerate(self.parts):
+            meta = dict(part.named_parameters())
+            part.register_forward_pre_hook(lambda part, _, i=i: put(part, self.take(i)))
+            part.register_forward_hook(lambda part, _, out, meta=meta: put(part, meta))
+
+    def load(self, path: str) -> dict[str, nn.Parameter]:
+        part = self.model.get_submodule(path)
+        if path == "lm_head" and self.model.config.tie_word_embeddings:
+            path = EMBEDDING
+        return {
+            name: nn.Parameter(self.read(f"{path}.{name}", self.dtype), requires_grad=False)
+            for name, _ in part.named_parameters()
+        }
+
+    def take(self, i: int) -> dict[str, nn.Parameter]:
+        """The weights of part `i`; those of the next are read from here on."""
+        at, coming = self.ahead or (i, self.pool.submit(self.load, self.paths[i]))
+        found = coming.result()
+        if at != i:
+            found = self.pool.submit(self.load, self.paths[i]).result()
+        more = i + 1 < len(self.paths)
+        self.ahead = (i + 1, self.pool.submit(self.load, self.paths[i + 1])) if more else None
+        return found
+
+
+def put(part: nn.Module, tensors: dict[str, nn.Parameter]) -> None:
+    for name, p in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(part.get_submodule(path), leaf, p)
+
+
+@torch.no_grad()
+def outputs(model: Llava, read: Read, dtype: torch.dtype, rows: int, small: bool) -> list[Tensor]:
+    """What a model on meta makes of one image and some tokens: logits of the first `rows` tokens,
+    and of a large one, whose decoder gets the tokens alone, the image's features before them.
+    """
+    config = model.config
+    g = torch.Generator().manual_seed(0)
+    pixels = torch.randn(1, 3, *[config.vision.image_size] * 2, generator=g)
+    ids = torch.randint(0, min(rows, config.image_token_id), (1, 24), generator=g)
+    with ThreadPoolExecutor(1) as pool:
+        Streamed(model, read, dtype, pool)
+        if small:
+            image = torch.full((1, config.tokens_per_image), config.image_token_id)
+            ids = torch.cat([ids[:, :12], image, ids[:, 12:]], 1)
+            return [model(ids, pixels)[..., :rows].float()]
+        return [model.encode_images(pixels).float(), model(ids)[..., :rows].float()]
+
+
+class Checked:
+    """Reads the tensors of the folder, each as it was written by its checksum."""
+
+    def __init__(
+        self, model: Llava, entries: dict[str, TensorInfo], sums: Sums, dtype: torch.dtype
+    ):
+        self.reader, self.entries = read_from(entries, model), entries
+        self.left, self.dtype = dict(sums), dtype
+
+    def __call__(self, name: str, dtype: torch.dtype) -> Tensor:
+        x, entry = self.reader(name, self.dtype), self.entries[name]
+        right = self.left.pop(name, None)
+        if right is not None and zlib.crc32(as_bytes(x[: entry.shape[0]])) != right:
+            raise UserError(
+                f"{entry}: reads back otherwise than it was written; "
+                "check the disk, and write it again"
+            )
+        return x.to(dtype)
+
+    def rest(self) -> None:
+        """Those that no forward pass has needed."""
+        for name in list(self.left):
+            self(name, self.dtype)
+
+
+def prove(model: Tensors, folder: Path, dtype: torch.dtype, rows: int, sums: Sums) -> float:
+    """Read the folder back: every tensor by its checksum, and the logits of the first `rows` tokens
+    against the source's; returns their largest difference.
+
+    Raises UserError for a tensor that is another, and a difference beyond TOLERANCE.
+    """
+    small = sum(p.numel() for p in model.model.parameters()) <= SMALL
+    run = torch.bfloat16 if dtype == torch.bfloat16 and not small else torch.float32
+    found, entries, _ = plan_model(folder, *read_config(folder))
+    checked = Checked(found, entries, sums, dtype)
+    compared = outputs(found, checked, run, rows, small)
+    checked.rest()
+    source = on_meta(model.model.config)
+    worst = 0.0
+    for mine, right in zip(compared, outputs(source, model.read, run, rows, small)):
+        worst = max(worst, float((mine - right).abs().max()))
+        most = float(right.abs().max())
+        if not worst <= TOLERANCE[dtype] * most:
+            raise UserError(
+                f"{folder}: its logits differ from the source's by {worst:.3g}, of {most:.3g} at "
+                f"most; export it with {label('dtype')} fp32"
+            )
+    return worst
