@@ -336,12 +336,12 @@ def test_what_transformers_saves_is_read(options, layers, base, tmp_path):
     assert (logits(plain_products(their_load(again))) - logits(ours)).abs().max() < within
 
 
-def test_awq_gemm_is_read(base, tmp_path):
-    """Written here as AutoAWQ does, from numbers that are known."""
+def write_awq_gemm(base: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """A copy of `base` as AutoAWQ writes it; path -> the weight that each layer stands for."""
     from llava_min.quant.awq_gemm import ORDER
     from llava_min.quant.group import GroupLinear
 
-    folder = shutil.copytree(base, tmp_path / "awq")
+    shutil.copytree(base, folder)
     config = json.loads((folder / "config.json").read_text())
     kind = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"}
     config["quantization_config"] = kind | {"zero_point": True}
@@ -371,6 +371,13 @@ def test_awq_gemm_is_read(base, tmp_path):
         tensors[f"{name}scales"] = scale.T.contiguous()
         expected[path] = ((codes - zero.unsqueeze(-1)) * scale.float().unsqueeze(-1)).flatten(1)
     save_file(tensors, folder / "model.safetensors")
+    return expected
+
+
+def test_awq_gemm_is_read(base, tmp_path):
+    """Written here as AutoAWQ does, from numbers that are known."""
+    folder = tmp_path / "awq"
+    expected = write_awq_gemm(base, folder)
     ours = loaded(folder)
     layers = dict(quant_layers(ours))
     assert layers.keys() == expected.keys()

@@ -15,6 +15,7 @@ from llava_min.errors import UserError
 from llava_min.fast.int_matmul import Int4Linear, quant_layers, swap
 from llava_min.names import path_in
 from llava_min.quant.folder import GEMM, Stored, config_of, kind_of, names_of, tensors_of
+from llava_min.quant.linear import QuantLinear
 from llava_min.quant.methods import quantize_layers
 from llava_min.tensors import TensorInfo
 from llava_min.weights import Reader, layers_that_load, store_whole
@@ -36,14 +37,21 @@ class Parts:
         """
         reader, layers = Reader(), layers_that_load(model)
         in_order = lambda item: min((str(i.path), i.start or 0) for i in item[1].values())
-        for path, infos in sorted(self.layers.items(), key=in_order):
+        for path, _ in sorted(self.layers.items(), key=in_order):
             layer = layers[f"{path}.weight"][1]
-            tensors = {suffix: reader.whole(info, device) for suffix, info in infos.items()}
-            try:
-                store_whole(layer, lambda: self.stored.fill(layer, tensors), offload)
-            except UserError as e:
-                file = next(iter(infos.values())).path
-                raise UserError(f"{file}: {path}: {e}") from None
+            store_whole(layer, lambda: self.fill_layer(layer, path, reader, device), offload)
+
+    def fill_layer(
+        self, layer: QuantLinear, path: str, reader: Reader, device: torch.device
+    ) -> None:
+        """Give `layer` the numbers of the one at `path`."""
+        infos = self.layers[path]
+        tensors = {suffix: reader.whole(info, device) for suffix, info in infos.items()}
+        try:
+            self.stored.fill(layer, tensors)
+        except UserError as e:
+            file = next(iter(infos.values())).path
+            raise UserError(f"{file}: {path}: {e}") from None
 
 
 def take_parts(
