@@ -134,6 +134,16 @@ def test_a_group_that_does_not_divide_the_width(spm, tmp_path):
         loaded(folder, quantize="int4")
 
 
+def test_the_way_out_of_such_a_group_works(tmp_path):
+    """The bundled model is 160 and 432 wide: the line names what fits it, and that does."""
+    says = "^quantize: int4: .* width 160 of a layer; give int8, nf4, fp4, w8a8, or make .* of 16 "
+    with pytest.raises(UserError, match=says):
+        loaded("tiny", quantize="int4")
+    quantize(["tiny", str(tmp_path / "q"), "--method", "int4", "--group-size", "16"])
+    for model in (loaded(tmp_path / "q"), loaded("tiny", quantize="fp4")):
+        assert len(quant_layers(model)) == 28
+
+
 # ---- written and read again
 
 
@@ -296,6 +306,44 @@ def test_transformers_loads_our_int4_with_compressed_tensors(written):
     near = logits(ours)
     assert (logits(theirs) - near).abs().max() < 2e-5
     assert (near - logits(loaded(written("nf4")))).abs().max() > 0.1  # quantized they are
+
+
+ALL = "lm_head,multi_modal_projector,vision_tower"
+
+
+@pytest.mark.parametrize("include, layers", [(ALL, 35), ("lm_head", 15), ("vision_tower", 32)])
+@pytest.mark.parametrize("method", ["nf4", "int8", "int4", "hqq4"])
+def test_other_parts_are_quantized_if_asked(method, include, layers, spm, tmp_path):
+    """And transformers is told so: what it reads computes the same."""
+    wide = {**WIDE, "vision_config": {**WIDE["vision_config"], "hidden_size": 128}}
+    base = write_folder(tmp_path / "base", spm, their_model(**wide))
+    out = tmp_path / "out"
+    quantize([str(base), str(out), "--method", method, "--include", include, "--dtype", "fp32"])
+    ours = loaded(out)
+    assert len(quant_layers(ours)) == layers
+    save(ours, ours.processor, tmp_path / "again")
+    assert torch.equal(logits(loaded(tmp_path / "again")), logits(ours))
+    loaded(out, "bf16")
+    if method == "hqq4":
+        return
+    package = "compressed_tensors" if method == "int4" else "bitsandbytes"
+    pytest.importorskip(package, reason="the oracle of this test; pip install '.[test]'")
+    theirs = plain_products(their_load(out))
+    within = (
+        0.1 * logits(ours).abs().max() if method == "int8" else 2e-5
+    )  # LLM.int8() rounds the inputs as well
+    assert (logits(theirs) - logits(ours)).abs().max() < within
+
+
+def test_a_part_that_is_not_quantized(base, spm, tmp_path):
+    tied = write_folder(tmp_path / "tied", spm, their_model("qwen2"))
+    for source, part, says in (
+        (tied, "lm_head", "--include: lm_head is tied to the embeddings here, which stay"),
+        (base, "embed_tokens", "--include: 'embed_tokens' is not one of lm_head, multi_modal_pro"),
+    ):
+        with pytest.raises(UserError, match=f"^{says}"):
+            quantize([str(source), str(tmp_path / "q"), "--include", part])
+    assert not (tmp_path / "q").exists()
 
 
 def count(model, kind: str) -> int:
