@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import llava_min
 from llava_min.errors import UserError
-from llava_min.fast.int_matmul import Int4Linear, quant_layers
+from llava_min.evaluation.settings import hash_weights
+from llava_min.fast.int_matmul import Int4Linear, portable, quant_layers
 from llava_min.load import load_model, open_checkpoint, save
 from llava_min.names import to_layout
 from llava_min.quant.linear import QuantLinear
@@ -257,6 +258,18 @@ def test_a_config_that_is_not_of_its_weights(folder, base, tmp_path):
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="unknown"):
         loaded(broken)
+
+
+def test_the_hash_of_an_evaluation_does_not_depend_on_a_kernels_order(base, written):
+    """An evaluation in int4 is continued on a CPU with other instructions."""
+    model = loaded(base, "bf16", quantize="int4")
+    assert isinstance(quant_layers(model)[0][1], Int4Linear)
+    before = hash_weights(model)
+    portable(model)
+    assert hash_weights(model) == before == hash_weights(loaded(written("int4"), "bf16"))
+    other = model.language_model.layers[1].mlp.down_proj
+    other.load(other.dequantize() * 1.5)
+    assert hash_weights(model) != before
 
 
 # ---- other tools
