@@ -60,9 +60,9 @@ def free_port() -> int:
 
 
 def launch(job, *args, slurm: bool = False) -> list[subprocess.Popen]:
-    """`job` of this file in two processes."""
-    port = free_port()
-    code = f"import test_dist; test_dist.{job.__name__}(*{args!r})"
+    """`job`, a function of a test's file, in two processes."""
+    port, module = free_port(), job.__module__
+    code = f"import {module}; {module}.{job.__name__}(*{args!r})"
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     env |= {
         "OMP_NUM_THREADS": "1",

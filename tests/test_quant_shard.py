@@ -1,5 +1,6 @@
 """QLoRA sharded: on two ranks a quantized layer's tensors are split by FSDP2 like any weight, and
-its product and gradient are those of one rank, whatever the storage.
+its product and gradient are those of one rank, whatever the storage; so are a run's losses, its
+checkpoints and its adapter.
 """
 
 import copy
@@ -10,11 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from test_dist import succeed
 from torch import nn
+from training import argv, lines, make_home, train
 
 from llava_min.parallel.dtensor import local_rows, local_shard
 from llava_min.quant.methods import METHODS, quantized
 from llava_min.tensors import list_tensors, save_tensors
+from llava_min.tools.finish import main as finish
+from llava_min.tools.quantize import main as quantize
 from llava_min.weights import load_weights
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="gloo is not in this torch")
@@ -89,3 +95,54 @@ def check(rank: int, folder: str) -> None:
 def test_two_ranks_are_one(tmp_path):
     mp.start_processes(check, (str(tmp_path),), nprocs=2, start_method="spawn")
     assert sorted(p.name for p in tmp_path.glob("done-*")) == ["done-0", "done-1"]
+
+
+# ---- train.py
+
+
+METHODS_OF_RUNS = ("nf4", "int4")
+
+
+def settings(home: Path, method: str, out: str, *more: str) -> list[str]:
+    """A run of six steps of eight rows, which saves after the third."""
+    steps = ["--max-steps", "6", "--save-every", "3", "--batch-size", "4", *more]
+    if method == "int4":  # in groups that fit the model
+        steps += ["--model", str(home / "int4")]
+    else:
+        steps += ["--quantize", method, "--dora"]
+    return argv(home, home / f"{method}-{out}", *steps)
+
+
+def two_ranks(home: str) -> None:
+    for method in METHODS_OF_RUNS:
+        train.main(settings(Path(home), method, "two"))
+        checkpoint = Path(home, f"{method}-two", "checkpoints", "step-000003")
+        train.main(settings(Path(home), method, "resumed", "--resume", str(checkpoint)))
+
+
+def losses(out: Path) -> list[float]:
+    return [line["loss"] for line in lines(out) if "grad_norm" in line]
+
+
+def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_a_run_on_two_ranks(tmp_path):
+    """It is the run of one process; resumed it is what it was, and its checkpoints finish."""
+    home = make_home(tmp_path)
+    int4 = ["--method", "int4", "--group-size", "8", "--dtype", "fp32"]
+    quantize([str(home / "model"), str(home / "int4"), *int4])
+    succeed(two_ranks, str(home))
+    for method in METHODS_OF_RUNS:
+        train.main(settings(home, method, "one", "--grad-accum", "2"))
+        one, two, resumed = (home / f"{method}-{x}" for x in ("one", "two", "resumed"))
+        assert losses(two) == pytest.approx(losses(one), rel=1e-4) and len(losses(two)) == 6
+        assert losses(two)[-1] < 0.9 * losses(two)[0]
+        assert losses(resumed) == losses(two)[3:]
+        a, b, c = (adapter_of(folder / "adapter") for folder in (two, resumed, one))
+        assert all(torch.equal(a[name], b[name]) for name in a) and a.keys() == b.keys()
+        assert all((a[name] - c[name]).abs().max() < 1e-3 for name in a) and a.keys() == c.keys()
+        finish([str(two / "checkpoints" / "step-000006"), str(home / f"{method}-finished")])
+        done = adapter_of(home / f"{method}-finished")
+        assert all(torch.equal(a[name], done[name]) for name in a) and a.keys() == done.keys()

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from llava_min.data.chat import render
 from llava_min.data.formats import Record
@@ -19,7 +19,9 @@ from llava_min.data.processor import Processor
 from llava_min.data.records import sources
 from llava_min.export.gguf_file import read_header
 from llava_min.export.load_gguf import find_gguf, mmprojs
+from llava_min.export.quantized import own_parameters
 from llava_min.fast.cpu_linear import unpacked
+from llava_min.fast.int_matmul import quant_layers
 from llava_min.hub import find_folder
 from llava_min.llava import Llava
 from llava_min.load import TINY, read_config
@@ -94,10 +96,17 @@ def hash_data(data: str) -> list[str]:
 
 def hash_weights(model: nn.Module) -> str:
     """Shortened sha256 of the first numbers of every tensor: any training changes them all."""
-    digest = hashlib.sha256()
+    digest, quantized = hashlib.sha256(), own_parameters(model)
+
+    def add(name: str, x: Tensor) -> None:
+        digest.update(name.encode() + x.flatten()[:64].float().cpu().numpy().tobytes())
+
     for name, p in model.named_parameters():
-        numbers = unpacked(p.detach()).flatten()[:64].float().cpu().numpy()
-        digest.update(name.encode() + numbers.tobytes())
+        if name not in quantized:
+            add(name, unpacked(p.detach()))
+    # how a quantized weight is kept in memory depends on the CPU; what it stands for does not
+    for path, layer in quant_layers(model):
+        add(path, next(layer.weight_pieces()))
     return digest.hexdigest()[:16]
 
 

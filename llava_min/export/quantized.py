@@ -3,6 +3,7 @@
 folder.py says how one layer is stored; here are all of a model, whatever model it is.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from llava_min.checks.weights import check_parts
-from llava_min.errors import UserError
+from llava_min.errors import UserError, shorten
 from llava_min.fast.int_matmul import Int4Linear, quant_layers, swap
 from llava_min.names import path_in
 from llava_min.quant.folder import GEMM, Stored, config_of, kind_of, names_of, tensors_of
-from llava_min.quant.methods import quantize_layers
+from llava_min.quant.linear import QuantLinear
+from llava_min.quant.methods import METHODS, empty_layer, quantize_layers
 from llava_min.tensors import TensorInfo
 from llava_min.weights import Reader, layers_that_load, store_whole
 
+BLOCKS = "language_model.layers."  # what is quantized unless more is asked for
+OTHER_PARTS = ("lm_head", "multi_modal_projector", "vision_tower")
 OPTIONAL = ("weight_format", "weight_shape")  # repeat what the config says
 
 
@@ -36,14 +40,21 @@ class Parts:
         """
         reader, layers = Reader(), layers_that_load(model)
         in_order = lambda item: min((str(i.path), i.start or 0) for i in item[1].values())
-        for path, infos in sorted(self.layers.items(), key=in_order):
+        for path, _ in sorted(self.layers.items(), key=in_order):
             layer = layers[f"{path}.weight"][1]
-            tensors = {suffix: reader.whole(info, device) for suffix, info in infos.items()}
-            try:
-                store_whole(layer, lambda: self.stored.fill(layer, tensors), offload)
-            except UserError as e:
-                file = next(iter(infos.values())).path
-                raise UserError(f"{file}: {path}: {e}") from None
+            store_whole(layer, lambda: self.fill_layer(layer, path, reader, device), offload)
+
+    def fill_layer(
+        self, layer: QuantLinear, path: str, reader: Reader, device: torch.device
+    ) -> None:
+        """Give `layer` the numbers of the one at `path`."""
+        infos = self.layers[path]
+        tensors = {suffix: reader.whole(info, device) for suffix, info in infos.items()}
+        try:
+            self.stored.fill(layer, tensors)
+        except UserError as e:
+            file = next(iter(infos.values())).path
+            raise UserError(f"{file}: {path}: {e}") from None
 
 
 def take_parts(
@@ -85,12 +96,67 @@ def quantized_paths(entries: dict[str, TensorInfo], model: nn.Module) -> list[st
 
 
 def quantize_linears(
-    model: nn.Module, inside: str, method: str, group_size: int | None = None
+    model: nn.Module, method: str, group_size: int | None = None, include: Collection[str] = ()
 ) -> Stored:
-    """Each linear layer whose path begins with `inside` becomes a quantized one."""
-    paths = [p for p, m in model.named_modules() if p.startswith(inside) and type(m) is nn.Linear]
-    quantize_layers(model, paths, method, group_size)
+    """The linear layers of the decoder's blocks become quantized ones, and those of the parts
+    `include`, of OTHER_PARTS. Raises UserError where the method does not fit their shapes.
+    """
+    check_include(include, tied=model.config.tie_word_embeddings)
+    inside = (BLOCKS, *(f"{part}." for part in include))
+    linears = {path: m for path, m in model.named_modules() if type(m) is nn.Linear}
+    layers = {path: m for path, m in linears.items() if f"{path}.".startswith(inside)}
+    if group_size is None:
+        check_method_fits(list(layers.values()), method)
+    quantize_layers(model, list(layers), method, group_size)
     return Stored(kind_of(method, group_size), method, group_size)
+
+
+def check_include(include: Collection[str], tied: bool) -> None:
+    if other := [part for part in include if part not in OTHER_PARTS]:
+        raise UserError(
+            f"{shorten(other[0])!r} is not one of {', '.join(OTHER_PARTS)}; choose one", "include"
+        )
+    if tied and "lm_head" in include:
+        raise UserError(
+            "lm_head is tied to the embeddings here, which stay in 16 bit; leave it out", "include"
+        )
+
+
+def check_method_fits(layers: list[nn.Linear], method: str) -> None:
+    """`method`, in its usual groups, fits the shapes of all layers; UserError names what does."""
+
+    def misfit(method: str, group_size: int | None = None) -> nn.Linear | None:
+        return next((m for m in layers if not fits(m, method, group_size)), None)
+
+    if (layer := misfit(method)) is None:
+        return
+    fitting = ", ".join(x for x in METHODS if x != "awq4" and misfit(x) is None)
+    usual = METHODS[method][1]
+    if usual is None:
+        shape = (layer.out_features, layer.in_features)
+        raise UserError(
+            f"{method}: a layer of shape {shape} is not of whole blocks; give {fitting}", "quantize"
+        )
+    sizes = [size for size in (128, 64, 32, 16, 8) if misfit(method, size) is None]
+    smaller = (
+        f", or make a checkpoint in groups of {sizes[0]} with `python -m llava_min quantize`"
+        if sizes
+        else ""
+    )
+    raise UserError(
+        f"{method}: its usual group of {usual} does not divide the width {layer.in_features} of a "
+        f"layer; give {fitting}{smaller}",
+        "quantize",
+    )
+
+
+def fits(linear: nn.Linear, method: str, group_size: int | None) -> bool:
+    shape = (linear.in_features, linear.out_features)
+    try:
+        empty_layer(method, *shape, group_size=group_size, device="meta")
+    except UserError:
+        return False
+    return True
 
 
 def own_parameters(model: nn.Module) -> set[str]:
@@ -127,10 +193,17 @@ def written_config(model: nn.Module, config: Any) -> dict:
     stored = config.quantization
     if stored is None:
         return {}
-    # transformers' paths begin with `model.` from 4.52 on
-    skipped = [n for path in left_out(model) for n in {path: 0, path_in(path, "hf_5_memory"): 0}]
+    skipped = [name for path in left_out(model) for name in their_names(path)]
     given = (stored.method, stored.group_size, skipped, config.dtype, stored.double_quant)
     return {"quantization_config": config_of(*given)}
+
+
+def their_names(path: str) -> list[str]:
+    """What a module is called in transformers before 4.52, from then on, and in 5."""
+    if "." not in path:
+        return list(dict.fromkeys([path, path_in(path, "hf_5_memory")]))
+    layouts = ("hf", "hf_4_52", "hf_5_memory")
+    return list(dict.fromkeys(path_in(path, layout) for layout in layouts))
 
 
 def left_out(model: nn.Module) -> list[str]:

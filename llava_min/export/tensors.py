@@ -4,7 +4,8 @@ Nothing is held but the tensor at hand, so a model of any size is merged or writ
 its largest tensor. Adapters are merged as their tensors' layers pass by.
 """
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,11 +17,11 @@ from llava_min.data.processor import Processor
 from llava_min.errors import UserError, escape_controls, label
 from llava_min.export.stream import Read
 from llava_min.llava import Llava
-from llava_min.load import Checkpoint, open_checkpoint
+from llava_min.load import Checkpoint, on_meta, open_checkpoint
 from llava_min.lora import LoRAConfig, row_norms
 from llava_min.names import to_ours
 from llava_min.tensors import TensorInfo, list_tensors
-from llava_min.weights import DTYPES, NAMES, Reader, mean_row
+from llava_min.weights import DTYPES, NAMES, Reader, layers_that_load, mean_row
 
 PROJECTOR = "multi_modal_projector."
 
@@ -42,6 +43,16 @@ class Tensors:
     def shape(self, name: str) -> torch.Size:
         return self.model.get_parameter(name).shape
 
+    def load(self, dtype: torch.dtype, compute: torch.dtype, device: torch.device) -> Llava:
+        """The whole model in memory, as it would be written in `dtype`, to run in `compute`."""
+        out = on_meta(self.model.config)
+        for name in self.names:
+            path, _, leaf = name.rpartition(".")
+            x = self.read(name, dtype).to(device, compute)
+            setattr(out.get_submodule(path), leaf, nn.Parameter(x, requires_grad=False))
+        out.tie_weights()
+        return out.eval()
+
 
 def read_from(entries: dict[str, TensorInfo], model: nn.Module) -> Read:
     """Reads tensors from their files; vocabulary rows that a file lacks are the others' mean."""
@@ -57,6 +68,28 @@ def read_from(entries: dict[str, TensorInfo], model: nn.Module) -> Read:
         return x
 
     return read
+
+
+def dequantized(read: Read, checkpoint: Checkpoint) -> Read:
+    """Reads the weights of a checkpoint's quantized layers as those that they stand for, one after
+    the other, and everything else as `read` does.
+    """
+    parts, entries, cpu = checkpoint.parts, checkpoint.entries, torch.device("cpu")
+    layers, reader = layers_that_load(checkpoint.model), Reader()
+
+    def read_weight(name: str, dtype: torch.dtype) -> Tensor:
+        if name not in layers:
+            return read(name, dtype)
+        path, layer = layers[name]
+        layer = copy.copy(layer)  # on meta; what it is given is forgotten with the copy
+        layer._parameters = dict(layer._parameters)
+        if path in parts.layers:
+            parts.fill_layer(layer, path, reader, cpu)
+        else:
+            layer.load(read(name, entries[name].torch_dtype))
+        return layer.dequantize(dtype)
+
+    return read_weight
 
 
 def written_dtype(info: TensorInfo) -> torch.dtype:
@@ -75,26 +108,32 @@ def open_model(
     source: str,
     adapters: list[str] = [],
     weights: list[float] | None = None,
+    quantize: str | None = None,
     **settings: str | None,
 ) -> Tensors:
     """The model of a folder, hub id or "tiny", with `adapters` merged, weighted by `weights`.
 
-    settings: image_aspect_ratio, template and revision, as `load` has them. Raises UserError as
-    `load` does, and for weights that are not one for each adapter.
+    quantize: the method by whose numbers the decoder's weights are replaced first; those of a
+    quantized checkpoint are dequantized in any case. settings: image_aspect_ratio, template and
+    revision, as `load` has them. Raises UserError as `load` does, and for weights that are not one
+    for each adapter.
     """
     first = next((a for a in adapters if Path(a).is_dir()), None)
     checkpoint = open_checkpoint(source, adapter=first, **settings)
     check_llava(checkpoint.config, source)
-    read = read_from(checkpoint.entries, checkpoint.model)
+    if quantize is not None:
+        checkpoint.quantize(quantize)
+    model = on_meta(replace(checkpoint.config, quantization=None))
+    read = dequantized(read_from(checkpoint.entries, model), checkpoint)
     if adapters:
         weights = [1.0] * len(adapters) if weights is None else weights
         if len(weights) != len(adapters):
             raise UserError(
                 f"{len(weights)} for {len(adapters)} adapters; give one for each", "weights"
             )
-        opened = [open_adapter(checkpoint.model, Path(a), source) for a in adapters]
+        opened = [open_adapter(model, Path(a), source) for a in adapters]
         read = Merge(read, opened, weights)
-    return Tensors(checkpoint.model, checkpoint.processor, read, stored_dtype(checkpoint))
+    return Tensors(model, checkpoint.processor, read, stored_dtype(checkpoint))
 
 
 # ---- adapters

@@ -20,6 +20,7 @@ int4 group 128 4.25 bits a weight instead of 4.125.
 Shapes: R rows, N out_features, K in_features, g group_size.
 """
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -183,6 +184,10 @@ class Int4Linear(ByRows):
         scale, zero = self.scale_zero(first, end)
         codes = self.codes(first, end).unflatten(1, (-1, self.group_size))
         return decode(codes, scale.unsqueeze(-1), zero.unsqueeze(-1), dtype).flatten(1)
+
+    def weight_pieces(self) -> Iterator[Tensor]:
+        on_cpu = self.weight_kernel.device.type == "cpu"  # CUDA's tiles are undone all at once
+        yield from super().weight_pieces() if on_cpu else [self.dequantize()]
 
     def product(self, x: Tensor) -> Tensor:
         if x.dtype != torch.bfloat16 or x.numel() > FEW * self.in_features:

@@ -11,6 +11,7 @@ Shapes: N out_features, K in_features.
 """
 
 import copy
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from llava_min.errors import UserError
 from llava_min.parallel.dtensor import gather, is_sharded
+
+PIECE = 1 << 22  # weights in one of `weight_pieces`
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -110,6 +113,12 @@ class QuantLinear(nn.Module):
             n: None if p is None else gather(p) for n, p in self._parameters.items()
         }
         return whole.dequantize()
+
+    def weight_pieces(self) -> Iterator[Tensor]:
+        """The weight (N, K) in fp32, some rows at a time; see `lora.weight_pieces`."""
+        step = 64 * max(1, PIECE // (64 * self.in_features))
+        for first in range(0, self.out_features, step):
+            yield self.rows(first, min(first + step, self.out_features))
 
     def product(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N), without the bias."""

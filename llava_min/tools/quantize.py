@@ -18,12 +18,17 @@ Method = Literal[
     "int8", "int4", "hqq8", "hqq4", "hqq3", "hqq2", "hqq1", "nf4", "fp4", "w8a8"
 ]  # fmt: skip
 
+Part = Literal["lm_head", "multi_modal_projector", "vision_tower"]
+
 
 @dataclass
 class Config:
     folders: list[str] = field(default_factory=list)  # MODEL: folder or hub id; OUT: to write
     method: Method = "nf4"  # how the numbers are chosen and stored
     group_size: PositiveInt | None = None  # weights that share a scale: int4 128, hqq 64
+    include: tuple[
+        Part, ...
+    ] = ()  # quantize these, too: lm_head, multi_modal_projector, vision_tower
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of what is not quantized
     device: str = "auto"  # cpu, cuda, cuda:N
     image_aspect_ratio: Literal["pad", "crop"] | None = None  # default: what the checkpoint says
@@ -52,7 +57,7 @@ def write(config: Config, source: str, target: str) -> None:
         source, image_aspect_ratio=config.image_aspect_ratio, template=config.template
     )
     check_llava(checkpoint.config, source)
-    checkpoint.quantize(config.method, config.group_size)
+    checkpoint.quantize(config.method, config.group_size, config.include)
     dtype = read_dtype(config.dtype, "bf16, fp16, fp32")
     checkpoint.load_weights(dtype, pick_device(config.device))
     with new_folder(out) as folder:

@@ -34,6 +34,5 @@ def lora_targets(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
         return [path for path, leaf in leaves.items() if leaf in targets]
     regex = check_one_regex(targets)
     paths = [path for path in linear if re.fullmatch(regex, path)]
-    is_tied = model.lm_head.weight is model.language_model.embed_tokens.weight
-    check_matched(regex, paths, is_tied, examples=(decoder[0], linear[0]))
+    check_matched(regex, paths, model.config.tie_word_embeddings, examples=(decoder[0], linear[0]))
     return paths
