@@ -25,7 +25,7 @@ from llava_min.quant.calibrate import ATTENTION, MLP, scale
 from llava_min.tools.quantize import main as quantize
 
 CPU, GROUP = torch.device("cpu"), 16  # a group that divides the widths of conftest's models
-WORDS = ["a red circle", "two blue squares left of a circle", "what is in the picture", "a square"]
+WORDS = ["a red circle", "two blue squares left of it", "what is in it", "a square"]
 BIASED = {**TEXT, **KINDS["qwen2"], "num_key_value_heads": 4}  # v has a bias and o's width
 
 
@@ -36,7 +36,7 @@ def data(tmp_path_factory):
     for i in range(16):
         Image.new("RGB", (28, 28), (16 * i, 255 - 16 * i, 90)).save(folder / f"{i}.png")
         question = ("<image>\n" if i % 2 else "") + WORDS[i % 4]
-        answer = " ".join(WORDS[(i + j) % 4] for j in range(1 + i % 3))
+        answer = WORDS[(i + i // 4 + 1) % 4]
         talk = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         image = {"image": f"{i}.png"} if i % 2 else {}
         records.append({"id": str(i), "conversations": talk, **image})
