@@ -7,7 +7,7 @@ from test_quant import linear, weight
 from torch import nn
 
 from llava_min.errors import UserError
-from llava_min.quant.awq import clip, fold, search_clips, search_scales
+from llava_min.quant.awq import Inputs, clip, fold, search_clips, search_scales
 from llava_min.quant.group import GroupLinear
 
 
@@ -15,6 +15,14 @@ def inputs(rows: int = 300, k: int = 256, seed: int = 0) -> torch.Tensor:
     """Some channels are much larger than the others, as in a language model."""
     g = torch.Generator().manual_seed(seed + 100)
     return torch.randn(3, rows // 3, k, generator=g) * torch.randn(k, generator=g).mul(1.5).exp()
+
+
+def summed(x: torch.Tensor) -> Inputs:
+    """The same, as the searches read them: in several parts, as they come in a forward."""
+    out = Inputs(x.shape[-1])
+    for part in x:
+        out.add(part)
+    return out
 
 
 def storage(symmetric: bool = True, bits: int = 4) -> GroupLinear:
@@ -26,7 +34,9 @@ def error(w, new, x) -> float:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_scales_are_their_definition(symmetric):
+@pytest.mark.parametrize("exponent", [None, 0, 13])
+def test_scales_are_their_definition(symmetric, exponent):
+    """exponent: the one that is made to be best, None for whichever is."""
     rounded, ws, x = storage(symmetric).rounded, [weight(seed=1), weight(48, seed=2)], inputs()
     size, errors, all_scales = x.flatten(0, 1).abs().mean(0), [], []
     for step in range(20):
@@ -36,21 +46,39 @@ def test_scales_are_their_definition(symmetric):
         errors.append(sum(error(w, n, x) * len(w) for w, n in zip(ws, new)) / 144)
         all_scales.append(s)
     best = min(range(20), key=errors.__getitem__)
-    assert 0 < best and torch.allclose(search_scales(ws, x, rounded), all_scales[best])
+    assert 0 < best
+    if exponent is not None:
+        calls, exact, best = iter(range(20)), rounded, exponent
+        rounded = lambda w: w if next(calls) == exponent else exact(w)
+    assert torch.allclose(search_scales(ws, summed(x), rounded), all_scales[best], rtol=1e-5)
 
 
-def test_the_callers_output_decides():
-    rounded, w, x = storage().rounded, weight(), inputs()
+def test_the_outputs_that_compare_exponents_are_of_every_layer(monkeypatch):
+    """Of many outputs evenly spaced ones are taken, and a small layer has its share."""
+    monkeypatch.setattr("llava_min.quant.awq.OUTPUTS", 48)
+    w = weight(144)
     seen = []
-    s = search_scales([w], x, rounded, lambda ws: seen.append(len(ws)) or torch.zeros(1))
-    # nothing is better than plain rounding, the first
-    assert seen == [1] * 21 and torch.equal(s, torch.ones(256))
+    rounded = lambda v: seen.append(v) or v
+    search_scales([w[:96], w[96:]], summed(inputs()), rounded)
+    assert torch.allclose(seen[0], w[::3]) and len(seen) == 20
+
+
+def test_no_row_is_kept_and_all_count():
+    x = inputs()
+    found, rows = summed(x), x.flatten(0, 1)
+    assert found.rows == 300 and torch.allclose(found.h, rows.T @ rows, rtol=1e-4, atol=1e-2)
+    assert torch.allclose(found.size, rows.abs().sum(0))
+    s = torch.rand(256) + 0.1
+    found.divide(s)
+    again = summed(x / s)
+    assert torch.allclose(found.h, again.h, rtol=1e-4, atol=1e-2)
+    assert torch.allclose(found.size, again.size)
 
 
 def test_clips_are_their_definition():
     w, x, layer = weight(), inputs(512 * 3), storage()
-    clips = search_clips(w, x, layer)
-    rows = x.flatten(0, 1)[::3][:512]
+    clips = search_clips(w, summed(x), layer)
+    rows = x.flatten(0, 1)
     best = torch.full((96, 4), float("inf"))
     want = torch.zeros(96, 4)
     for step in range(10):
@@ -69,9 +97,11 @@ def test_clips_are_their_definition():
 def test_awq_beats_rounding_on_every_layer(seed, symmetric, bits):
     w, x, layer = weight(seed=seed), inputs(seed=seed), storage(symmetric, bits)
     plain = error(w, layer.rounded(w), x)
-    s = search_scales([w], x, layer.rounded)
+    found = summed(x)
+    s = search_scales([w], found, layer.rounded)
     scaled = error(w, layer.rounded(w * s) / s, x)
-    clips = search_clips(w * s, x / s, layer)
+    found.divide(s)
+    clips = search_clips(w * s, found, layer)
     clipped = error(w, layer.rounded(clip(w * s, clips)) / s, x)
     assert scaled < 0.8 * plain and clipped < scaled
 
@@ -92,9 +122,10 @@ def test_what_is_folded_computes_the_same(before):
 
 
 def test_calibration_that_does_not_do_is_one_line():
-    with pytest.raises(UserError, match="63 rows of input came, at least 64"):
-        search_scales([weight()], inputs()[0, :63], storage().rounded)
-    bad = inputs()
+    few, bad = Inputs(256), inputs()
+    few.add(inputs()[0, :63])
+    with pytest.raises(UserError, match="^data: 63 tokens came to calibrate on, at least 256"):
+        search_scales([weight()], few, storage().rounded)
     bad[0, 0, 0] = float("nan")
     with pytest.raises(UserError, match="NaN"):
-        search_clips(weight(), bad, storage())
+        search_clips(weight(), summed(bad), storage())

@@ -31,10 +31,15 @@ def check_quantize(method: Any, methods: Collection[str], quantized: bool) -> No
         raise UserError(f"{given!r}, expected one of {', '.join(methods)}", "quantize")
     if method == "awq4":
         raise UserError(
-            "awq4 needs calibration data and is not chosen while a checkpoint is read; give int4 "
-            "or hqq4",
+            "awq4 needs calibration data; write it with `python -m llava_min quantize MODEL OUT "
+            "--method awq4 --data FILE` and load OUT, or give int4 or hqq4",
             "quantize",
         )
+    check_unquantized(method, quantized)
+
+
+def check_unquantized(method: str, quantized: bool) -> None:
+    """The checkpoint that `method` is for is in 16 bit, or UserError."""
     if quantized:
         raise UserError(
             f"{method} for a checkpoint that is quantized already; leave it out, or give the "

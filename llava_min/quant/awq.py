@@ -7,14 +7,16 @@ the layer, a norm or a linear layer, so the model computes the same and nothing 
 mean|x|^r, the exponent r by search. Then each group's range is cut by up to half if that brings its
 output nearer.
 
-Everything here takes inputs that the caller captured in the real forward, of images and text alike;
-it knows neither model nor data. The layers that read one input share one s: q, k and v; gate and
-up; o alone; down alone.
+Both searches want the square error of a layer's output when its weight is off by d. Over rows x
+that is sum |x d|^2 = tr(d H d^T) with H = sum x^T x, so `Inputs` sums H while the caller runs the
+real forward, of images and text alike, and no row is kept. The layers that read one input share one
+s: q, k and v; gate and up; o alone; down alone. calibrate.py does this over a decoder.
 
 Shapes: N out_features, K in_features, R rows of input, G groups a row, g weights a group.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -24,48 +26,82 @@ from llava_min.quant.group import GroupLinear
 
 RATIOS = 20  # exponents 0, 1/20 … 19/20
 CUTS = 20  # ranges 20/20, 19/20 … 11/20 of a group's
-CLIP_ROWS, LEAST_ROWS = 512, 64
+OUTPUTS = 1024  # evenly spaced, by whose error exponents are compared
+LEAST_ROWS = 256
 PIECE = 1 << 22  # weights whose cuts are tried at one time
 
 
-def checked(x: Tensor, width: int) -> Tensor:
-    """Captured inputs (…, K) as (R, K) fp32. Raises UserError for too few rows, NaN, infinity."""
-    x = x.detach().flatten(0, -2).float()
-    assert x.shape[1] == width
-    if len(x) < LEAST_ROWS:
-        raise UserError(
-            f"calibration: {len(x)} rows of input came, at least {LEAST_ROWS} are "
-            "needed; give more records"
-        )
-    if not torch.isfinite(x).all():
-        raise UserError(
-            "calibration: the inputs of a layer hold NaN or infinity; calibrate in another dtype"
-        )
-    return x
+class Inputs:
+    """What layers read, summed over rows: h = x^T x (K, K) and size = |x| (K,), in fp32."""
+
+    def __init__(self, width: int, device: torch.device | None = None):
+        self.rows = 0
+        self.h = torch.zeros(width, width, device=device)
+        self.size = torch.zeros(width, device=device)
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> "Inputs":
+        return cls(layer.in_features, layer.weight.device)
+
+    @contextmanager
+    def watching(self, layer: nn.Linear) -> Iterator[None]:
+        """Within, what `layer` reads is added."""
+        hook = layer.register_forward_pre_hook(lambda _, args: self.add(args[0]))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def add(self, x: Tensor) -> None:
+        """Rows x (…, K), every one of which counts."""
+        x = x.detach().flatten(0, -2).float()
+        self.h.addmm_(x.T, x)
+        self.size += x.abs().sum(0)
+        self.rows += len(x)
+
+    def divide(self, s: Tensor) -> None:
+        """The rows are divided by s (K,) from here on, as `fold` does."""
+        self.h.div_(s).div_(s.unsqueeze(1))
+        self.size.div_(s)
+
+    def check(self) -> None:
+        """Raises UserError for too few rows, NaN, infinity."""
+        if self.rows < LEAST_ROWS:
+            raise UserError(
+                f"{self.rows} tokens came to calibrate on, at least {LEAST_ROWS} are needed; give "
+                "more records",
+                "data",
+            )
+        if not torch.isfinite(self.h.sum()):
+            raise UserError(
+                "the inputs of a layer hold NaN or infinity; the checkpoint is broken, download it "
+                "again"
+            )
+
+
+def output_error(d: Tensor, h: Tensor) -> float:
+    """Square error of the outputs, summed over rows, of weights that are off by d (N, K)."""
+    return ((d @ h) * d).sum().item()
 
 
 def search_scales(
-    weights: list[Tensor],
-    x: Tensor,
-    rounded: Callable[[Tensor], Tensor],
-    outputs: Callable[[list[Tensor]], Tensor] | None = None,
+    weights: list[Tensor], inputs: Inputs, rounded: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """s (K,) of the linear layers `weights` (N_i, K) that read `x` (…, K): the exponent whose
-    rounded weights give the least mean square error of `outputs(weights)`, by default of the
-    layers' own outputs.
+    """s (K,) of the linear layers `weights` (N_i, K) that read one input: the exponent whose
+    rounded weights give the least square error of the layers' outputs.
 
     rounded: a weight quantized and read back, `GroupLinear.rounded`. Exponent 0, plain rounding, is
-    the first tried.
+    the first tried. Raises UserError as `Inputs.check`.
     """
-    x = checked(x, weights[0].shape[1])
-    size = x.abs().mean(0)
-    outputs = outputs or (lambda ws: torch.cat([x @ w.float().T for w in ws], dim=1))
-    target, best, kept = outputs(weights), float("inf"), torch.ones_like(size)
+    inputs.check()
+    outputs = sum(map(len, weights))
+    step = -(-outputs // OUTPUTS)
+    w = torch.cat([w[::step] for w in weights]).float()
+    size, best, kept = inputs.size / inputs.rows, float("inf"), torch.ones_like(inputs.size)
     for step in range(RATIOS):
         s = size.pow(step / RATIOS).clamp_(min=1e-4)
         s /= (s.max() * s.min()).sqrt()
-        new = outputs([rounded(w * s) / s for w in weights])
-        error = (new - target).float().square_().mean().item()
+        error = output_error(rounded(w * s) / s - w, inputs.h)
         if error < best:
             best, kept = error, s
     return kept
@@ -83,18 +119,16 @@ def fold(before: nn.Module, layers: list[nn.Linear], s: Tensor) -> None:
         layer.weight.mul_(s.to(layer.weight.device))
 
 
-def search_clips(weight: Tensor, x: Tensor, layer: GroupLinear) -> Tensor:
+def search_clips(weight: Tensor, inputs: Inputs, layer: GroupLinear) -> Tensor:
     """Largest size (N, G, 1) of the weights of each group of `weight` (N, K), by search: the cut
-    whose rounded weights give the least mean square error of the group's part of the output.
-    llm-awq leaves q and k out.
+    whose rounded weights give the least square error of the group's part of the output. llm-awq
+    leaves q and k out.
 
-    The error of rows x and a difference d is mean (x d)^2 = d H d with H = x^T x / R of the group's
-    g columns.
+    Of H a group sees the block (g, g) of its columns.
     """
-    x = checked(x, weight.shape[1])
-    x = x[:: max(1, len(x) // CLIP_ROWS)][:CLIP_ROWS]
-    x = x.unflatten(1, (-1, layer.group_size))  # (R, G, g)
-    h = torch.einsum("rgi,rgj->gij", x, x) / len(x)
+    inputs.check()
+    h = inputs.h.unflatten(1, (-1, layer.group_size)).unflatten(0, (-1, layer.group_size))
+    h = h.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # (G, g, g)
     pieces = weight.split(max(1, PIECE // weight.shape[1]))
     return torch.cat([_clips(piece.float(), h, layer) for piece in pieces])
 
