@@ -17,7 +17,6 @@ from llava_min.data.records import read_records
 from llava_min.errors import UserError
 from llava_min.export import awq as export
 from llava_min.fast.int_matmul import quant_layers
-from llava_min.llama import rotary
 from llava_min.load import open_checkpoint, save
 from llava_min.quant import calibrate as pages
 from llava_min.quant.awq import Inputs
@@ -136,28 +135,18 @@ def test_the_first_norm_is_divided_by_a_power_of_the_mean_input(model_of, data):
     assert len(found) == 1 and found[0] > 0
 
 
-def test_each_half_is_fitted_to_the_rounded_ones_before_it(model_of, data):
-    """The rows come out as those of the model that is written."""
-    folder = model_of("llama")
-    checkpoint, rows = open_checkpoint(str(folder)), []
-    export.read_around(checkpoint, torch.float32, CPU)
-    given = batches(checkpoint, data)
-    rows = [export.hidden_states(checkpoint.model, batch) for batch in given]
-    read = pages.calibrate
-
-    def keep(blocks, found, *more):
-        keep.rows = found
-        return read(blocks, found, *more)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "calibrate", keep)
-        model = by_awq(folder, data)
-    for x, start in zip(keep.rows, rows):
-        cos, sin = rotary(torch.arange(x.shape[1])[None], model.config.text, x.dtype)
+def test_the_rows_are_those_of_the_model_before_it_is_rounded(model_of, data, monkeypatch):
+    folder, original = model_of("llama"), export.calibrate
+    keep = lambda blocks, rows, *more: setattr(pages, "kept", rows) or original(blocks, rows, *more)
+    monkeypatch.setattr(export, "calibrate", keep)
+    monkeypatch.setattr(pages, "kept", None, raising=False)
+    by_awq(folder, data)
+    plain, last = loaded(folder), []
+    plain.language_model.norm.register_forward_pre_hook(lambda _, args: last.append(args[0]))
+    for batch, x in zip(batches(open_checkpoint(str(folder)), data), pages.kept, strict=True):
         with torch.no_grad():
-            for block in model.language_model.layers:
-                start = block(start, cos, sin, None)
-        assert torch.allclose(x, start, atol=1e-5 * start.abs().max())
+            plain(batch["input_ids"], batch.get("pixel_values"))
+        assert torch.allclose(last[-1], x, atol=1e-5 * x.abs().max())
 
 
 def test_half_a_block_is_in_16_bits_at_a_time(model_of, data, monkeypatch):
@@ -259,6 +248,12 @@ def test_settings_that_do_not_do(more, says, model_of, data, tmp_path):
         [str(model_of("wide")), "--method", "awq4", "--data", str(data), *more], tmp_path
     )
     assert re.search(says, text), text
+
+
+def test_a_group_size_is_refused_before_minutes_of_work(model_of, data, monkeypatch):
+    monkeypatch.setattr(export, "read_around", None)
+    with pytest.raises(UserError, match="96 does not divide"):
+        by_awq(model_of("wide"), data, group_size=96)
 
 
 def test_an_image_that_cannot_be_read_is_the_readers_line(model_of, data, tmp_path):

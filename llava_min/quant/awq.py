@@ -26,7 +26,7 @@ from llava_min.quant.group import GroupLinear
 
 RATIOS = 20  # exponents 0, 1/20 … 19/20
 CUTS = 20  # ranges 20/20, 19/20 … 11/20 of a group's
-OUTPUTS = 1024  # evenly spaced, by whose error exponents are compared
+OUTPUTS = 512  # evenly spaced, by whose error exponents are compared
 LEAST_ROWS = 256
 PIECE = 1 << 22  # weights whose cuts are tried at one time
 

@@ -1,16 +1,16 @@
 """AWQ over a decoder, block by block; in 16 bit there is half a block at a time.
 
-    for each block                            rows of hidden states come from the block before
+    for each block
         for each half, attention, then MLP
             read its weights
             run the rows through it           what its layers read is summed, awq.py's `Inputs`
             search s of the first layers      folded into the norm before them
             search s of the last layer        folded into the layer before it, v or up
             search clips, quantize
-            run the rows through it again     so what follows is fitted to what it will read
 
-llm-awq goes on with the rows of the unrounded block; here the next half sees the errors made so
-far. The blocks are Llama's by their names; their weights are the caller's to read.
+A row is the hidden states of a record. The next half gets those of the weights before rounding, as
+in llm-awq: with those of the rounded ones SmolLM2's perplexity rose by 5.0, so by 4.6. The blocks
+are Llama's by their names; their weights are the caller's to read.
 
 Shapes: T tokens of a row, C width.
 """
@@ -83,21 +83,15 @@ def calibrate_half(
 ) -> None:
     first, last = (Inputs.of(getattr(module, name)) for name in (half.before, half.last))
     with first.watching(getattr(module, half.before)), last.watching(getattr(module, half.last)):
-        for x in rows:
-            forward(x)
+        for i, x in enumerate(rows):
+            rows[i] = forward(x)
     scale(half, norm, module, first, last, group_size)
-    done = {}
     for name in (*half.first, half.last):
         layer, inputs = getattr(module, name), last if name == half.last else first
         if name not in UNCLIPPED:
             clips = search_clips(layer.weight, inputs, place_for(layer, group_size))
             layer.weight.copy_(clip(layer.weight, clips))
-        done[name] = quantized(layer, "awq4", group_size)
-        layer.weight.copy_(done[name].dequantize())  # once, and not for each row
-    for i, x in enumerate(rows):
-        rows[i] = forward(x)
-    for name, layer in done.items():
-        setattr(module, name, layer)
+        setattr(module, name, quantized(layer, "awq4", group_size))
 
 
 def scale(
