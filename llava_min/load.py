@@ -6,7 +6,6 @@ rest. Training and sharding change the model on meta in between, then call
 `Checkpoint.load_weights`.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,6 +39,7 @@ from llava_min.util.files import new_folder, read_json, read_optional, write_jso
 from llava_min.weights import NAMES, load_weights, pick_dtype, read_dtype, save_weights
 
 TINY = Path(__file__).parent / "tiny"
+BLOCKS = "language_model.layers."  # what is quantized unless more is asked for
 
 
 # ---- the model without its weights
@@ -145,14 +145,12 @@ class Checkpoint:
     def config(self) -> LlavaConfig:
         return self.model.config
 
-    def quantize(
-        self, method: str, group_size: int | None = None, include: Collection[str] = ()
-    ) -> None:
-        """From here on the linear layers of the decoder's blocks, and of the parts `include`, are
-        quantized ones, which choose their numbers as their weights are read. Raises UserError.
-        """
+    def quantize(self, method: str, group_size: int | None = None, *include: str) -> None:
+        """From here on the linear layers of the decoder's blocks and of the parts `include` are
+        quantized ones, which choose their numbers as they read their weights. Raises UserError."""
         checks.check_quantize(method, METHODS, self.config.quantization is not None)
-        stored = quantize_linears(self.model, method, group_size, include)
+        checks.check_include(include, self.config.tie_word_embeddings)
+        stored = quantize_linears(self.model, (BLOCKS, *include), method, group_size)
         self.model.config = replace(self.config, quantization=stored)
 
     def load(
@@ -237,9 +235,9 @@ def load(
     the bundled one. dtype: "auto", "fp32", "bf16", "fp16" or a torch.dtype (also float64, to
     compare); auto is what the checkpoint stores, but on CPU fp32 for small models and bf16 for
     large ones. device: "auto" takes the GPU where there is one. quantize: "int8", "int4", "hqq4",
-    "nf4" … (quant/methods.py), how the decoder's blocks are kept; None for what the checkpoint is,
-    quantized or not. adapter: a PEFT folder, applied unmerged. image_aspect_ratio ("pad", "crop")
-    and template (a name in data/chat.py): None for what the adapter records, or else the
+    "nf4" … (quant/methods.py), how the linear layers of the decoder's blocks are kept; None for as
+    the checkpoint has them. adapter: a PEFT folder, applied unmerged. image_aspect_ratio ("pad",
+    "crop") and template (a name in data/chat.py): None for what the adapter records, or else the
     checkpoint. revision: of a hub id. The processor is also the model's `processor`, which
     `stream` decodes with. Raises UserError, in one line, for whatever is wrong with the files.
     """

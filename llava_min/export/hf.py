@@ -90,9 +90,15 @@ def check_logits(model: Tensors, folder: Path, dtype: torch.dtype, rows: int) ->
     if sum(p.numel() for p in model.model.parameters()) > SMALL:
         return None
     ids, pixels = probe(model)
-    fp32, cpu = torch.float32, torch.device("cpu")
-    right = model.load(fp32, fp32, cpu)(ids, pixels)[..., :rows]
-    found = load_model(folder, fp32, cpu)(ids, pixels)[..., :rows]
+    source = on_meta(model.model.config)
+    for name in model.names:
+        path, _, leaf = name.rpartition(".")
+        p = torch.nn.Parameter(model.read(name, torch.float32), requires_grad=False)
+        setattr(source.get_submodule(path), leaf, p)
+    source.tie_weights()
+    right = source(ids, pixels)[..., :rows]
+    del source
+    found = load_model(folder, torch.float32, torch.device("cpu"))(ids, pixels)[..., :rows]
     worst = float((found - right).abs().max())
     if not worst <= TOLERANCE[dtype] * float(right.abs().max()):
         raise UserError(

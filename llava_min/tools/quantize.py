@@ -55,7 +55,7 @@ def write(config: Config, source: str, target: str) -> None:
     checkpoint = open_checkpoint(
         source, image_aspect_ratio=config.image_aspect_ratio, template=config.template
     )
-    checkpoint.quantize(config.method, config.group_size, config.include)
+    checkpoint.quantize(config.method, config.group_size, *config.include)
     dtype = read_dtype(config.dtype, "bf16, fp16, fp32")
     checkpoint.load_weights(dtype, pick_device(config.device))
     with new_folder(out) as folder:
