@@ -6,7 +6,6 @@ rest. Training and sharding change the model on meta in between, then call
 `Checkpoint.load_weights`.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,6 +40,7 @@ from llava_min.util.files import new_folder, read_json, read_optional, write_jso
 from llava_min.weights import NAMES, load_weights, pick_dtype, read_dtype
 
 TINY = Path(__file__).parent / "tiny"
+BLOCKS = "language_model.layers."  # what is quantized unless more is asked for
 
 
 # ---- the model without its weights
@@ -147,14 +147,12 @@ class Checkpoint:
     def config(self) -> LlavaConfig:
         return self.model.config
 
-    def quantize(
-        self, method: str, group_size: int | None = None, include: Collection[str] = ()
-    ) -> None:
-        """From here on the linear layers of the decoder's blocks, and of the parts `include`, are
-        quantized ones, which choose their numbers as their weights are read. Raises UserError.
-        """
+    def quantize(self, method: str, group_size: int | None = None, *include: str) -> None:
+        """From here on the linear layers of the decoder's blocks and of the parts `include` are
+        quantized ones, which choose their numbers as they read their weights. Raises UserError."""
         checks.check_quantize(method, METHODS, self.config.quantization is not None)
-        stored = quantize_linears(self.model, method, group_size, include)
+        checks.check_include(include, self.config.tie_word_embeddings)
+        stored = quantize_linears(self.model, (BLOCKS, *include), method, group_size)
         self.model.config = replace(self.config, quantization=stored)
 
     def load(

@@ -21,7 +21,6 @@ chosen by training/targets.py or by an adapter's files (adapter.py).
 
 import hashlib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -68,11 +67,6 @@ def full_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     method `full_weight`."""
     weight = layer.full_weight() if hasattr(layer, "full_weight") else layer.weight
     return weight if dtype is None else weight.to(dtype)
-
-
-def weight_pieces(layer: nn.Module) -> Iterable[Tensor]:
-    """The same in pieces of some rows; a quantized layer never makes its weight whole."""
-    return layer.weight_pieces() if hasattr(layer, "weight_pieces") else [full_weight(layer)]
 
 
 def row_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -160,11 +154,11 @@ class DoRALinear(LoRALinear):
     def norms(self) -> Tensor:
         """||W + s B A|| (out,), of each row, from ||W||^2 + 2 s <W, B A> + s^2 ||B A||^2: no other
         matrix of W's size is made."""
-        a, b = self.lora_A.weight, self.lora_B.weight * self.scaling
+        a, b, base = self.lora_A.weight, self.lora_B.weight * self.scaling, self.base
+        pieces = base.weight_pieces() if hasattr(base, "weight_pieces") else [full_weight(base)]
         with torch.autocast(a.device.type, enabled=False):
-            of_rows = lambda w: (F.linear(w, a.to(w.dtype)), row_norms(w, a.dtype))
-            # W A^T (out, r), ||W|| (out,)
-            wa, norms = map(torch.cat, zip(*map(of_rows, weight_pieces(self.base))))
+            parts = ((F.linear(w, a.to(w.dtype)), row_norms(w, a.dtype)) for w in pieces)
+            wa, norms = map(torch.cat, zip(*parts))  # W A^T (out, r), ||W|| (out,)
             squares = norms.square() + ((2 * wa.to(a.dtype) + b @ (a @ a.T)) * b).sum(1)
         # rounding can make the square of a short row negative
         return squares.clamp_(min=torch.finfo(a.dtype).tiny).sqrt_()

@@ -135,6 +135,19 @@ def test_no_weight_is_kept_for_backward(name, kind):
     assert saved and y.requires_grad and not [t.shape for t in new if is_wide(t)]
 
 
+@pytest.mark.parametrize("name", BASES)
+def test_lengths_of_rows_are_found_without_the_whole_weight(name, monkeypatch):
+    """DoRA's, at every step: 64 of 96 rows are made, then the others."""
+    layer = trained_layer(DoRALinear, quantized_base(name))
+    right = layer.base.dequantize() + SCALING * layer.lora_B.weight @ layer.lora_A.weight
+    monkeypatch.setattr("llava_min.quant.linear.PIECE", 64 * IN)
+    rows, made = type(layer.base).rows, []
+    count = lambda *given: made.append(rows(*given)) or made[-1]
+    monkeypatch.setattr(type(layer.base), "rows", count)
+    assert relative(layer.norms(), right.norm(dim=1)) <= 1e-6
+    assert [len(w) for w in made] == [64, 32]
+
+
 def check_shards(rank: int, folder: str) -> None:
     """One of two ranks: DoRA under FSDP2 starts with the magnitudes of the whole layer."""
     import torch.distributed as dist

@@ -63,9 +63,10 @@ def test_a_quantized_checkpoint_is_a_base(base, tmp_path, method):
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
 
 
-def test_a_quantized_checkpoint_is_exported_dequantized(base, tmp_path):
+def test_a_quantized_checkpoint_is_exported_dequantized(base, tmp_path, capsys):
     quantize([str(base), str(tmp_path / "q"), "--method", "nf4", "--dtype", "fp32"])
     export.main([str(tmp_path / "q"), str(tmp_path / "out"), "--to", "hf", "--dtype", "fp32"])
+    assert "q: weights in nf4 become those that they stand for\n" in capsys.readouterr().err
     model, _ = load(tmp_path / "q", dtype="fp32", device="cpu")
     out = load_file(tmp_path / "out" / "model.safetensors")
     for name, x in out.items():

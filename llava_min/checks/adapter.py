@@ -231,6 +231,12 @@ def check_key(
             "as nothing else is implemented; merge the adapter into its base with peft, and give "
             "that"
         )
+    layer = modules.get(name.removesuffix(".weight"))
+    if hasattr(layer, "in_features") and getattr(layer, "weight", None) is None:
+        raise UserError(
+            f"{where} is the whole weight of a layer that is quantized here, where only LoRA fits; "
+            "give the 16-bit checkpoint, or merge the adapter into that"
+        )
     made_for = adapter.made_for()
     raise UserError(
         f"{where} has no place in this model; the adapter belongs to another base{made_for}"

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from llava_min.checks.adapter import find_adapter
-from llava_min.errors import UserError, escape_controls
+from llava_min.errors import UserError, escape_controls, shorten
+
+QUANTIZABLE = ("lm_head", "multi_modal_projector", "vision_tower")
 
 
 def check_source(source: Any) -> None:
@@ -45,6 +47,18 @@ def check_unquantized(method: str, quantized: bool) -> None:
             f"{method} for a checkpoint that is quantized already; leave it out, or give the "
             "16-bit checkpoint",
             "quantize",
+        )
+
+
+def check_include(include: Collection[str], tied: bool) -> None:
+    """Parts of a model that can be quantized beside the decoder's blocks, or UserError."""
+    if other := [part for part in include if part not in QUANTIZABLE]:
+        raise UserError(
+            f"{shorten(other[0])!r} is not one of {', '.join(QUANTIZABLE)}; choose one", "include"
+        )
+    if tied and "lm_head" in include:
+        raise UserError(
+            "lm_head is tied to the embeddings here, which stay in 16 bit; leave it out", "include"
         )
 
 

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from llava_min.checks.inputs import check_length
 from llava_min.checks.load import check_unquantized
 from llava_min.errors import info
-from llava_min.export.quantized import BLOCKS
 from llava_min.fast.cpu_linear import upcast_linears
 from llava_min.llama import rotary
 from llava_min.llava import Llava
-from llava_min.load import Checkpoint
+from llava_min.load import BLOCKS, Checkpoint
 from llava_min.quant.calibrate import calibrate, place_for
 from llava_min.quant.folder import Stored, kind_of
 from llava_min.weights import Reader, load_weights, make_parameter

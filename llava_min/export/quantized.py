@@ -3,7 +3,6 @@
 folder.py says how one layer is stored; here are all of a model, whatever model it is.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_min.checks.weights import check_parts
-from llava_min.errors import UserError, shorten
+from llava_min.errors import UserError
 from llava_min.fast.int_matmul import Int4Linear, quant_layers, swap
 from llava_min.names import path_in
 from llava_min.quant.folder import GEMM, Stored, config_of, kind_of, names_of, tensors_of
@@ -21,8 +20,6 @@ from llava_min.quant.methods import METHODS, empty_layer, quantize_layers
 from llava_min.tensors import TensorInfo
 from llava_min.weights import Reader, layers_that_load, store_whole
 
-BLOCKS = "language_model.layers."  # what is quantized unless more is asked for
-OTHER_PARTS = ("lm_head", "multi_modal_projector", "vision_tower")
 OPTIONAL = ("weight_format", "weight_shape")  # repeat what the config says
 
 
@@ -96,30 +93,18 @@ def quantized_paths(entries: dict[str, TensorInfo], model: nn.Module) -> list[st
 
 
 def quantize_linears(
-    model: nn.Module, method: str, group_size: int | None = None, include: Collection[str] = ()
+    model: nn.Module, inside: str | tuple[str, ...], method: str, group_size: int | None = None
 ) -> Stored:
-    """The linear layers of the decoder's blocks become quantized ones, and those of the parts
-    `include`, of OTHER_PARTS. Raises UserError where the method does not fit their shapes.
+    """Each linear layer whose path begins with `inside`, or one of them, becomes a quantized one.
+
+    Raises UserError where the method does not fit the shape of one.
     """
-    check_include(include, tied=model.config.tie_word_embeddings)
-    inside = (BLOCKS, *(f"{part}." for part in include))
     linears = {path: m for path, m in model.named_modules() if type(m) is nn.Linear}
-    layers = {path: m for path, m in linears.items() if f"{path}.".startswith(inside)}
+    layers = {path: m for path, m in linears.items() if path.startswith(inside)}
     if group_size is None:
         check_method_fits(list(layers.values()), method)
     quantize_layers(model, list(layers), method, group_size)
     return Stored(kind_of(method, group_size), method, group_size)
-
-
-def check_include(include: Collection[str], tied: bool) -> None:
-    if other := [part for part in include if part not in OTHER_PARTS]:
-        raise UserError(
-            f"{shorten(other[0])!r} is not one of {', '.join(OTHER_PARTS)}; choose one", "include"
-        )
-    if tied and "lm_head" in include:
-        raise UserError(
-            "lm_head is tied to the embeddings here, which stay in 16 bit; leave it out", "include"
-        )
 
 
 def check_method_fits(layers: list[nn.Linear], method: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llava_min.adapter import lora_paths, read_adapter
 from llava_min.checks.load import check_llava
 from llava_min.data.processor import Processor
-from llava_min.errors import UserError, escape_controls, label
+from llava_min.errors import UserError, escape_controls, info, label
 from llava_min.export.stream import Read
 from llava_min.llava import Llava
 from llava_min.load import Checkpoint, on_meta, open_checkpoint
@@ -123,6 +123,8 @@ def open_model(
     check_llava(checkpoint.config, source)
     if quantize is not None:
         checkpoint.quantize(quantize)
+    if (stored := checkpoint.config.quantization) is not None:
+        info(f"{source}: weights in {stored.method} become those that they stand for")
     model = on_meta(replace(checkpoint.config, quantization=None))
     read = dequantized(read_from(checkpoint.entries, model), checkpoint)
     if adapters:

@@ -115,7 +115,7 @@ class QuantLinear(nn.Module):
         return whole.dequantize()
 
     def weight_pieces(self) -> Iterator[Tensor]:
-        """The weight (N, K) in fp32, some rows at a time; see `lora.weight_pieces`."""
+        """The weight (N, K) in fp32, some rows at a time, as DoRA reads it."""
         step = 64 * max(1, PIECE // (64 * self.in_features))
         for first in range(0, self.out_features, step):
             yield self.rows(first, min(first + step, self.out_features))

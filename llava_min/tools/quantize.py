@@ -85,7 +85,7 @@ def write(config: Config, source: str, target: str) -> None:
     if config.method == "awq4":
         calibrate(config, checkpoint, dtype, device)
     else:
-        checkpoint.quantize(config.method, config.group_size, config.include)
+        checkpoint.quantize(config.method, config.group_size, *config.include)
         checkpoint.load_weights(dtype, device)
     with new_folder(out) as folder:
         write_model(checkpoint.model, checkpoint.processor, folder, dtype)

@@ -14,6 +14,7 @@ from torch import nn
 from llava_min.checks.load import check_llava
 from llava_min.errors import UserError, label, preview, shorten
 from llava_min.export.quantized import own_parameters
+from llava_min.fast.int_matmul import quant_layers
 from llava_min.lora import LoRAConfig
 from llava_min.parallel.dtensor import local_shard
 from llava_min.training.optim import check_optimizer, config_groups
@@ -142,9 +143,15 @@ def unused_modules(model: nn.Module) -> set[str]:
 
 
 def parameter_table(model: nn.Module) -> str:
-    """Parameters of each part, how many are trained, and their share; LoRA's are counted apart."""
-    counts = {name: [0, 0] for name, _ in model.named_children()}
+    """Parameters of each part, how many are trained, and their share; LoRA's are counted apart, and
+    a quantized layer's are the weights that it stands for.
+    """
+    counts, stored = {name: [0, 0] for name, _ in model.named_children()}, own_parameters(model)
+    for path, layer in quant_layers(model):
+        counts[top_module(path)][0] += layer.in_features * layer.out_features
     for name, p in model.named_parameters():
+        if name in stored:
+            continue
         part = top_module(name)
         row = counts.setdefault(f"LoRA in {part}" if ".lora_" in name else part, [0, 0])
         row[0] += p.numel()
