@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava_min.config import TextConfig
+from llava_min.fast import step_attention
 
 MIN_CAPACITY = 256  # the fewest slots of a chat's cache, or of one that a step is compiled for
 
@@ -51,7 +52,7 @@ class KVCache:
     block `update`, then `attend` unless this is the prefill, whose tokens need only each other.
 
     `static_shapes`: attend to all slots under a mask, so that every step has the same shapes, as
-    CUDA graphs want. bf16 on CPU does so too: multiplying a slice of the cache would copy it first.
+    CUDA graphs want.
     """
 
     def __init__(
@@ -64,8 +65,8 @@ class KVCache:
         static_shapes: bool = False,
     ):
         self.config, self.dtype, self.device = config, dtype, device
-        bf16_on_cpu = device.type == "cpu" and dtype == torch.bfloat16
-        self.static_shapes = static_shapes or bf16_on_cpu
+        self.static_shapes = static_shapes
+        self.suffix, self.suffix_length, self.forks = None, 0, 1
         self.prefix = self._allocate(batch, slots)
         self.valid = torch.zeros(
             batch, slots, dtype=torch.bool, device=device
@@ -78,17 +79,19 @@ class KVCache:
         self.length = 0  # slots in use, the same for every row: prompts are padded on the left
         self.is_prefill = True  # the cache was empty before the forward that `advance` counted
         self.padded = False  # a prompt has padding, which later tokens must not see
-        self.suffix, self.suffix_length, self.forks = None, 0, 1
 
     def _allocate(self, rows: int, slots: int) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values (rows, K, S, D) of each layer.
-
-        Keys lie in memory as (D, S): on CPU a product wants its second factor in memory order, or
-        it takes three times as long.
-        """
+        """Keys and values (rows, K, S, D) of each layer."""
         kv, d = self.config.num_key_value_heads, self.config.head_dim
-        new = lambda *shape: torch.zeros(rows, kv, *shape, dtype=self.dtype, device=self.device)
-        return [(new(d, slots).mT, new(slots, d)) for _ in range(self.config.num_hidden_layers)]
+        new = lambda: torch.zeros(rows, kv, slots, d, dtype=self.dtype, device=self.device)
+        return [(self._ordered(new()), new()) for _ in range(self.config.num_hidden_layers)]
+
+    def _ordered(self, k: Tensor) -> Tensor:
+        """Keys as they shall lie in memory: (D, S), for on CPU a product wants its second factor in
+        memory order, or it takes three times as long; (S, D) for the kernel that fast/ may take.
+        """
+        fused = self.forks == 1 and step_attention.handles(k)
+        return k.contiguous() if fused else k.mT.contiguous().mT
 
     @property
     def capacity(self) -> int:
@@ -98,8 +101,9 @@ class KVCache:
         """Each row becomes n rows that share its prefix and have room for `slots` tokens of their
         own.
         """
-        self.suffix, self.suffix_length = self._allocate(len(self.valid) * n, slots), 0
         self.forks = n
+        self.suffix, self.suffix_length = self._allocate(len(self.valid) * n, slots), 0
+        self._reorder_keys()
         self.positions = self.positions.repeat_interleave(n)
 
     def reorder(self, rows: Tensor) -> None:
@@ -108,9 +112,14 @@ class KVCache:
             for x in pair:
                 x[:, :, : self.suffix_length] = x[rows, :, : self.suffix_length]
 
+    def _reorder_keys(self) -> None:
+        for i, (k, v) in enumerate(self.prefix):
+            self.prefix[i] = self._ordered(k), v
+
     def crop(self, length: int) -> None:
         """Forget everything after the first `length` slots, and the forks."""
         self.suffix, self.suffix_length, self.forks = None, 0, 1
+        self._reorder_keys()
         self.valid[:, length:] = False
         self.positions = self.valid.sum(-1)
         self.next_slot.fill_(length)
@@ -190,15 +199,18 @@ class KVCache:
     def attend(self, layer: int, q: Tensor, mask: Tensor | None) -> Tensor:
         """q (B*N, H, T, D) against the prefix, and each fork's own suffix -> (B*N, H, T, D).
 
-        Plain products instead of `scaled_dot_product_attention`: for one bf16 query on CPU that is
-        ten times slower, and it cannot read one prefix for N rows.
+        Plain products instead of `scaled_dot_product_attention`, which cannot read one prefix for
+        N rows.
         """
         k, v = self.prefix[layer]
         b, kv, n = len(k), k.shape[1], self.forks
         _, h, t, d = q.shape
         seen = self.capacity if self.static_shapes and self.suffix is None else self.length
-        k, v = k[:, :, :seen].flatten(0, 1), v[:, :, :seen].flatten(0, 1)  # (B*K, S, D)
+        k, v = k[:, :, :seen], v[:, :, :seen]
         q = q.to(self.dtype)
+        if self.suffix is None and step_attention.handles(k):
+            return step_attention.attention(q, k, v, mask)
+        k, v = k.flatten(0, 1), v.flatten(0, 1)  # (B*K, S, D)
         if self.suffix is None:
             scores = attention_scores(q.reshape(b * kv, -1, d), k, mask)  # (B*K, G*T, S)
             return scores.softmax(-1).bmm(v).view(b, h, t, d)
@@ -271,7 +283,8 @@ class ChatCache(KVCache):
         if slots > self.capacity:
             more = round_up(slots) - self.capacity
             for i, (k, v) in enumerate(self.prefix):  # one layer at a time: never the cache twice
-                self.prefix[i] = F.pad(k.mT, (0, more)).mT, F.pad(v, (0, 0, 0, more))
+                k, v = (F.pad(x, (0, 0, 0, more)) for x in (k, v))
+                self.prefix[i] = self._ordered(k), v
             self.valid = F.pad(self.valid, (0, more))
         return start, None if pixels is None or images == len(pixels) else pixels[images:]
 

@@ -12,7 +12,15 @@ from test_quant import linear
 from torch import nn
 
 from llava_min.fast import int_matmul
-from llava_min.fast.int_matmul import FEW, ByRows, Int4Linear, portable, speed_up
+from llava_min.fast.int_matmul import (
+    FEW,
+    IN_KERNELS_ORDER,
+    ByRows,
+    Int4Linear,
+    portable,
+    speed_up,
+)
+from llava_min.fast.int8_matmul import PackedInt8Linear, digits, product_is_exact
 from llava_min.quant.group import GroupLinear
 from llava_min.quant.hqq import half_quadratic
 from llava_min.quant.methods import METHODS, quantized
@@ -40,7 +48,10 @@ def test_fast_is_plain(many, method, rows, dtype):
     plain = quantized(linear(208, 256, dtype=dtype), method)  # three tiles of 64 rows and one of 16
     layer = fast(plain, dtype)
     kernel = dtype == BF16 and method in ("int4", "awq4", "hqq4")
-    assert isinstance(layer, ByRows) and isinstance(layer, Int4Linear) == kernel
+    assert isinstance(layer, (ByRows, *IN_KERNELS_ORDER))
+    assert isinstance(layer, Int4Linear) == kernel
+    packed = method in ("int8", "w8a8") and product_is_exact()
+    assert isinstance(layer, PackedInt8Linear) == packed
     x = torch.randn(1, rows, 256).to(dtype)
     y, target = layer(x), plain(x)
     assert y.shape == target.shape and y.dtype == dtype
@@ -141,8 +152,11 @@ def test_speed_up_leaves_no_second_copy_and_portable_undoes_it():
     model = nn.Sequential(*copy.deepcopy(layers))
     speed_up(model, BF16)
     speed_up(model, BF16)  # nothing more to do
-    held = {p.data_ptr() for p in model.parameters()}
-    assert len(held) == len(list(model.parameters()))
+    stored = [p for p in model.parameters() if not p.is_mkldnn]  # which has no address
+    assert len({p.data_ptr() for p in stored}) == len(stored)
+    for layer in model:
+        kernel = isinstance(layer, IN_KERNELS_ORDER)
+        assert hasattr(layer, "weight_kernel") == kernel != hasattr(layer, "weight_packed")
     portable(model)
     for ours, theirs in zip(model, layers):
         assert type(ours) is type(theirs) and set(ours.state_dict()) == set(theirs.state_dict())
@@ -162,3 +176,49 @@ def test_w8a8_tells_its_error():
     far = x.clone()
     far[0] *= 1000
     assert torch.equal(fast(plain)(far)[1:], y[1:]) and torch.equal(fast(plain)(x[5:6]), y[5:6])
+
+
+@pytest.mark.parametrize("n, bits", [(2, 15), (3, 22)])
+def test_digits_are_the_input(n, bits):
+    """Of each row to so many bits of its largest, an outlier's neighbours too; NaN stays NaN."""
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    x[3, 5], x[4], x[5, 0] = 1e4, 0, -3e38
+    parts, scale = digits(x, n)
+    assert parts.shape == (n, 40, 64) and parts.dtype == torch.uint8
+    back = sum((part.double() - 128) * 256.0**i for i, part in enumerate(parts)) * scale.double()
+    error = (back - x).abs().amax(1) / x.abs().amax(1).clamp(min=1e-30)
+    assert error.max() <= 2.0**-bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_int8_keeps_16_bit_inputs(dtype, rows):
+    """An outlier a thousand times the rest does not cost the rest its bits."""
+    plain = quantized(linear(208, 256, dtype=dtype, bias=False), "int8")
+    x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x[:, 7] *= 1000
+    exact = x.double() @ plain.dequantize().double().T
+    error = (fast(plain, dtype)(x) - exact).norm() / exact.norm()
+    assert error <= {torch.float32: 1e-6, BF16: 2.5e-3}[dtype]
+    x[0, 0] = float("nan")
+    assert fast(plain, dtype)(x)[0].isnan().all() and fast(plain, dtype)(x)[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("isa, exact", [("AVX2", False), ("AVX2_VNNI", True)])
+def test_a_product_that_saturates_is_not_taken(isa, exact):
+    """Asked to do without VNNI, oneDNN's product is another, and the plain one stands."""
+    if not product_is_exact():
+        pytest.skip("this CPU has no VNNI, or is no x86")
+    code = (
+        "import torch; from llava_min.fast.int8_matmul import product_is_exact\n"
+        "from llava_min.fast.int_matmul import speed_up\n"
+        "from llava_min.quant.methods import empty_layer\n"
+        "layer = empty_layer('w8a8', 64, 64); layer.load(torch.ones(64, 64))\n"
+        "model, x = torch.nn.Sequential(layer), torch.ones(2, 64)\n"
+        "speed_up(model, torch.float32)\n"
+        "print(product_is_exact(), type(model[0]).__name__, (model(x) - 64).abs().max() < 1e-3)"
+    )
+    env = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    name = "PackedInt8Linear" if exact else "FastInt8Linear"
+    assert run.stdout.split() == [str(exact), name, "tensor(True)"], run.stderr

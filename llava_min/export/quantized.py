@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llava_min.checks.weights import check_parts
 from llava_min.errors import UserError
-from llava_min.fast.int_matmul import Int4Linear, quant_layers, swap
+from llava_min.fast.int_matmul import IN_KERNELS_ORDER, quant_layers, swap
 from llava_min.names import path_in
 from llava_min.quant.folder import GEMM, Stored, config_of, kind_of, names_of, tensors_of
 from llava_min.quant.linear import QuantLinear
@@ -166,7 +166,7 @@ def written_state(model: nn.Module, stored: Stored, dtype: torch.dtype) -> dict[
     kind, own = kind_of(stored.method, stored.group_size), own_parameters(model)
     state = {n: p.detach().to(dtype) for n, p in model.named_parameters() if n not in own}
     for path, layer in quant_layers(model):
-        layer = layer.portable() if isinstance(layer, Int4Linear) else layer
+        layer = layer.portable() if isinstance(layer, IN_KERNELS_ORDER) else layer
         state |= {f"{path}.{suffix}": x for suffix, x in tensors_of(layer, kind).items()}
     return state
 

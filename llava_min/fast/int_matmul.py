@@ -2,8 +2,7 @@
 rows.
 
     bf16, few rows    4 bits: _weight_int4pack_mm_for_cpu, on CUDA (sm80 and up) _weight_int4pack_mm
-                      int8 on CPU: _weight_int8pack_mm
-    w8a8              _int_mm, whatever the number of rows
+    int8 and w8a8     on CPU: int8_matmul.py, where it is exact; w8a8 on CUDA: _int_mm
     otherwise         some rows of the weight are dequantized, multiplied while they are in the
                       cache, and forgotten
 
@@ -27,7 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llava_min.fast import int8_matmul
 from llava_min.fast.cpu_linear import bf16_is_slow
+from llava_min.fast.int8_matmul import PackedInt8Linear
 from llava_min.quant.bits import pack, unpack
 from llava_min.quant.codebook import CodebookLinear
 from llava_min.quant.group import GroupLinear
@@ -75,25 +76,19 @@ class CodebookByRows(ByRows, CodebookLinear):
 
 
 class FastInt8Linear(ByRows, Int8Linear):
-    def product(self, x: Tensor) -> Tensor:
-        flat, device = x.flatten(0, -2), x.device.type
-        if self.round_input:
-            eights = self.in_features % 8 == self.out_features % 8 == 0  # what CUDA's wants
-            if not (device == "cpu" or device == "cuda" and eights):
-                return Int8Linear.product(self, x)
-            return self.integer_product(flat).to(x.dtype).unflatten(0, x.shape[:-1])
-        if device != "cpu" or x.dtype != torch.bfloat16 or len(flat) > FEW:
-            return super().product(x)
-        scale = self.scale().to(x.dtype)
-        y = torch._weight_int8pack_mm(flat.contiguous(), self.weight_packed, scale)
-        return y.unflatten(0, x.shape[:-1])
+    """Where int8_matmul.py has no product. On CPU `_int_mm` is not taken: without VNNI its sums
+    saturate."""
 
-    def integer_product(self, x: Tensor) -> Tensor:  # (R, K) -> (R, N) fp32
-        codes, scale = per_token(x)
-        least = 2 if x.device.type == "cpu" else 17  # one row is slow in oneDNN; CUDA takes no 16
-        codes = F.pad(codes, (0, 0, 0, max(0, least - len(x))))
-        y = torch._int_mm(codes, self.weight_packed.T)[: len(x)]
-        return y.float().mul_(scale).mul_(self.scale())
+    def product(self, x: Tensor) -> Tensor:
+        if not self.round_input:
+            return super().product(x)
+        if x.device.type != "cuda" or self.in_features % 8 or self.out_features % 8:
+            return Int8Linear.product(self, x)
+        codes, scale = per_token(x.flatten(0, -2))
+        padded = F.pad(codes, (0, 0, 0, max(0, 17 - len(codes))))  # CUDA takes no 16 rows
+        y = torch._int_mm(padded, self.weight_packed.T)[: len(codes)]
+        y = y.float().mul_(scale).mul_(self.scale()).to(x.dtype)
+        return y.unflatten(0, x.shape[:-1])
 
 
 def nibbles(packed: Tensor) -> Tensor:
@@ -219,6 +214,7 @@ class Int4Linear(ByRows):
         return layer
 
 
+IN_KERNELS_ORDER = (Int4Linear, PackedInt8Linear)  # with `portable`
 BY_ROWS = {GroupLinear: GroupByRows, CodebookLinear: CodebookByRows, Int8Linear: FastInt8Linear}
 
 
@@ -258,6 +254,8 @@ def speed_up(model: nn.Module, dtype: torch.dtype) -> None:
             continue
         if dtype == torch.bfloat16 and has_int4_kernel(layer):
             swap(model, path, Int4Linear(layer))
+        elif dtype != torch.float64 and int8_matmul.handles(layer):
+            swap(model, path, PackedInt8Linear(layer))
         else:
             layer.__class__ = BY_ROWS[type(layer)]  # only the product is another
 
@@ -265,7 +263,7 @@ def speed_up(model: nn.Module, dtype: torch.dtype) -> None:
 def portable(model: nn.Module) -> None:
     """Undo `speed_up`, to save or to move the model to another device."""
     for path, layer in quant_layers(model):
-        if isinstance(layer, Int4Linear):
+        if isinstance(layer, IN_KERNELS_ORDER):
             swap(model, path, layer.portable())
         elif isinstance(layer, ByRows):
             layer.__class__ = type(layer).__mro__[2]
