@@ -26,18 +26,17 @@ from llava_min.data.chat import render, text_of
 from llava_min.data.data_uri import Encoded
 from llava_min.data.dataset import Dataset, evaluation_batch
 from llava_min.data.formats import Record
-from llava_min.data.loader import loader
 from llava_min.data.parquet import Embedded
 from llava_min.data.processor import Processor
 from llava_min.errors import UserError, escape_controls, shorten
+from llava_min.evaluation.loss import mean_loss
 from llava_min.evaluation.metrics import blind, find
 from llava_min.evaluation.score import cut_answers, score
 from llava_min.generate import generate
 from llava_min.llava import Llava
 from llava_min.parallel.fsdp import uneven_forwards
-from llava_min.parallel.ranks import World, all_gather, all_reduce_sum
+from llava_min.parallel.ranks import World, all_gather
 from llava_min.sampling import Options
-from llava_min.training.batch_size import count_supervised
 from llava_min.training.log import clock
 
 PROGRESS_SECONDS = 2.0
@@ -279,21 +278,13 @@ def on_held_out(
     `predict`. Returns {"loss": per supervised token, metric: score}, the rows, and lines about what
     the scores do not show.
     """
-    nll, num_tokens = 0.0, 0
-    own = [(i,) for i in range(world.rank, len(dataset), world.size)]  # rows of one record each
-    batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
     model.eval()
-    with torch.no_grad(), uneven_forwards(model, world, stop_requested) as check:
-        for batch, _ in loader(dataset, batches):
-            nll += float(loss_of(batch))
-            num_tokens += count_supervised(batch)
-            check()
+    loss = mean_loss(model, dataset, loss_of, batch_size, world, stop_requested)
     options |= {"world": world, "stop_requested": stop_requested}
     rows = predict(model, dataset.processor, records, batch_size, dataset.exif, **options)
     model.train()
 
-    nll, num_tokens = all_reduce_sum(world, nll, num_tokens)
     scores = score(rows, metrics)
     lines = blind.remark_lines(scores) + cut_answers(rows, options["max_new_tokens"])
     values = {name: m["score"] for name, m in scores.items()}
-    return {"loss": nll / num_tokens} | values, rows, lines
+    return {"loss": loss} | values, rows, lines

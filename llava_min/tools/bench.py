@@ -6,7 +6,8 @@ programs load; or SIZE is the folder of a llava-hf checkpoint, and they are its 
 a process of its own, so its peak memory is its own; the two work in turn, never at once, so that
 whatever else the machine does falls on both. The work is the same: one image and 30 text tokens
 read, then a fixed number of new tokens, greedy and with beams, no end token allowed before. The
-programs and what they share are in speed/; `bench --train`, a training step, is bench_train.py.
+programs and what they share are in speed/; `bench --train`, a training step, is bench_train.py, and
+`bench --quantize all`, a checkpoint in every quantized form, bench_quantize.py.
 
 A new token costs one reading of the weights, so decoding is also set against the memory bandwidth,
 measured in the same rounds over the model's own weights: as matrix-vector products, and as plain
@@ -36,6 +37,7 @@ BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 class Args:
     sizes: list[str] = field(default_factory=lambda: ["300m"])  # 300m, 1b, 7b …, or a folder (300m)
     train: bool = False  # a LoRA training step instead, with flags of its own: bench --train --help
+    quantize: str | None = None  # all, or int4,nf4 …: such a table, see bench --quantize all --help
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the weights
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     rounds: PositiveInt = 3  # every figure is the median over the rounds
@@ -51,6 +53,10 @@ def main(argv: list[str]) -> None:
         from llava_min.tools import bench_train
 
         return bench_train.main([a for a in argv if a != "--train"])
+    if any(a.partition("=")[0] == "--quantize" for a in argv):
+        from llava_min.tools import bench_quantize
+
+        return bench_quantize.main(argv)
     about = "Measure speed and memory on random weights, beside transformers where it is installed."
     args = parse(Args, argv, about, positional="sizes")
     configs = {size: read_size(size, TEXT + args.new_tokens, "--new-tokens") for size in args.sizes}

@@ -43,21 +43,30 @@ def read_size(size: str, text: int, flag: str) -> LlavaConfig:
     else:
         fix = guess(size, SIZES, f"there are {', '.join(SIZES)}")
         raise UserError(f"{escape_controls(size)}: neither a size nor a folder; {fix}")
+    check_context(size, config, text, flag)
+    return config
+
+
+def check_context(size: str, config: LlavaConfig, text: int, flag: str) -> None:
+    """An image and `text` tokens fit the context, or UserError."""
     tokens, most = config.tokens_per_image + text, config.text.max_position_embeddings
     if tokens > most:
         raise UserError(
             f"{flag}: an image and {text} tokens are {tokens} and the context of {size} is "
             f"{most}; ask for fewer"
         )
-    return config
 
 
-def prepare(args: Any, packages: tuple[str, ...]) -> tuple[str, bool]:
-    """The device, and whether the peer, which is made of `packages`, takes part."""
+def prepare(args: Any, packages: tuple[str, ...], install: str | None = None) -> tuple[str, bool]:
+    """The device, and whether the peer, which is made of `packages`, takes part.
+
+    install: what pip is given for them, where that is not their names.
+    """
     absent = [package for package in packages if importlib.util.find_spec(package) is None]
     if args.peer and absent:
         raise UserError(
-            f"--peer: {absent[0]} is not installed; pip install {' '.join(absent)}, or leave it out"
+            f"--peer: {absent[0]} is not installed; pip install {install or ' '.join(absent)}, or "
+            "leave it out"
         )
     if args.json:
         check_free(Path(args.json))
@@ -87,20 +96,10 @@ def running(
     total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     need_memory(total, spec["device"], len(programs) > 1)
     with contextlib.ExitStack() as stack:
-        # so that SIGTERM removes the gigabytes, too
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        stack.callback(signal.signal, signal.SIGTERM, before)
+        stack.enter_context(tidy_when_terminated())
         folder = Path(size)
         if size in SIZES:
-            folder = Path(
-                stack.enter_context(tempfile.TemporaryDirectory(prefix="llava_min-bench-"))
-            )
-            if (free := shutil.disk_usage(folder).free) < total + 64 * MIB:
-                raise UserError(
-                    f"{folder.parent}: {size} takes {total / GIB:.1f} GiB there and "
-                    f"{free / GIB:.1f} are free; make room, or set TMPDIR to a larger "
-                    "disk"
-                )
+            folder = stack.enter_context(scratch(total, size))
             info(f"{size}: writing {total / GIB:.1f} GiB of random weights to {folder}")
             write_random(model, config, folder, dtype)
         workers = []
@@ -109,6 +108,32 @@ def running(
             workers.append(Worker(program, {**spec, "folder": str(folder)}))
             stack.callback(workers[-1].close)
         yield workers
+
+
+@contextlib.contextmanager
+def tidy_when_terminated() -> Iterator[None]:
+    """Within, SIGTERM leaves by SystemExit, so that processes are ended and gigabytes removed."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def scratch(need: int, what: str) -> Iterator[Path]:
+    """A temporary folder with room for `need` bytes, which is removed at the end.
+
+    what: is put there, for the message. Raises UserError where there is less room.
+    """
+    with tempfile.TemporaryDirectory(prefix="llava_min-bench-") as name:
+        folder = Path(name)
+        if (free := shutil.disk_usage(folder).free) < need + 64 * MIB:
+            raise UserError(
+                f"{folder.parent}: {what} takes {need / GIB:.1f} GiB there and "
+                f"{free / GIB:.1f} are free; make room, or set TMPDIR to a larger disk"
+            )
+        yield folder
 
 
 def need_memory(total: int, device: str, peer: bool) -> None:

@@ -117,6 +117,10 @@ def serve(pipe: Any, program: type, spec: dict) -> None:
 # ---- in the parent
 
 
+class Ended(UserError):
+    """A program's process is gone."""
+
+
 class Worker:
     """The parent's end of a program; `records` keeps what each kind of job answered."""
 
@@ -135,7 +139,7 @@ class Worker:
             answer = self.pipe.recv()
         except EOFError:
             self.process.join()
-            raise UserError(
+            raise Ended(
                 f"{self.name}: its process ended with code {self.process.exitcode}, most likely "
                 "for lack of memory; take a smaller size or --no-peer"
             ) from None
