@@ -13,6 +13,7 @@ from torch import nn
 
 from llava_min.errors import UserError, label, shorten
 from llava_min.export.quantized import own_parameters
+from llava_min.fast.int_matmul import quant_layers
 from llava_min.lora import LoRAConfig
 from llava_min.parallel.dtensor import local_shard
 from llava_min.training.optim import check_optimizer, config_groups
@@ -140,13 +141,20 @@ def unused_modules(model: nn.Module) -> set[str]:
 
 
 def parameter_table(model: nn.Module) -> str:
-    """Parameters of each part, how many are trained, and their share; LoRA's are counted apart."""
-    counts = {name: [0, 0] for name, _ in model.named_children()}
-    for name, p in model.named_parameters():
+    """Parameters of each part, how many are trained, and their share; LoRA's are counted apart,
+    and a quantized layer's weights one by one."""
+    counts, own = {name: [0, 0] for name, _ in model.named_children()}, own_parameters(model)
+    sizes = [
+        (name, p.numel(), p.requires_grad)
+        for name, p in model.named_parameters()
+        if name not in own
+    ]
+    sizes += [(path, m.in_features * m.out_features, False) for path, m in quant_layers(model)]
+    for name, size, trained in sizes:
         part = top_module(name)
         row = counts.setdefault(f"LoRA in {part}" if ".lora_" in name else part, [0, 0])
-        row[0] += p.numel()
-        row[1] += p.numel() * p.requires_grad
+        row[0] += size
+        row[1] += size * trained
     lora = [row for name, row in counts.items() if name.startswith("LoRA")]
     total = [sum(column) for column in zip(*counts.values())]
     if len(lora) > 1:
