@@ -88,10 +88,13 @@ def prefill_bytes(
     memory, model = Allocations(), planned_model(shallow(config, 1), quantize)
     with fake_tensors("cuda"), torch.no_grad():
         without_values(model, stored_dtypes(model, precision))
+        for p in model.parameters():
+            memory.add(p)
+        start = memory.live
         with memory:
             x = torch.zeros(rows, length, config.text.hidden_size, dtype=precision)
             model.language_model(x, torch.zeros(rows, length, dtype=torch.long))
-    return max(memory.peaks.values())
+    return max(memory.peaks.values()) - start
 
 
 # ---- what fits
