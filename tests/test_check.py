@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from llava_min.data.image import ImageConfig, to_pixels
+from llava_min.data.records import read_records
 from llava_min.errors import UserError
 from llava_min.tools import check, check_images, check_records, check_show
 from llava_min.tools.small_files import processor_of
@@ -188,6 +189,40 @@ def test_tokens_and_what_is_supervised_are_those_of_training(folder, processor):
 def test_a_file_that_is_wrong_as_a_whole_is_one_line(data, said, folder):
     with pytest.raises(UserError, match=said):
         check.main([str(write(folder / "d.json", data))])
+
+
+def test_broken_lines_are_counted_by_kind_with_their_numbers(folder, capsys):
+    good = json.dumps(GOOD)
+    broken = [
+        good[:40],
+        good,
+        '{"id": 1,}',
+        good[:30] + f"{ESC}",
+        "",
+        good,
+        '{"id": 2,}',
+        '{"id": NaN}',
+        '{"id": 1, "id": 2}',
+        "[" * 100_000,
+        good + good,
+        '{"id": ' + "1" * 5000 + "}",
+        "not JSON",
+        json.dumps(record("a", "  ")),
+    ]
+    for text in ("\n".join(broken), "\r\n".join(broken), "\n".join(broken[1:] + broken[:1])):
+        (folder / "d.jsonl").write_bytes(text.encode())
+        code, out = run(folder / "d.jsonl", "--no-images", capsys=capsys)
+        assert code == 1 and "13 records, 11 of them bad" in out and "good: 2 records" in out
+        kinds = re.findall(r"^ +(\d+) x (.*)\n +(line .*)$", out, re.M)
+        assert sum(int(n) for n, _, _ in kinds) == 11 and len(kinds) >= 8
+        assert "\x1b" not in out and "the answer is empty" in out
+        (twice,) = [where for _, said, where in kinds if "property name" in said]
+        assert twice == ("line 2, line 6" if text.startswith(good) else "line 3, line 7")
+    with pytest.raises(UserError, match="d.jsonl:1: column"):  # training stops at the first
+        read_records(folder / "d.jsonl")
+    (folder / "d.jsonl").write_text(good[:20])
+    with pytest.raises(UserError, match="column"):
+        run(folder / "d.jsonl", capsys=capsys)
 
 
 def test_what_is_legal_and_perhaps_not_meant_is_noted(folder, capsys):

@@ -427,7 +427,8 @@ def test_each_rule_speaks_of_what_is_wrong_and_of_nothing_else(rule, tmp_path):
 
 def test_every_rule_has_a_case_and_a_reason():
     names = {rule.__name__.replace("_", "-") for rule in rules.RULES}
-    assert names - CASES.keys() == {"projector-lost", "command-cut"}  # below
+    below = {"projector-lost", "command-cut", "unknown-setting", "bad-value", "contradiction"}
+    assert names - CASES.keys() == below | {"adapter-broken", "adapter-unread"}
     assert all(rule.__doc__ and rule.__doc__.strip().endswith((".", ").")) for rule in rules.RULES)
 
 
@@ -653,6 +654,123 @@ def test_our_command(tmp_path):
     assert read_input(path)[0].kind == "train.py" and found(path) == {"warmup-longer-than-run"}
     with pytest.raises(UserError, match="no such recipe"):
         read_input("python train.py --recipe lorra")
+
+
+@pytest.mark.parametrize(
+    "command, rule, what, fix",
+    [
+        ("--lora-rank 8", "unknown-setting", "--lora-rank 8: train.py has no", "--lora-r?"),
+        ("--lora_r 8", "unknown-setting", "--lora_r 8: train.py has no", "--lora-r?"),
+        ("--learning-rate 1e-4", "unknown-setting", "--learning-rate", "did you mean --lr?"),
+        ("--no-lr", "unknown-setting", "--no-lr", "did you mean --lr?"),
+        ("-lr 3", "unknown-setting", "-lr: train.py", "did you mean --lr?"),
+        ("--xyzzy", "unknown-setting", "--xyzzy: train.py", "--help lists"),
+        ("--lr abc", "bad-value", "--lr abc: 'abc' is not a number", "such as --lr 0.0002"),
+        ("--lr", "bad-value", "--lr: its value is missing", "give one"),
+        ("--lr 1 2", "bad-value", "2 values came", "give one"),
+        ("--lr -1", "bad-value", "expected a number of at least", "correct it"),
+        ("--batch-size 1.5", "bad-value", "'1.5' is not a whole number", "--batch-size 8"),
+        ("--batch-size 0", "bad-value", "integer of at least 1", "correct it"),
+        ("--schedule cos", "bad-value", "not one of cosine, linear, constant", "choose one"),
+        ("--dora yes", "bad-value", "a switch takes no value", "leave yes out"),
+        ("--betas 0.9,x", "bad-value", "'x' is not a number", "give one"),
+        ("--train full --lora-r 8", "contradiction", "no effect without --train lora", "leave"),
+        ("--betas 0.9", "contradiction", "two numbers below 1", "0.9,0.999"),
+        ("--save-every soon", "contradiction", "minutes like 30m", "give one"),
+        ("--lr 1e-4 --lr 2e-4", "written-twice", "--lr 1e-4, and --lr 2e-4", "keep one"),
+    ],
+)
+def test_what_train_py_would_not_take_is_found(command, rule, what, fix, tmp_path):
+    line = f"python train.py --data x.json {command}"
+    f = one(line, rule)
+    assert f.severity == "error" and what in f.what and fix in f.fix
+    with pytest.raises(UserError):  # and train.py does not
+        argv = shlex.split(line)[2:]
+        check_settings(parse(train.TrainConfig, argv, "A test.", recipes=train.RECIPES), argv)
+    right = "python train.py --data x.json --lora-r 8 --no-dora --lr $LR --betas 0.9,0.95 --out 7"
+    mine = {"unknown-setting", "bad-value", "contradiction", "written-twice"}
+    assert not found(right) & mine
+
+
+def test_a_recipe_with_what_train_py_does_not_have(tmp_path):
+    text = """model = "tiny"
+data = "toy:captions"
+train = "lora"
+lora_rank = 8
+lr = "fast"
+batch_size = 0
+"""
+    path = write(tmp_path, "mine.toml", text)
+    found_at = {f.rule: (f.at.where, f.fix) for f in examine(read_input(path)[0])}
+    assert found_at["unknown-setting"] == ("mine.toml:4", "did you mean lora_r?")
+    assert found_at["bad-value"][0] in ("mine.toml:5", "mine.toml:6")
+    with pytest.raises(UserError, match="lora_rank is not a setting"):
+        parse(train.TrainConfig, ["--recipe", path], "A test.", recipes=train.RECIPES)
+    command = f"python train.py --recipe {path} --lr 1e-4"
+    assert one(command, "bad-value").at.where == "mine.toml:6"
+    with pytest.raises(UserError, match="did you mean lora-7b"):
+        read_input("python train.py --recipe lora-7")
+
+
+@pytest.mark.parametrize(
+    "config, what",
+    [
+        ({"r": "x"}, ['r = "x"', "target_modules is missing"]),
+        ({}, ["r is missing", "target_modules is missing"]),
+        ({"r": 0, "target_modules": ["q_proj"]}, ["r = 0"]),
+        ({"r": 8, "target_modules": "(("}, ['target_modules = "(("']),
+        ({"r": 8, "target_modules": ["q"], "lora_alpha": None}, ["lora_alpha = null"]),
+        ({"r": 8, "target_modules": ["q"], "rank_pattern": {"q": "x"}}, ["rank_pattern"]),
+        ({"r": 8, "target_modules": ["q"], "use_dora": "\x1b[31m"}, ["use_dora"]),
+    ],
+)
+def test_a_broken_adapter_config(config, what, tmp_path, capsys):
+    path = write(tmp_path / "a", "adapter_config.json", config)
+    said = [f for f in examine(read_input(path)[0]) if f.rule == "adapter-broken"]
+    assert all(f.severity == "error" for f in said) and len(said) == len(what)
+    assert all(text in f.what for f, text in zip(said, what))
+    assert doctor.main(["--strict", path]) == 1 and "\x1b" not in capsys.readouterr().out
+    whole = write(tmp_path / "b", "adapter_config.json", {"r": 8, "target_modules": ["q_proj"]})
+    assert "adapter-broken" not in found(whole)
+
+
+def test_an_adapter_that_peft_reads_and_we_do_not(tmp_path, capsys):
+    path = write(
+        tmp_path / "a", "adapter_config.json", {"r": 8, "target_modules": ["q"], "bias": "all"}
+    )
+    assert one(path, "adapter-unread").what == 'bias = "all"'
+    doctor.main([path])
+    assert "read by no rule: bias" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, quantize",
+    [
+        ("--bits 4", "nf4"),
+        ("--bits 4 --quant_type nf4 --double_quant True", "nf4"),
+        ("--bits 4 --quant_type fp4", "fp4"),
+        ("--bits 8", "int8"),
+        ("--bits 16", None),
+        ("", None),
+    ],
+)
+def test_a_script_with_bits_is_quantized_here_too(flags, quantize):
+    (run,) = read_commands(script(L + "--lora_enable True --data_path x.json " + flags), "x.sh")
+    t = Translation(run)
+    assert settings_of(t).quantize == quantize
+    left = {text for text, _ in t.left_out}
+    assert not [text for text in left if "quant" in text or "--bits 4" in text or "8" in text]
+
+
+def test_bits_that_have_no_equivalent_are_listed():
+    left = lambda flags: dict(Translation(read_commands(script(L + flags), "x.sh")[0]).left_out)
+    lora = "--lora_enable True "
+    assert "only adapters learn" in left("--bits 4")["--bits 4"]
+    assert "no equivalent" in left(lora + "--bits 2")["--bits 2"]
+    assert "nf4 for 4" in left(lora + "--bits $1")["--bits $1"]
+    assert "without --bits 4" in left(lora + "--quant_type nf4")["--quant_type nf4"]
+    some = left(lora + "--bits 4 --double_quant False")
+    assert "always" in some["--double_quant False"]
 
 
 def test_trl_by_flags(tmp_path):

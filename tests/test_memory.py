@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from llava_min.config import LlavaConfig, TextConfig, VisionConfig
+from llava_min.export.quantized import own_parameters, quantize_linears
 from llava_min.fast.cpu_linear import upcast_linears
-from llava_min.load import random_model
+from llava_min.load import BLOCKS, random_model
 from llava_min.lora import LoRAConfig
-from llava_min.training import memory
-from llava_min.training.memory import Step, step_memory
+from llava_min.training import fake_step, memory
+from llava_min.training.fake_step import Step
+from llava_min.training.memory import step_memory
 from llava_min.training.optim import make_optimizer, parameter_groups
 from llava_min.training.targets import add_lora
 from llava_min.training.trainable import set_trainable
@@ -31,7 +33,7 @@ VISION = VisionConfig(
 TEXT = TextConfig(
     vocab_size=512,
     hidden_size=128,
-    intermediate_size=352,
+    intermediate_size=384,
     num_hidden_layers=6,
     num_attention_heads=4,
     num_key_value_heads=2,
@@ -53,21 +55,39 @@ SETTINGS = {
     "DoRA on attention": Step("lora", FP32, 2, 320, dora=True, lora_targets=("q_proj", "v_proj")),
     "LoRA, three images a row": Step("lora", FP32, 1, 320, images=3),
     "full, text alone": Step("full", FP32, 2, 320, images=0),
+    "LoRA with dropout": Step("lora", FP32, 2, 320, lora_dropout=0.1),
+    "LoRA with dropout, checkpointed": Step(
+        "lora", BF16, 2, 320, lora_dropout=0.1, gradient_checkpointing=True
+    ),
+    "LoRA alone": Step("lora", BF16, 2, 320, train_projector=False),
+    "LoRA and the tower": Step("lora", FP32, 2, 320, train_vision=True),
+    "the last two blocks": Step("last:2", FP32, 2, 320),
+    "QLoRA, nf4": Step("lora", BF16, 2, 320, quantize="nf4"),
+    "QLoRA, nf4, checkpointed": Step(
+        "lora", BF16, 2, 320, quantize="nf4", gradient_checkpointing=True
+    ),
+    "QLoRA, int4, accumulated": Step("lora", BF16, 2, 320, quantize="int4", grad_accum=2),
+    "QLoRA, int8, fp32": Step("lora", FP32, 2, 320, quantize="int8"),
+    "QLoRA, hqq2, DoRA": Step("lora", BF16, 1, 320, quantize="hqq2", dora=True),
 }
 
 
 def measured(step: Step) -> int:
     """Bytes at the peak of the second optimizer step, by the allocator's own events."""
     model = random_model(CONFIG).requires_grad_(False)
+    if step.quantize:
+        quantize_linears(model, BLOCKS, step.quantize)
     if step.train == "lora":
-        add_lora(model, LoRAConfig(step.lora_r, 16.0, 0.0, step.lora_targets, step.dora, False))
-    set_trainable(model, step.train)
-    for p in model.parameters():
-        if not p.requires_grad:
+        scaling = (16.0, step.lora_dropout)
+        add_lora(model, LoRAConfig(step.lora_r, *scaling, step.lora_targets, step.dora, False))
+    set_trainable(model, step.train, step.train_projector, step.train_vision)
+    own = own_parameters(model)
+    for name, p in model.named_parameters():
+        if not p.requires_grad and name not in own:
             p.data = p.data.to(step.precision)
     upcast_linears(model)
     if step.gradient_checkpointing:
-        enable_gradient_checkpointing(model, dropout=False)
+        enable_gradient_checkpointing(model, dropout=step.lora_dropout > 0)
     model.train()
     optimizer = make_optimizer("adamw", parameter_groups(model, 1e-4, 0.0), (0.9, 0.999))
 
@@ -127,6 +147,6 @@ def test_many_blocks_are_counted_from_few(train, checkpointed, accum, monkeypatc
 
 
 def test_nothing_is_loaded_and_nothing_of_it_stays():
-    handles = memory.fast_attention.handles
+    handles = fake_step.fast_attention.handles
     total = step_memory(SIZES["1b"], Step()).total
-    assert 3e9 < total < 2e10 and memory.fast_attention.handles is handles
+    assert 3e9 < total < 2e10 and fake_step.fast_attention.handles is handles

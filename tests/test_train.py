@@ -1005,8 +1005,51 @@ def test_a_dry_run_needs_no_weights_and_no_data(tmp_path, capsys, monkeypatch, a
     monkeypatch.chdir(tmp_path)
     assert train.main(["--model", "7b", "--recipe", "lora-7b", "--dry-run", *argv]) is None
     text = capsys.readouterr().out
-    assert said in text and "gradients" in text and "estimated" in text
+    assert said in text and "gradients" in text and "counted for full rows of 2048 tokens" in text
     assert not list(tmp_path.iterdir())
+
+
+def parts(text: str) -> dict[str, str]:
+    """What a dry run prints of the memory: part -> GiB."""
+    lines = [line.removesuffix(" GiB") for line in text.splitlines() if line.endswith(" GiB")]
+    return dict(line.strip().rsplit(maxsplit=1) for line in lines)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--lora-r 8 --rslora --dora --lora-dropout 0.1",
+        "--quantize nf4",
+        "--train last:2",
+        "--train full --no-train-vision --gradient-checkpointing",
+        "--train-vision --no-train-projector",
+        "--precision fp32 --batch-size 4 --grad-accum 2",
+    ],
+)
+def test_a_dry_run_and_plan_count_the_same(flags, capsys):
+    from llava_min.load import TINY, read_config
+    from llava_min.training.fake_step import step_of
+    from llava_min.training.memory import gib, step_memory
+    from llava_min.util.cli import parse
+
+    argv = ["--data", "toy:captions", *flags.split()]
+    train.main([*argv, "--dry-run"])
+    said = parts(capsys.readouterr().out)
+    config = parse(train.TrainConfig, argv, "A test.")
+    config.max_length = 1024
+    memory = step_memory(read_config(TINY)[0], step_of(config, 1))
+    assert said["in all"] == gib(memory.total) and said["weights"] == gib(memory.weights)
+
+
+def test_a_dry_run_of_a_quantized_model_counts_its_weights_one_by_one(capsys):
+    train.main(["--model", "7b", "--data", "toy:captions", "--dry-run", "--quantize", "nf4"])
+    text = capsys.readouterr().out
+    assert "6,607,605,760" in text and float(parts(text)["weights"]) < 4.5
+    for flags, message in (("nf5", "expected one of int8"), ("awq4", "calibration")):
+        with pytest.raises(UserError, match=message):
+            train.main(
+                ["--model", "7b", "--data", "toy:captions", "--dry-run", "--quantize", flags]
+            )
 
 
 def test_a_dry_run_counts_steps_and_bytes(home, tmp_path, capsys):
@@ -1041,12 +1084,8 @@ def test_a_dry_run_counts_steps_and_bytes(home, tmp_path, capsys):
             "--no-train-projector",
         ]
     )
-    said = dict(
-        line.removesuffix(" GB").rsplit(maxsplit=1)
-        for line in capsys.readouterr().out.splitlines()
-        if line.endswith(" GB")
-    )
-    assert (said["weights"], said["gradients"], said["optimizer"]) == ("14.29", "0.16", "0.32")
+    said = parts(capsys.readouterr().out)
+    assert (said["weights"], said["gradients"], said["optimizer"]) == ("13.31", "0.15", "0.30")
     assert (
         named_config("llava-hf/llava-1.5-13b-hf") == SIZES["13b"]
         and named_config("mistral-7b") == SIZES["mistral-7b"]

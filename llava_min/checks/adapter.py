@@ -175,6 +175,10 @@ RULES = {  # key -> whether a value is possible, and the possible ones in words
 }
 
 
+def is_possible(key: str, value: object) -> bool:
+    return bool(RULES[key][0](value))
+
+
 def check_config(path: Path, data: dict[str, Any]) -> None:
     """`data`, the content of adapter_config.json, is valid, and everything that it asks for is
     implemented; a warning for a key that PEFT does not have.
@@ -185,9 +189,9 @@ def check_config(path: Path, data: dict[str, Any]) -> None:
                 f"{path}: {key} is {reprlib.repr(data[key])}, which is not implemented; give an "
                 "adapter without it"
             )
-    for key, (is_possible, expected) in RULES.items():
+    for key, (_, expected) in RULES.items():
         optional = key not in ("r", "target_modules")
-        if not (optional and key not in data or is_possible(data.get(key))):
+        if not (optional and key not in data or is_possible(key, data.get(key))):
             value = reprlib.repr(data.get(key))
             raise UserError(f"{path}: {key} is {value}, expected {expected}; {DAMAGED}")
     for key in ("rank_pattern", "alpha_pattern"):

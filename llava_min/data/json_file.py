@@ -22,11 +22,17 @@ ARCHIVES = {
 }
 
 
-def json_records(path: Path) -> Iterator[tuple[str, object]]:
-    """(where, raw record) of each record in a file, in its order."""
+def json_records(path: Path, keep_broken: bool = False) -> Iterator[tuple[str, object]]:
+    """(where, raw record) of each record in a file, in its order.
+
+    keep_broken: a line that is no JSON is its UserError among the records, instead of the end.
+    """
     text = read_text(path)
     # a list, or an object that does not end on its line
-    if re.match(r"\s*(\[|\{(?!.*\}\s*$))", text, re.M):
+    is_whole = re.match(r"\s*(\[|\{(?!.*\}\s*$))", text, re.M)
+    if keep_broken and re.match(r"\s*\{.*\n\s*\{.*\}\s*$", text, re.M):
+        is_whole = False  # a record a line, of which the first is cut short
+    if is_whole:
         whole = parse(text, path)
         if not isinstance(whole, list):
             yield "line 1", whole
@@ -36,7 +42,7 @@ def json_records(path: Path) -> Iterator[tuple[str, object]]:
     else:
         for n, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                yield f"line {n}", parse(line, path, n)
+                yield f"line {n}", parse_line(line, path, n, keep_broken)
 
 
 def read_bytes(path: Path, most: int = -1) -> bytes:
@@ -68,6 +74,15 @@ def read_text(path: Path) -> str:
     if not text or text.isspace():
         raise UserError(f"{path}: is empty; give a file with at least one conversation")
     return text
+
+
+def parse_line(text: str, path: Path, line: int, keep_broken: bool) -> object:
+    try:
+        return parse(text, path, line)
+    except UserError as e:
+        if keep_broken:
+            return e
+        raise
 
 
 def parse(text: str, path: Path, line: int | None = None) -> object:

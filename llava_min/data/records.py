@@ -34,9 +34,10 @@ from llava_min.errors import UserError, shorten
 SAMPLE = 256  # images whose content `hash_images` reads
 
 
-def raw_records(path: Path) -> Iterator[tuple[str, object]]:
-    """(where, raw record) of each record in a file, in its order."""
-    return parquet_records(path) if read_bytes(path, 4) == b"PAR1" else json_records(path)
+def raw_records(path: Path, keep_broken: bool = False) -> Iterator[tuple[str, object]]:
+    """(where, raw record) of each record in a file, in its order; see `json_records`."""
+    is_parquet = read_bytes(path, 4) == b"PAR1"
+    return parquet_records(path) if is_parquet else json_records(path, keep_broken)
 
 
 # ---- a file

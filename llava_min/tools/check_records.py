@@ -115,6 +115,9 @@ def digest(parts: list[str]) -> bytes:
 
 def look(raw: object, number: int, prefix: str, root: Path, dataset: Dataset) -> Verdict:
     """What the readers and the template say of one raw record, and its tokens."""
+    if isinstance(raw, UserError):  # a line that is no JSON
+        what = getattr(raw.__context__, "msg", "")
+        return Verdict(key=f"{raised_at(raw)} {what}", text=str(raw))
     try:
         record = from_raw(raw, f"{prefix}{number}", root)
         ids, labels = dataset.processor.encode(dataset.pieces(record))
@@ -146,7 +149,7 @@ class File:
     weight: float
     root: Path
     total: int
-    raw: list[tuple[str, object]]  # (where, parsed record)
+    raw: list[tuple[str, object]]  # (where, parsed record, or why its line is none)
     seen: list[Seen] = field(default_factory=list)
     bad: Kinds = field(default_factory=Kinds)
     remarks: list[str] = field(default_factory=list)
@@ -176,7 +179,7 @@ def read_files(
     for path, weight in named:
         root = Path(os.path.abspath(path.parent if image_folder is None else image_folder))
         check_image_folder(root, image_folder is not None)
-        raw = list(raw_records(path))
+        raw = list(raw_records(path, keep_broken=True))
         alone = len(raw) == 1 and raw[0][0].startswith("line")
         check_not_empty(path, len(raw), raw[0][1] if alone and is_container(raw[0][1]) else None)
         prefix = f"{path.name}:" if len(named) > 1 else ""

@@ -59,13 +59,15 @@ def summary(run: Run) -> str:
     return "; ".join(parts)
 
 
-def unread(run: Run) -> list[str]:
+def unread(run: Run, findings: list[Finding]) -> list[str]:
     """Settings with a value that no rule reads."""
+    spoken_of = [f.at for f in findings]
     known = {name for key in DIALECTS[run.kind].values() for name in key.names} | TRL
     return [
         name
         for name, setting in run.settings.items()
         if name not in known
+        and setting not in spoken_of
         and not name.startswith("bnb_4bit_")
         and setting.value not in (None, False, [], "")
     ]
@@ -109,7 +111,7 @@ def examine_inputs(inputs: list[str]) -> list[Finding]:
         found += findings
         if run.kind == "llava":
             say_translation(run)
-        elif run.kind == "hf" and (names := unread(run)):
+        elif run.kind == "hf" and (names := unread(run, findings)):
             say("read by no rule: " + ", ".join(map(shorten, names)))
             print()
     if together := compare(runs):

@@ -3,26 +3,26 @@ the time a step takes.
 """
 
 import re
+import shlex
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llava_min.config import LlavaConfig
-from llava_min.errors import UserError, shorten
+from llava_min.config import LINEARS, LlavaConfig
+from llava_min.errors import UserError, label, shorten
 from llava_min.load import on_meta
-from llava_min.quant.methods import bytes_of
-from llava_min.training.memory import (
+from llava_min.training.fake_step import (
     Allocations,
-    Memory,
     Step,
-    attention_of,
-    shallow,
-    step_memory,
-    trained_model,
+    fake_tensors,
+    planned_model,
+    stored_dtypes,
     without_values,
 )
+from llava_min.training.memory import fixed_memory, shallow, step_memory
+from llava_min.util.cli import flag_of
 from llava_min.util.sizes import SIZES
 
 GIB = 2**30
@@ -73,43 +73,28 @@ def reserve(ranks: int, card: float) -> int:
     return CONTEXT + (NCCL if ranks > 1 else 0) + int(FRAGMENTS * card * GIB)
 
 
-def quantized_step(config: LlavaConfig, step: Step, method: str, ranks: int) -> Memory:
-    """QLoRA: `step_memory` with the decoder's linear layers stored by `method`."""
-    memory = step_memory(config, step, ranks=ranks)
-    model = on_meta(config)
-    layers = [m for m in model.language_model.modules() if isinstance(m, nn.Linear)]
-    shapes = [tuple(m.weight.shape) for m in layers]
-    size = {shape: bytes_of(method, shape) for shape in {*shapes}}
-    plain = sum(m.weight.numel() for m in layers) * step.precision.itemsize
-    less = plain - sum(size[shape] for shape in shapes)
-    return replace(
-        memory,
-        weights=memory.weights - less // ranks,
-        activations=memory.activations + dequantized_bytes(model, step.precision),
-    )
-
-
-def answer_memory(
-    config: LlavaConfig, precision: torch.dtype, rows: int, length: int
-) -> tuple[int, int]:
-    """(bytes of the KV cache, of the prefill's activations) of `rows` answers, each `length` tokens
-    with its prompt."""
+def cache_bytes(config: LlavaConfig, precision: torch.dtype, rows: int, length: int) -> int:
+    """The KV cache of `rows` answers, each `length` tokens with its prompt."""
     text = config.text
-    head = 2 * text.num_key_value_heads * text.head_dim * precision.itemsize
-    memory, small = Allocations(), shallow(config, 1)
-    model = trained_model(small, Step(train="full")).requires_grad_(False)
-    with FakeTensorMode(), attention_of("cuda"), torch.no_grad():
-        without_values(model, precision, precision)
+    numbers = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    return rows * length * numbers * precision.itemsize
+
+
+def prefill_bytes(
+    config: LlavaConfig, precision: torch.dtype, rows: int, length: int, quantize: str | None
+) -> int:
+    """What the decoder's blocks need beside weights and cache to read the prompts: the step is run
+    on tensors without values, as a training step is."""
+    memory, model = Allocations(), planned_model(shallow(config, 1), quantize)
+    with fake_tensors("cuda"), torch.no_grad():
+        without_values(model, stored_dtypes(model, precision))
+        for p in model.parameters():
+            memory.add(p)
+        start = memory.live
         with memory:
-            x = torch.zeros(rows, length, text.hidden_size, dtype=precision)
+            x = torch.zeros(rows, length, config.text.hidden_size, dtype=precision)
             model.language_model(x, torch.zeros(rows, length, dtype=torch.long))
-    return rows * length * text.num_hidden_layers * head, max(memory.peaks.values())
-
-
-def dequantized_bytes(model: nn.Module, precision: torch.dtype) -> int:
-    """A quantized layer's weight is made whole for its product: the largest of a block."""
-    layers = [m for m in model.language_model.layers[0].modules() if isinstance(m, nn.Linear)]
-    return max(m.weight.numel() for m in layers) * precision.itemsize
+    return max(memory.peaks.values()) - start
 
 
 # ---- what fits
@@ -119,6 +104,9 @@ def largest_batch(config: LlavaConfig, step: Step, cards: Cards, most: int) -> i
     """Rows of a micro-batch that fit, a power of two up to `most`; 0 if not even one does."""
     room = cards.memory * GIB - reserve(cards.count, cards.memory)
     total = lambda n: step_memory(config, replace(step, batch_size=n), ranks=cards.count).total
+    fixed = fixed_memory(config, step, ranks=cards.count)
+    if fixed.weights + fixed.optimizer > room:  # gradients may come as activations go
+        return 0
     if (one := total(1)) > room:
         return 0
     grows = max(1, total(2) - one)
@@ -136,46 +124,106 @@ class Fit:
     rows: int  # of an optimizer step on all GPUs
 
 
-def best_fit(config: LlavaConfig, step: Step, cards: Cards, rows: int) -> Fit | None:
-    """The most that is trained first, as LLaVA does: language model and projector, then LoRA of
-    rank 128, 64 and 16, then the projector alone; without checkpointing where four rows fit."""
+class Way(NamedTuple):
+    """One to try: what is trained, the rank, and how the decoder is stored."""
+
+    train: str
+    lora_r: int
+    quantize: str | None
+
+
+def ways(config: LlavaConfig, lora_r: int | None) -> list[Way]:
+    """The most that is trained first, as LLaVA does: language model and projector, LoRA of rank
+    128, 64 and 16, the same on 4 bits (QLoRA), the projector alone; without checkpointing where
+    four rows fit."""
+    ranks = [min(r, config.text.hidden_size) for r in ((lora_r,) if lora_r else (128, 64, 16))]
+    if config.quantization:  # only adapters learn on it
+        return [Way("lora", r, None) for r in ranks]
+    lora = [Way("lora", r, method) for method in (None, "nf4") for r in ranks]
+    return [Way("freeze_vision", ranks[0], None), *lora, Way("projector", ranks[0], None)]
+
+
+def best_fit(
+    config: LlavaConfig, step: Step, cards: Cards, rows: int, tried: list[Way]
+) -> Fit | None:
+    """The first way that fits, with `rows` rows in an optimizer step, as near as can be."""
     most = max(1, rows // cards.count)
-    tried = [("freeze_vision", step.lora_r), ("lora", 128), ("lora", 64), ("lora", 16)]
-    for train, r in [*tried, ("projector", step.lora_r)]:
-        r = min(r, config.text.hidden_size)
-        for checkpointed, enough in ((False, min(4, most)), (True, 1)):
+    for way in tried:
+        for checkpointed, enough in ((False, 4), (True, 1)):
             # with accumulation the gradients of the last micro-batch are there in the forward
             new = replace(
-                step, train=train, lora_r=r, gradient_checkpointing=checkpointed, grad_accum=2
+                step,
+                train=way.train,
+                lora_r=way.lora_r,
+                quantize=way.quantize,
+                gradient_checkpointing=checkpointed,
+                grad_accum=2,
             )
             batch = largest_batch(config, new, cards, most)
-            if batch >= enough:
+            if batch >= min(enough, most):
                 accum = max(1, rows // (batch * cards.count))
-                return Fit(
-                    replace(new, batch_size=batch, grad_accum=accum), batch * accum * cards.count
-                )
+                step = replace(new, batch_size=batch, grad_accum=accum)
+                return Fit(step, batch * accum * cards.count)
     return None
+
+
+def check_fit(fit: Fit | None, settings: Any) -> None:
+    if fit is None:
+        least = f"{settings.train} does not fit" if settings.train else "nothing can be trained"
+        raise UserError(
+            f"{settings.gpus}: {least} with rows of {settings.max_length} tokens; lower "
+            f"{label('max_length')}, or give more memory",
+            "gpus",
+        )
 
 
 # what train.py loads for a size that is planned
 HUB = {"7b": "llava-hf/llava-1.5-7b-hf", "13b": "llava-hf/llava-1.5-13b-hf"}
+RATES = {"lora": "2e-4", "projector": "1e-3"}
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+KEPT = (  # of a plan's flags, beside a recipe
+    "model precision max_length lora_r lora_targets lora_dropout dora quantize"
+).split()
 
 
-def train_line(fit: Fit, cards: Cards, model: str) -> list[str]:
-    """train.py's command for a fit, in pieces of a line each."""
-    step, name = fit.step, HUB.get(model, "MODEL" if model in SIZES else model)
+def written(**settings: Any) -> str:
+    """Settings as flags; None is left out."""
+
+    def flag(name: str, value: Any) -> str:
+        if isinstance(value, bool):
+            return flag_of(name if value else f"no_{name}")
+        text = ",".join(value) if isinstance(value, tuple) else str(value)
+        return f"{flag_of(name)} {shlex.quote(text)}"
+
+    return " ".join(flag(name, v) for name, v in settings.items() if v is not None)
+
+
+def train_line(fit: Fit, cards: Cards, settings: Any, typed: Collection[str] = ()) -> list[str]:
+    """train.py's command for a fit, in pieces of a line each. typed: what of `settings` was."""
+    step, lora = fit.step, fit.step.train == "lora"
     start = f"torchrun --nproc_per_node={cards.count}" if cards.count > 1 else "python"
-    precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    lora = step.train == "lora"
-    rate = {"freeze_vision": "2e-5", "lora": "2e-4 --projector-lr 2e-5", "projector": "1e-3"}
+    data = written(data="DATA.json", image_folder="IMAGES")
+    batch = written(batch_size=step.batch_size, grad_accum=step.grad_accum)
+    parts = {"train_projector": step.train_projector, "train_vision": step.train_vision}
+    if settings.recipe:
+        beside = {name: getattr(settings, name) for name in KEPT if name in typed} | parts
+        how = written(**beside, gradient_checkpointing=step.gradient_checkpointing)
+        recipe = written(recipe=settings.recipe)
+        return [f"{start} train.py {recipe} {data}", f"{batch} {how}"]
+    model = HUB.get(settings.model, "MODEL" if settings.model in SIZES else settings.model)
+    how = {"train": step.train, **parts}
+    if lora:
+        how |= {"lora_r": step.lora_r, "lora_alpha": 2 * step.lora_r, "dora": step.dora or None}
+        how |= {"lora_dropout": step.lora_dropout or None, "quantize": step.quantize}
+        how |= {"lora_targets": None if step.lora_targets == LINEARS else step.lora_targets}
+    own = lora and step.train_projector is not False
+    how |= {"lr": RATES.get(step.train, "2e-5"), "projector_lr": "2e-5" if own else None}
+    row = {"max_length": step.max_length, "precision": PRECISIONS[step.precision]}
+    row["gradient_checkpointing"] = step.gradient_checkpointing or None
     return [
-        f"{start} train.py --model {name} --data DATA.json --image-folder IMAGES",
-        f"--train {step.train}"
-        + (f" --lora-r {step.lora_r} --lora-alpha {2 * step.lora_r}" if lora else "")
-        + f" --lr {rate[step.train]}",
-        f"--batch-size {step.batch_size} --grad-accum {step.grad_accum} "
-        f"--max-length {step.max_length} --precision {precision[step.precision]}"
-        + (" --gradient-checkpointing" if step.gradient_checkpointing else ""),
+        f"{start} train.py {written(model=model)} {data}",
+        written(**how),
+        f"{batch} {written(**row)}",
     ]
 
 

@@ -143,19 +143,20 @@ def unused_modules(model: nn.Module) -> set[str]:
 
 
 def parameter_table(model: nn.Module) -> str:
-    """Parameters of each part, how many are trained, and their share; LoRA's are counted apart, and
-    a quantized layer's are the weights that it stands for.
-    """
-    counts, stored = {name: [0, 0] for name, _ in model.named_children()}, own_parameters(model)
-    for path, layer in quant_layers(model):
-        counts[top_module(path)][0] += layer.in_features * layer.out_features
-    for name, p in model.named_parameters():
-        if name in stored:
-            continue
+    """Parameters of each part, how many are trained, and their share; LoRA's are counted apart,
+    and a quantized layer's weights one by one."""
+    counts, own = {name: [0, 0] for name, _ in model.named_children()}, own_parameters(model)
+    sizes = [
+        (name, p.numel(), p.requires_grad)
+        for name, p in model.named_parameters()
+        if name not in own
+    ]
+    sizes += [(path, m.in_features * m.out_features, False) for path, m in quant_layers(model)]
+    for name, size, trained in sizes:
         part = top_module(name)
         row = counts.setdefault(f"LoRA in {part}" if ".lora_" in name else part, [0, 0])
-        row[0] += p.numel()
-        row[1] += p.numel() * p.requires_grad
+        row[0] += size
+        row[1] += size * trained
     lora = [row for name, row in counts.items() if name.startswith("LoRA")]
     total = [sum(column) for column in zip(*counts.values())]
     if len(lora) > 1:

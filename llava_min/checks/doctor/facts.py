@@ -164,6 +164,7 @@ class Setting:
     where: str
     text: str
     written: bool = True
+    given: tuple[str, ...] | None = None  # the words after a flag; None for what is no flag
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 from llava_min.checks.doctor.facts import OURS, TRL, Run, Setting
 from llava_min.checks.doctor.shell import HF, read_commands
 from llava_min.errors import UserError, escape_controls, shorten
+from llava_min.util.cli import read_recipe
 from llava_min.util.files import check_file, read_json
 
 MAX_BYTES = 1 << 20  # bytes of a file of settings; what is larger is something else
@@ -110,10 +111,7 @@ def with_recipe(run: Run) -> Run:
         return run
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{Path(name).name}.toml"
     if not path.is_file():
-        raise UserError(
-            f"--recipe {shorten(name)}: no such recipe or .toml file; give one of "
-            + ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
-        )
+        read_recipe(name, RECIPES, {})  # says what there is
     recipe = read_table(path, path.name).settings
     run.settings = recipe | {"recipe": Setting(name, run.source, f"--recipe {name}")} | run.settings
     return run

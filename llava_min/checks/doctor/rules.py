@@ -6,10 +6,10 @@ A rule speaks of what is written, or of a default that the tool documents, which
 from collections.abc import Sequence
 from dataclasses import replace
 
-from llava_min.checks.doctor import data, lora, numbers, saving
+from llava_min.checks.doctor import data, lora, numbers, ours, saving
 from llava_min.checks.doctor.facts import Finding, Findings, Run
 
-RULES = [rule for page in (lora, numbers, data, saving) for rule in page.RULES]
+RULES = [rule for page in (ours, lora, numbers, data, saving) for rule in page.RULES]
 SEVERITIES = ("error", "warning", "note")
 
 

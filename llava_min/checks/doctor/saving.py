@@ -173,9 +173,16 @@ def command_cut(run: Run) -> Findings:
 
 
 def written_twice(run: Run) -> Findings:
-    """One of them counts: of flags the last, of a file of settings the first is read here."""
+    """One of them counts: of flags the last, of a file of settings the first is read here. train.py
+    stops at a flag that is given twice."""
     for lost, used in run.repeated:
-        yield Finding("warning", lost, f"{lost.text}, and {used.text}, which counts", "keep one")
+        ours = run.kind == "train.py" and used.given is not None
+        yield Finding(
+            "error" if ours else "warning",
+            lost,
+            f"{lost.text}, and {used.text}" + ("" if ours else ", which counts"),
+            "keep one",
+        )
 
 
 RULES = (

@@ -176,27 +176,33 @@ def processes(launcher: list[str], variables: dict[str, str]) -> tuple[int | Non
 def flags(words: list[Word], file: str, ours: bool = False) -> tuple[dict[str, Setting], list]:
     """Flags as settings by name; and pairs of settings of one name, of which the second counts."""
     found: dict[str, Setting] = {}
+    place = lambda word: f"{file}:{word.line}" if word.line else file
     repeated, i = [], 0
     while i < len(words):
         word, i = words[i], i + 1
         if re.match(r"\$\{?[@*]", word.text):  # what the script itself is called with
             found["$@"] = Setting("$@", f"{file}:{word.line}", "$@")
+        if ours and re.match(r"-[a-z]", word.text):  # a dash is missing
+            found[word.text] = Setting(True, place(word), word.text, given=())
         if not word.text.startswith("--") or word.text == "--":
             continue
         name, equals, value = word.text[2:].partition("=")
         values = [value] if equals else []
-        while not equals and i < len(words) and not re.match(r"--|\$\{?[@*]", words[i].text):
+        end = r"--|\$\{?[@*]" + ("|-[a-z]" if ours else "")
+        while not equals and i < len(words) and not re.match(end, words[i].text):
             values.append(words[i].text)
             i += 1
-        name = name.replace("-", "_")
-        text = f"--{name.replace('_', '-') if ours else name} {' '.join(values)}".strip()
+        spelled = name if ours else name.replace("-", "_")
+        text, name = f"--{spelled} {' '.join(values)}".strip(), name.replace("-", "_")
+        words_given = tuple(values)
         if ours and name.startswith("no_"):
             name, values = name.removeprefix("no_"), ["False"]
         read = [plain(v) for v in values]
         new = Setting(
             True if not read else read[0] if len(read) == 1 else read,
-            f"{file}:{word.line}" if word.line else file,
+            place(word),
             text,
+            given=words_given,
         )
         if name in found:
             repeated.append((found[name], new))
@@ -204,11 +210,17 @@ def flags(words: list[Word], file: str, ours: bool = False) -> tuple[dict[str, S
     return found, repeated
 
 
-def kind_of(path: str, names: set[str]) -> str | None:
+def kind_of(path: str, words: list[Word]) -> str | None:
     """Whose program it is, by its path and flags; None for one that does not train."""
+    names = set(flags(words, "")[0])
+    spelled = [w.text[2:].partition("=")[0] for w in words if w.text.startswith("--")]
+    # ours are spelled with dashes, those of transformers' scripts hardly ever
+    dashed = sum("-" in name for name in spelled) > sum("_" in name for name in spelled)
+    theirs = names & (HF - OURS)
+    mine = not theirs or dashed and len(names & OURS) >= len(theirs)
     if names & LLAVA_ONLY or re.search(r"llava[/.]train[/.]", path):
         return "llava"
-    if path.rpartition("/")[2] == "train.py" and not names & (HF - OURS):
+    if path.rpartition("/")[2] == "train.py" and mine:
         return "train.py"
     return "hf" if len(names & HF) >= 2 or path == "sft" else None
 
@@ -248,7 +260,7 @@ def read_commands(text: str, source: str, lines: bool = True) -> list[Run]:
         at, after = program(texts), None
         if at is None:
             continue
-        kind = kind_of(texts[at], set(flags(words[at + 1 :], source)[0]))
+        kind = kind_of(texts[at], words[at + 1 :])
         if kind is None:
             continue
         found, repeated = flags(words[at + 1 :], source, kind == "train.py")

@@ -35,9 +35,8 @@ REASONS = {
     "evaluation_strategy": "LLaVA has no held-out data; here: --eval-data, --eval-every",
     "eval_strategy": "LLaVA has no held-out data; here: --eval-data, --eval-every",
     "per_device_eval_batch_size": "goes with --eval-data: --eval-batch-size",
-    "bits": "train.py keeps the base in 16 bits",
-    "quant_type": "train.py keeps the base in 16 bits",
-    "double_quant": "train.py keeps the base in 16 bits",
+    "quant_type": "has no effect without --bits 4",
+    "double_quant": "has no effect without --bits 4",
     "lora_bias": "biases stay frozen",
     "cache_dir": "the hub's own: HF_HOME",
     "remove_unused_columns": "no column is ever dropped",
@@ -146,6 +145,7 @@ class Translation:
                 self.same(name, flag)
             else:
                 self.leave(name, NO_LORA)
+        self.stored(kind)
         self.same("learning_rate", "--lr", 5e-5)
         if frozen:
             self.leave("mm_projector_lr", "the projector is frozen")
@@ -153,6 +153,24 @@ class Translation:
             self.same("mm_projector_lr", "--projector-lr")
         if tower:
             self.same("mm_vision_tower_lr", "--vision-lr")
+
+    def stored(self, kind: str | None) -> None:
+        """--bits 4 and 8 as --quantize, which is of the decoder's blocks; LLaVA's also are."""
+        bits = self.get("bits", 16)
+        if bits == 16:
+            self.leave("bits", "16 bits are the default")
+        elif is_open(bits):
+            self.leave("bits", "give --quantize nf4 for 4, int8 for 8")
+        elif kind == "full" or kind == "projector":
+            self.leave("bits", "only adapters learn on a quantized model; " + NO_LORA)
+        elif bits == 4:
+            self.one_of("quant_type", "--quantize", {"nf4": "nf4", "fp4": "fp4"}, "nf4")
+            if self.get("double_quant", True) is False:
+                self.leave("double_quant", "--quantize nf4 and fp4 always have it")
+        elif bits == 8:
+            self.put("--quantize", "int8")
+        else:
+            self.leave("bits", "no equivalent; there are 16, 8 and 4")
 
     def step(self) -> None:
         self.same("weight_decay", "--weight-decay")
