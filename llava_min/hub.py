@@ -47,7 +47,8 @@ def find_tower(folder: Path, tower: str) -> Path:
 
     Raises UserError that says two ways to provide it.
     """
-    beside = (folder.parent / Path(tower).name).absolute()
+    beside = folder if "/" not in tower else folder.parent
+    beside = (beside / Path(tower).name).absolute()
     published = re.search(r"clip-vit-(base|large)-patch(14-336|14|16|32)(?!\d)", tower.lower())
     hub_id = f"openai/{published[0]}" if published else f"its hub id, such as {CLIP_336}"
     other = f"write {hub_id} there" if hub_id != tower else "check the network"

@@ -103,7 +103,7 @@ def read_config(folder: Path) -> tuple[LlavaConfig, Path | None]:
 def read_tower(folder: Path, config: LlavaConfig) -> tuple[LlavaConfig, Path | None]:
     """The config with its tower's shapes, which its CLIP's config.json gives, and CLIP's folder."""
     path, source = folder / "config.json", Path(config.vision_source)
-    near = (source, folder / source, folder.parent / source.name)
+    near = (folder / source, source, folder.parent / source.name)
     try:
         clip = next((p for p in near if (p / "config.json").is_file()), None)
     except OSError:  # the name is too long, which find_tower says

@@ -270,6 +270,49 @@ def test_two_steps_of_qwen_clip(tmp_path, spm, clip):
     assert not torch.equal(base.encode_images(x), merged.encode_images(x))
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_the_whole_way(tmp_path, spm, clip, kind):
+    """build, train five steps, export: transformers' logits are ours, and so is the greedy text
+    that its AutoProcessor asks for and decodes."""
+    from training import lines, train
+
+    from llava_min.tools import export
+    from llava_min.toy import draw
+
+    text = decoder_folder(tmp_path / "text", kind, spm)
+    run(clip, text, tmp_path / "built", dtype="fp32")
+    draw.write(tmp_path / "data", "captions", train=20, val=2)
+    train.main(
+        ["--recipe", "pretrain-7b", "--model", str(tmp_path / "built"), "--max-steps", "5"]
+        + ["--data", str(tmp_path / "data" / "train.json"), "--out", str(tmp_path / "run")]
+        + ["--batch-size", "2", "--precision", "fp32", "--max-length", "512", "--device", "cpu"]
+        + ["--save-every", "0", "--workers", "0", "--image-folder", str(tmp_path / "data")]
+        + ["--template", "chatml" if kind == "qwen2" else "vicuna_v1", "--lr", "0.05"]
+    )
+    assert len([line for line in lines(tmp_path / "run") if "loss" in line]) >= 5
+    export.main([str(tmp_path / "run" / "model"), str(tmp_path / "out"), "--to", "hf"])
+    model, processor = load(tmp_path / "out", dtype="fp32")
+    built = load_file(tmp_path / "built" / "model.safetensors")
+    name = "multi_modal_projector.linear_1.weight"
+    assert not torch.equal(model.get_parameter(name), built[name])
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+    auto = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
+    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what ?"}]}]
+    image = Image.new("RGB", (40, 28), (200, 30, 60))
+    prompt = auto.apply_chat_template(talk, add_generation_prompt=True)
+    batch = auto(text=prompt, images=image, return_tensors="pt")
+    ours = processor(prompt, images=[image], parse_special=True)
+    assert torch.equal(batch["input_ids"], ours["input_ids"])
+    right = theirs(**batch).logits
+    torch.testing.assert_close(
+        model(ours["input_ids"], ours["pixel_values"]), right, atol=1e-5, rtol=1e-5
+    )
+    found = theirs.generate(**batch, max_new_tokens=8, do_sample=False)
+    found = auto.decode(found[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    answer = processor.decode(generate(model, ours, max_new_tokens=8)[0])
+    assert found == answer != ""
+
+
 # ---- bad input
 
 

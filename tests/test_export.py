@@ -115,6 +115,28 @@ def test_original_round_trip(tmp_path, spm, kind):
     assert torch.equal(a(ids, x)[..., :PIECES], b(ids, x)[..., :PIECES])
 
 
+def test_original_elsewhere(tmp_path, source, monkeypatch):
+    """The tower is found in the folder, wherever that lies and whatever lies about; without it the
+    message says where it belongs."""
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    for id in (IMAGE + 2, IMAGE + 3):
+        del settings["added_tokens_decoder"][str(id)]
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    export.main([str(source), str(tmp_path / "out"), "--to", "original", "--template", "vicuna_v1"])
+    (tmp_path / "elsewhere").mkdir()
+    there = (tmp_path / "out").rename(tmp_path / "elsewhere" / "out")
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text("{}")  # another, where the program is started
+    monkeypatch.chdir(tmp_path)
+    load(there)
+    (there / "clip").rename(tmp_path / "gone")
+    (tmp_path / "clip").rename(tmp_path / "gone, too")
+    with pytest.raises(
+        UserError, match=f"mm_vision_tower: clip.*put the folder .* at {there}/clip"
+    ):
+        load(there)
+
+
 def test_adapter_is_merged(tmp_path, source):
     folder, model = adapter_of(source, tmp_path / "adapter")
     args = [str(source), str(tmp_path / "out"), "--to", "hf", "--dtype", "fp32"]

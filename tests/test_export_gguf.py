@@ -193,6 +193,40 @@ def test_images_in_llama_cpp(tiny, ours):
     assert same >= 95
 
 
+@pytest.mark.parametrize("size", [(96, 80), (200, 150)])
+def test_resizing_in_llama_cpp(tiny, ours, size):
+    """Images that are not of the tower's size: mtmd pads and resizes by itself. What that changes
+    is seen by feeding mtmd the same image as we resize it, too."""
+    from llamacpp import Eyes, Model, np
+    from PIL import Image
+
+    from llava_min.data.image import pad
+    from llava_min.toy import draw
+
+    (model, processor), m = ours, Model(tiny / "f32")
+    eyes, differences, agree = Eyes(tiny / "f32", m), [], {"ours": 0, "resized": 0, "alike": 0}
+    color = tuple(int(x * 255) for x in processor.image_config.mean)
+    for record, image in draw.generate("questions", 100, seed=7):
+        question = record["conversations"][0]["value"].removeprefix("<image>\n")
+        image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+        batch = processor.chat([{"role": "user", "content": f"<image>\n{question}"}], [image])
+        right = generate(model, batch, max_new_tokens=12)[0]
+        prompt, stops = f"USER: <__media__>\n{question} ASSISTANT:", set(processor.stop_ids)
+        given = [np.asarray(x) for x in (image, pad(image, 64, color))]  # who resizes: mtmd, we
+        x, y = map(eyes.features, given)
+        differences.append(float((x - y).norm() / y.norm()))
+        theirs, resized = (eyes.answer(prompt, pixels, 12, stops) for pixels in given)
+        agree["ours"] += theirs == right
+        agree["resized"] += resized == right
+        agree["alike"] += theirs == resized
+    print(f"{size}: {agree} of 100, features {np.mean(differences):.3f}, {max(differences):.3f}")
+    ours_at_least, alike_at_least, most = {(96, 80): (88, 90, 0.25), (200, 150): (78, 80, 0.5)}[
+        size
+    ]
+    assert agree["ours"] >= ours_at_least and agree["alike"] >= alike_at_least
+    assert max(differences) < most
+
+
 # ---- the way back
 
 

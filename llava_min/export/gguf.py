@@ -28,6 +28,7 @@ from llava_min.export.gguf_names import (
 )
 from llava_min.export.gguf_tokenizer import entries
 from llava_min.export.read_gguf import TextModel, open_gguf
+from llava_min.export.stream import ahead
 from llava_min.export.tensors import Merge, Tensors
 
 PLAIN = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
@@ -150,10 +151,9 @@ def write_rows(writer, rows: Iterable[Row]) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for _, shape, type, read in rows:
-        x = read().numpy()
-        assert x.shape == tuple(shape)
-        data = gguf.quantize(x, kind(type))
+    for (_, shape, type, _), x in ahead(lambda row: row[3](), rows):
+        assert x.shape == shape
+        data = gguf.quantize(x.numpy(), kind(type))
         writer.write_tensor_data(np.ascontiguousarray(data))
     writer.close()
 
@@ -177,11 +177,12 @@ def check_text(model: Tensors, path: Path) -> float:
     names = [n for n in model.names if n.startswith(("language_model.", "lm_head."))]
     if names_differ := found.tensors.keys() ^ set(names):
         raise UserError(f"{path}: {sorted(names_differ)[0]} is in one of file and source alone")
-    return max(compare(model, found, name) for name in names)
+    pairs = ahead(lambda name: model.read(name, torch.float32), names)
+    return max(compare(found, name, right) for name, right in pairs)
 
 
-def compare(model: Tensors, found: TextModel, name: str) -> float:
-    right, x = model.read(name, torch.float32), found.read(name, torch.float32)
+def compare(found: TextModel, name: str, right: Tensor) -> float:
+    x = found.read(name, torch.float32)
     type = found.tensors[name].kind.lower()
     error = float(torch.linalg.vector_norm(x - right))
     error /= max(float(torch.linalg.vector_norm(right)), 1e-30)

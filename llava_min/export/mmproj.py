@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from llava_min.errors import UserError
+from llava_min.errors import UserError, warn
 from llava_min.export.gguf_file import read_header
 from llava_min.export.gguf_names import ASPECT_KEY, import_gguf
 from llava_min.export.tensors import Tensors
@@ -94,6 +94,8 @@ def write(model: Tensors, path: Path, f32: bool) -> None:
     from llava_min.export.gguf import add_metadata, write_rows
 
     check_layout(model)
+    if model.processor.image_config.aspect != "pad":
+        warn("llama.cpp pads an image to a square, and this model crops: its answers will differ")
     writer = import_gguf().GGUFWriter(path, "clip")
     add_metadata(writer, settings(model, f32))
     write_rows(writer, rows(model, f32))

@@ -162,4 +162,8 @@ def write_tokenizer(tokenizer: Tokenizer, end: int, folder: Path) -> None:
 
 def export(model: Tensors, folder: Path, dtype: torch.dtype, type: str | None) -> str:
     worst = write_original(model, folder, dtype)
+    info(
+        f"mm_vision_tower is {CLIP!r}, in the folder; LLaVA's own code looks for it from where it "
+        "is started, so start it in the folder, or write the full path there"
+    )
     return f"original layout, every tensor read back, logits within {worst:.2g} of the source's"

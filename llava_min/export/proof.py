@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_min.errors import UserError, label
-from llava_min.export.stream import Read, Sums, as_bytes
+from llava_min.export.stream import Read, Sums, as_bytes, reader_thread
 from llava_min.export.tensors import Tensors, read_from
 from llava_min.llava import Llava
 from llava_min.load import on_meta, plan_model, read_config
@@ -87,7 +87,7 @@ def outputs(model: Llava, read: Read, dtype: torch.dtype, rows: int, small: bool
     g = torch.Generator().manual_seed(0)
     pixels = torch.randn(1, 3, *[config.vision.image_size] * 2, generator=g)
     ids = torch.randint(0, min(rows, config.image_token_id), (1, 24), generator=g)
-    with ThreadPoolExecutor(1) as pool:
+    with reader_thread() as pool:
         Streamed(model, read, dtype, pool)
         if small:
             image = torch.full((1, config.tokens_per_image), config.image_token_id)

@@ -7,9 +7,12 @@ JSON header that gives each tensor its place, and the bytes
 
 import json
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +27,7 @@ CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", tor
 CODES |= {torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32"}
 CODES |= {torch.int64: "I64", torch.float64: "F64", torch.float8_e4m3fn: "F8_E4M3"}
 Read = Callable[[str, torch.dtype], Tensor]  # our name, dtype -> the whole tensor, on the CPU
+Item = TypeVar("Item")
 Sums = dict[str, int]  # our name -> checksum of the tensor's bytes
 
 
@@ -57,6 +61,33 @@ def shards(rows: Iterable[Row]) -> list[list[Row]]:
     return groups
 
 
+@contextmanager
+def reader_thread() -> Iterator[ThreadPoolExecutor]:
+    """A thread that reads ahead, in which torch has one thread: two that wait for one another at
+    the end of every piece are slower than the disk. Within, this thread has one, too.
+    """
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(n)
+
+
+def ahead(make: Callable[[Item], Tensor], items: Iterable[Item]) -> Iterator[tuple[Item, Tensor]]:
+    """Each item with what is made of it, in a thread, while the one before is used."""
+    with reader_thread() as pool:
+        before = None
+        for item in items:
+            coming = item, pool.submit(make, item)
+            if before:
+                yield before[0], before[1].result()
+            before = coming
+        if before:
+            yield before[0], before[1].result()
+
+
 def write_file(path: Path, rows: list[Row], read: Read, sums: Sums | None = None) -> None:
     """Write a file of `rows`, each tensor when it is read; checksums go to `sums`.
 
@@ -71,8 +102,7 @@ def write_file(path: Path, rows: list[Row], read: Read, sums: Sums | None = None
     head += b" " * (-len(head) % 8)  # so that the tensors are aligned
     with writing(path), open(path, "wb") as f:
         f.write(len(head).to_bytes(8, "little") + head)
-        for row in rows:
-            x = read(row.name, row.dtype)
+        for row, x in ahead(lambda row: read(row.name, row.dtype), rows):
             assert x.shape == row.shape and x.dtype == row.dtype, row.name
             data = as_bytes(x)
             f.write(data)
