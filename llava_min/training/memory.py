@@ -5,7 +5,7 @@ So checkpointing, LoRA, DoRA, autocast's copies of the weights and whatever else
 in it without a formula of their own. A deep model is counted from two shallow ones: between two
 blocks, what is kept and what is not yet gone grows by the same bytes for every further block.
 
-Shapes: B rows, T tokens, N images, S pixels a side, C width.
+Shapes: B batch (rows), T tokens, N images, S pixels a side, C width.
 """
 
 import functools
