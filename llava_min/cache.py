@@ -1,12 +1,13 @@
 """The KV cache: keys and values of what was read, kept for a step, for beams, or for a whole chat.
 
-    prefix   [ the prompt, padded on the left .............. ]  B rows, S slots each
-    suffix                                  [ beam 1's tokens ]  after `fork(n)`: B*N rows
+    prefix   [ the prompt, padded on the left .............. ]  B rows, L slots each
+    suffix                                  [ beam 1's tokens ]  after `fork(n)`: B*A rows
                                             [ beam 2's tokens ]
 
 The caller owns the cache and passes it down. All of it is allocated once.
 
-Shapes: B batch, T tokens, H heads, K key/value heads, G = H / K, D head dim, S slots, N forks.
+Shapes: B batch, T tokens, H heads, K key/value heads, G = H / K, D head dim, L slots, A answers
+or beams of a prompt (forks).
 """
 
 import torch
@@ -32,9 +33,9 @@ def causal_mask(valid: Tensor) -> Tensor:
 
 
 def attention_scores(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
-    """q (R, Q, D), k (R, S, D) -> scaled scores (R, Q, S) of R groups of Q queries.
+    """q (…, Q, D), k (…, L, D) -> scaled scores (…, Q, L) of groups of Q queries.
 
-    mask: what is added to them, (R, Q, S) with Q in two dimensions.
+    mask: what is added to them, (…, Q, L) with Q in two dimensions.
     """
     scale = q.shape[-1] ** -0.5
     if mask is None:
@@ -45,7 +46,7 @@ def attention_scores(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor
 class KVCache:
     """Keys and values of what was read so far.
 
-    `prefix` has S slots for each of the B rows. After `fork(n, slots)` each row is n beams that
+    `prefix` has L slots for each of the B rows. After `fork(n, slots)` each row is n beams that
     share the prefix, so a prompt is prefilled once, and append to a `suffix` of their own.
 
     A forward is `advance` (counts, on the host), `place_tokens` (on the device), and in each
@@ -81,14 +82,14 @@ class KVCache:
         self.padded = False  # a prompt has padding, which later tokens must not see
 
     def _allocate(self, rows: int, slots: int) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values (rows, K, S, D) of each layer."""
+        """Keys and values (rows, K, L, D) of each layer."""
         kv, d = self.config.num_key_value_heads, self.config.head_dim
         new = lambda: torch.zeros(rows, kv, slots, d, dtype=self.dtype, device=self.device)
         return [(self._ordered(new()), new()) for _ in range(self.config.num_hidden_layers)]
 
     def _ordered(self, k: Tensor) -> Tensor:
-        """Keys as they shall lie in memory: (D, S), for on CPU a product wants its second factor in
-        memory order, or it takes three times as long; (S, D) for the kernel that fast/ may take.
+        """Keys as they shall lie in memory: (D, L), for on CPU a product wants its second factor in
+        memory order, or it takes three times as long; (L, D) for the kernel that fast/ may take.
         """
         fused = self.forks == 1 and step_attention.handles(k)
         return k.contiguous() if fused else k.mT.contiguous().mT
@@ -145,7 +146,7 @@ class KVCache:
 
         Returns positions (B, T), and the mask under which the tokens attend. valid (B, T) bool is
         False at padding; None when nothing is. The mask is (B, 1, T, T) bool for the prefill,
-        additive over the prefix (B*K, N*G, T, S) later, and None where a token may see all that
+        additive over the prefix (B*K, A*G, T, L) later, and None where a token may see all that
         came before it.
         """
         if valid is None:
@@ -188,8 +189,8 @@ class KVCache:
                 store[:, :, end - x.shape[2] : end] = x
 
     def _additive_mask(self, visible: Tensor) -> Tensor:
-        """visible (B, T, S) bool -> what `attend` adds to the scores of every block (B*K, N*G, T,
-        S).
+        """visible (B, T, L) bool -> what `attend` adds to the scores of every block (B*K, A*G, T,
+        L).
         """
         kv, heads = self.config.num_key_value_heads, self.config.num_attention_heads
         zeros = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
@@ -197,10 +198,10 @@ class KVCache:
         return mask[:, None].repeat(1, self.forks * heads // kv, 1, 1)
 
     def attend(self, layer: int, q: Tensor, mask: Tensor | None) -> Tensor:
-        """q (B*N, H, T, D) against the prefix, and each fork's own suffix -> (B*N, H, T, D).
+        """q (B*A, H, T, D) against the prefix, and each fork's own suffix -> (B*A, H, T, D).
 
         Plain products instead of `scaled_dot_product_attention`, which cannot read one prefix for
-        N rows.
+        A rows.
         """
         k, v = self.prefix[layer]
         b, kv, n = len(k), k.shape[1], self.forks
@@ -210,13 +211,13 @@ class KVCache:
         q = q.to(self.dtype)
         if self.suffix is None and step_attention.handles(k):
             return step_attention.attention(q, k, v, mask)
-        k, v = k.flatten(0, 1), v.flatten(0, 1)  # (B*K, S, D)
+        k, v = k.flatten(0, 1), v.flatten(0, 1)  # (B*K, L, D)
         if self.suffix is None:
-            scores = attention_scores(q.reshape(b * kv, -1, d), k, mask)  # (B*K, G*T, S)
+            scores = attention_scores(q.reshape(b * kv, -1, d), k, mask)  # (B*K, G*T, L)
             return scores.softmax(-1).bmm(v).view(b, h, t, d)
 
-        # All forks of a row share the prefix, so their rows are regrouped from (B*N*K, G*T, .) to
-        # (B*K, N*G*T, .) and multiplied with it once: queries, scores and weights alike.
+        # All forks of a row share the prefix, so their rows are regrouped from (B*A*K, G*T, .) to
+        # (B*K, A*G*T, .) and multiplied with it once: queries, scores and weights alike.
         def by_prefix(x: Tensor) -> Tensor:
             x = x.view(b, n, kv, -1, x.shape[-1]).transpose(1, 2)
             return x.reshape(b * kv, -1, x.shape[-1])
@@ -225,13 +226,13 @@ class KVCache:
             x = x.view(b, kv, n, -1, x.shape[-1]).transpose(1, 2)
             return x.reshape(b * n * kv, -1, x.shape[-1])
 
-        q = q.reshape(b * n * kv, -1, d)  # (B*N*K, G*T, D)
+        q = q.reshape(b * n * kv, -1, d)  # (B*A*K, G*T, D)
         own = [x[:, :, : self.suffix_length].flatten(0, 1) for x in self.suffix[layer]]
         scores = [
             attention_scores(by_prefix(q), k, mask),
             by_prefix(attention_scores(q, own[0])),
         ]
-        # one softmax over both parts (B*K, N*G*T, S + suffix)
+        # one softmax over both parts (B*K, A*G*T, L + suffix)
         weights = torch.cat(scores, dim=-1).softmax(-1)
         y = by_fork(weights[..., :seen] @ v) + by_fork(weights[..., seen:]) @ own[1]
         return y.view(b * n, h, t, d)

@@ -7,7 +7,7 @@ https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/
 LLaVA reads the features before the last block, so that block and `post_layernorm` are never run;
 they are kept because the checkpoint has them and what is loaded must be saved again.
 
-Shapes: B images, S pixels a side, P patches, C width, H heads, D head dim.
+Shapes: N images, S pixels a side, P patches, C width, H heads, D head dim.
 """
 
 import torch
@@ -26,8 +26,8 @@ class Embeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(3, c, kernel_size=p, stride=p, bias=False)
         self.position_embedding = nn.Embedding(config.num_patches + 1, c)
 
-    def forward(self, pixels: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, 1 + P, C)
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (B, P, C), row by row
+    def forward(self, pixels: Tensor) -> Tensor:  # (N, 3, S, S) -> (N, 1 + P, C)
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (N, P, C), row by row
         cls = self.class_embedding.to(patches.dtype).expand(len(pixels), 1, -1)
         return torch.cat([cls, patches], dim=1) + self.position_embedding.weight
 
@@ -40,10 +40,10 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj = nn.Linear(c, c), nn.Linear(c, c)
         self.v_proj, self.out_proj = nn.Linear(c, c), nn.Linear(c, c)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, 1 + P, C) -> (B, 1 + P, C)
+    def forward(self, x: Tensor) -> Tensor:  # (N, 1 + P, C) -> (N, 1 + P, C)
         heads = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
-        x = attention(q, k, v)  # (B, H, 1 + P, D); every patch sees every patch
+        x = attention(q, k, v)  # (N, H, 1 + P, D); every patch sees every patch
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
@@ -95,7 +95,7 @@ class VisionTower(nn.Module):
         return {"post_layernorm", *(f"layers.{i}" for i in unread)}
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, S, S) -> features (B, 1 + P, C), the class token first."""
+        """pixels (N, 3, S, S) -> features (N, 1 + P, C), the class token first."""
         x = self.pre_layrnorm(self.embeddings(pixels))
         for block in self.layers[: self.layers_used]:
             x = block(x)

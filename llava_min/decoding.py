@@ -5,8 +5,8 @@ sampling then yield a column of ids per step, so that a batch and a stream are o
 several answers per prompt are forks of the cache. On a GPU nothing in the loops waits for the
 device, except a look at every CHECK_EVERY-th step.
 
-Shapes: B prompts, N answers or beams per prompt, R = B * N rows, T prompt tokens, V vocabulary,
-M max_new_tokens.
+Shapes: B batch (prompts), A answers or beams of a prompt, R = B * A rows, T tokens of the prompt,
+V vocabulary, M max_new_tokens, N images, S pixels a side.
 """
 
 import functools
@@ -34,7 +34,7 @@ NEG = -1e9
 
 
 def left_padded(model: Llava, batch: dict) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The processor's dict -> ids (B, T), valid (B, T) bool, pixels (images, 3, S, S) or None.
+    """The processor's dict -> ids (B, T), valid (B, T) bool, pixels (N, 3, S, S) or None.
 
     Padding may be on either side; it is moved to the left, so that no padding separates a prompt
     from its answer.
@@ -199,8 +199,8 @@ def beam_search(
 ) -> Tensor:
     """The best answers' ids (B * num_return_sequences, M), -1 after their end.
 
-    N running beams are continued; the N best finished ones are kept aside. Each step looks at
-    enough candidates that N are left to continue even if all the others end. The arithmetic is that
+    A running beams are continued; the A best finished ones are kept aside. Each step looks at
+    enough candidates that A are left to continue even if all the others end. The arithmetic is that
     of transformers (`_beam_search` in generation/utils.py), so that ties fall alike.
     """
     ids, valid, pixels = left_padded(model, batch)

@@ -7,7 +7,7 @@ https://github.com/haotian-liu/LLaVA/blob/c121f04/llava/model/llava_arch.py
 The processor has already expanded each image into one placeholder token per patch, so the merge is
 one scatter.
 
-Shapes: B batch, T tokens, N images in the batch, S pixels a side, P tokens per image, C width,
+Shapes: B batch, T tokens, N images in the batch, S pixels a side, P patches, a token each, C width,
 V vocabulary.
 """
 

@@ -3,7 +3,7 @@ scores is that of `generate` of Hugging Face transformers 5.23; given the same l
 equal, sampled ones included. To compare:
 https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/generation/logits_process.py
 
-Shapes: R rows (answers or beams), V vocabulary.
+Shapes: R rows (answers or beams of all prompts), V vocabulary.
 """
 
 import math

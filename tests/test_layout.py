@@ -5,6 +5,7 @@
 
 import ast
 import io
+import re
 import tokenize
 from pathlib import Path
 
@@ -99,6 +100,23 @@ def test_no_retired_name(page):
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     names = {t.string for t in tokens if t.type == tokenize.NAME}
     assert not names & RETIRED
+
+
+def test_a_shape_letter_has_one_meaning_in_a_room():
+    """`Shapes: B batch, T tokens, R = B * A rows`: the word behind a letter, on every page."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for page in (p for p in PAGES if p not in SCRIPTS):
+        text = ast.get_docstring(ast.parse(page.read_text(encoding="utf-8"))) or ""
+        legend = re.search(r"^Shapes(?:, as in (\w+)/)?:(.+?)(?:\n\n|\Z)", text, re.M | re.S)
+        if legend is None:
+            continue
+        room = legend[1] or ("spine" if page in SPINE else room_of(page))
+        words = r"\b([A-Zb-z]) (?:= [A-Z][A-Z *]* )?([a-z_/]{3,})"
+        for letter, word in re.findall(words, " ".join(legend[2].split())):
+            found.setdefault((room, letter), {}).setdefault(word, name_of(page))
+    assert len(found) >= 30 and found["spine", "K"].keys() == {"key/value"}
+    several = {key: words for key, words in found.items() if len(words) > 1}
+    assert not several, several
 
 
 def test_the_readme_counts_right():

@@ -5,7 +5,7 @@ batches, with the answers in the ids and the labels; `join` packs several record
 loader.py runs them along a plan of sampler.py. `evaluation_batch` makes prompts from the same
 records, which stop where the last answer begins.
 
-Shapes: B rows, T tokens, N images, S pixels a side.
+Shapes: B batch (rows), T tokens, N images, S pixels a side.
 """
 
 from bisect import bisect_right

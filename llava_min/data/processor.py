@@ -14,7 +14,7 @@ To compare:
 https://github.com/haotian-liu/LLaVA/blob/c121f04/llava/mm_utils.py
 https://github.com/huggingface/transformers/blob/3833a10/src/transformers/models/llava/processing_llava.py
 
-Shapes: B rows, T tokens, N images in reading order, S pixels a side.
+Shapes: B batch (rows), T tokens, N images in reading order, S pixels a side.
 """
 
 import math

@@ -6,7 +6,7 @@ A row is {id, prompt, prediction, references, record}; `record` is a hash of the
 the names and sizes of its images. A row whose images cannot be read has an empty prediction and an
 `error`. `stopped` is "limit" where the answer was cut at max_new_tokens.
 
-Shapes: B batch, T tokens of the prompts, A tokens of the longest answer, C width, V vocabulary.
+Shapes: B batch, T tokens of the prompts, M tokens of the longest answer, C width, V vocabulary.
 """
 
 import hashlib
@@ -168,16 +168,16 @@ def mean_logprobs(
     if not longest:
         return [None] * len(answers)
     # teacher forcing: the answers follow their prompts in one pass
-    ids = torch.tensor([[*a, *[0] * (longest - len(a))] for a in answers])  # (B, A)
-    valid = torch.tensor([[i < len(a) for i in range(longest)] for a in answers])  # (B, A)
+    ids = torch.tensor([[*a, *[0] * (longest - len(a))] for a in answers])  # (B, M)
+    valid = torch.tensor([[i < len(a) for i in range(longest)] for a in answers])  # (B, M)
     x = model.hidden_states(
         torch.cat([batch["input_ids"], ids], 1).to(model.device),
         batch.get("pixel_values"),
         torch.cat([batch["attention_mask"], valid], 1).to(model.device),
-    )  # (B, T + A, C)
+    )  # (B, T + M, C)
     # the token before an answer's first predicts it, and its last predicts nothing
-    logprobs = model.lm_head(x[:, length - 1 : -1]).float().log_softmax(-1).cpu()  # (B, A, V)
-    chosen = logprobs.gather(2, ids[:, :, None])[:, :, 0]  # (B, A)
+    logprobs = model.lm_head(x[:, length - 1 : -1]).float().log_softmax(-1).cpu()  # (B, M, V)
+    chosen = logprobs.gather(2, ids[:, :, None])[:, :, 0]  # (B, M)
     return [float(row[: len(a)].mean()) if a else None for row, a in zip(chosen, answers)]
 
 

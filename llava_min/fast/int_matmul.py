@@ -16,7 +16,7 @@ is read off.
 Scale and zero-point take 4 bytes a group in the kernels, 3 (symmetric 2) in the portable form: of
 int4 group 128 4.25 bits a weight instead of 4.125.
 
-Shapes: R rows, N out_features, K in_features, g group_size.
+Shapes, as in quant/: R rows of input, N out_features, K in_features, g weights a group.
 """
 
 from collections.abc import Iterator

@@ -5,7 +5,7 @@ exactly b bytes, also for 3 bits, where ten codes in a 32-bit word would waste a
 bits the lower nibble comes first, and four bytes read as an int32 are compressed-tensors'
 `weight_packed`.
 
-Shapes: N rows, K codes a row, b bits.
+Shapes: N out_features (rows), K in_features (codes a row), b bits.
 """
 
 import torch

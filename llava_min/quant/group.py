@@ -15,7 +15,7 @@ make 7B in 2 bits, group 64, 0.09 GiB larger, 2.98 GiB where 2.9 are the aim.
 Bits per weight, scales included: b + 24 / g, symmetric b + 16 / g. So int4 group 128: 4.125; hqq4
 group 64: 4.375, hqq3 3.375, hqq2 2.375, hqq1 1.375, hqq8 8.375.
 
-Shapes: N out_features, K in_features, g group_size.
+Shapes: N out_features, K in_features, G groups a row, g weights a group.
 """
 
 from collections.abc import Iterator

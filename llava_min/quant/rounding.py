@@ -8,7 +8,8 @@ Every way to choose them has one signature, choose(w, bits, stored) -> (scale, z
 rounds both to what the storage keeps, so the codes are the best for the numbers that will be read
 again, not for those before rounding.
 
-Shapes: w (N, G, g): N rows, G groups a row, g weights a group; scale and zero (N, G, 1), all fp32.
+Shapes: w (N, G, g), scale and zero (N, G, 1), all fp32: N out_features (rows), G groups a row,
+g weights a group.
 """
 
 from collections.abc import Callable

@@ -3,7 +3,7 @@
 Each stage gets the reference's input, so that a difference is its own and not one that came down
 from an earlier stage: our tower gets transformers' pixels, our projector its features.
 
-Shapes: N images, S pixels a side, P tokens an image, T tokens, C width, V vocabulary.
+Shapes: N images, S pixels a side, P patches, a token each, T tokens, C width, V vocabulary.
 """
 
 from collections.abc import Sequence
