@@ -10,7 +10,7 @@ within bf16's rounding of the result.
 oneDNN's order takes the place of the portable one in memory and is never stored; `portable` gives
 back what was there.
 
-Shapes: R rows, N out_features, K in_features.
+Shapes, as in quant/: R rows, N out_features, K in_features.
 """
 
 import platform

@@ -4,7 +4,7 @@ So checkpointing, LoRA, DoRA, quantized bases, autocast's copies of the weights 
 changes a step are in the count without a formula of their own. memory.py makes a rank's memory of
 it.
 
-Shapes: B rows, T tokens, N images, S pixels a side, C width.
+Shapes: B batch (rows), T tokens, N images, S pixels a side, C width.
 """
 
 import warnings
