@@ -12,6 +12,7 @@ from test_quant import linear
 from torch import nn
 
 from llava_min.fast import int_matmul
+from llava_min.fast.int8_matmul import PackedInt8Linear, digits, product_is_exact
 from llava_min.fast.int_matmul import (
     FEW,
     IN_KERNELS_ORDER,
@@ -20,7 +21,6 @@ from llava_min.fast.int_matmul import (
     portable,
     speed_up,
 )
-from llava_min.fast.int8_matmul import PackedInt8Linear, digits, product_is_exact
 from llava_min.quant.group import GroupLinear
 from llava_min.quant.hqq import half_quadratic
 from llava_min.quant.methods import METHODS, quantized

@@ -56,8 +56,11 @@ def multiply(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 def digits(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """x (R, K) -> its digits (n, R, K) uint8 to the base of 256, the least first, each 128 more
     than it is, and scale (R, 1) fp32: x is nearly sum_i 256^i (digit_i - 128) scale."""
-    scale = x.abs().amax(-1, keepdim=True).float().div_(LARGEST[n]).clamp_(min=1e-37)
-    codes = (x / scale).round_().to(torch.int32).add_(sum(128 << 8 * i for i in range(n)))
+    # few operations: for one row each costs as much as its work
+    size = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True, dtype=torch.float32)
+    scale = size.mul_(1 / LARGEST[n]).clamp_(min=1e-37)
+    middle = sum(128 << 8 * i for i in range(n)) + 0.5  # as the sum is cut off
+    codes = (x / scale).add_(middle).to(torch.int32)
     return codes.view(torch.uint8).view(*x.shape, 4)[..., :n].permute(2, 0, 1), scale
 
 
@@ -87,9 +90,12 @@ class PackedInt8Linear(QuantLinear):
     def product(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float64:
             return super().product(x)
-        parts = [self.some_rows(part) for part in x.flatten(0, -2).split(ROWS)]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return y.unflatten(0, x.shape[:-1])
+        flat = x.flatten(0, -2)
+        if len(flat) <= ROWS:
+            y = self.some_rows(flat)
+        else:
+            y = torch.cat([self.some_rows(part) for part in flat.split(ROWS)])
+        return y.view(*x.shape[:-1], self.out_features)
 
     def some_rows(self, x: Tensor) -> Tensor:
         """x (R, K) -> (R, N)."""
