@@ -4,8 +4,7 @@ The product is one of integers, exact, of uint8 inputs and int8 weights in oneDN
 it takes 0.4 of bf16's time, without a sixth, and for few rows it reads the weights as fast as the
 memory gives them (11 to 13 GB/s and core, `_weight_int8pack_mm` 7 to 10). Inputs of more bits are
 written in digits of 8 bits, as fixed-point numbers with a scale a row, and each digit is a row of
-its own: three digits are 23 bits, within fp32's own rounding of a sum of thousands; two are 15,
-within bf16's rounding of the result.
+its own: three digits are 23 bits; two are 15, within bf16's rounding of the result.
 
 oneDNN's order takes the place of the portable one in memory and is never stored; `portable` gives
 back what was there.
@@ -28,9 +27,13 @@ ROWS = 512  # multiplied at one time: the products of the digits are fp32
 LARGEST = {2: 0x7F7F, 3: 0x7F7F00}
 
 
-def handles(layer: QuantLinear) -> bool:
-    """An int8 layer on an x86 CPU whose integer product does not saturate."""
-    return type(layer) is Int8Linear and layer.SCB.device.type == "cpu" and product_is_exact()
+def handles(layer: QuantLinear, dtype: torch.dtype) -> bool:
+    """An int8 layer on an x86 CPU whose integer product does not saturate; with inputs of 16 bits,
+    or w8a8."""
+    if type(layer) is not Int8Linear or layer.SCB.device.type != "cpu":
+        return False
+    small = dtype.itemsize == 2 or layer.round_input and dtype == torch.float32
+    return small and product_is_exact()
 
 
 @cache
