@@ -69,12 +69,8 @@ class KVCache:
         self.static_shapes = static_shapes
         self.suffix, self.suffix_length, self.forks = None, 0, 1
         self.prefix = self._allocate(batch, slots)
-        self.valid = torch.zeros(
-            batch, slots, dtype=torch.bool, device=device
-        )  # holds a real token
-        self.positions = torch.zeros(
-            batch, dtype=torch.long, device=device
-        )  # of each row's next token
+        self.valid = torch.zeros(batch, slots, dtype=torch.bool, device=device)  # a real token
+        self.positions = torch.zeros(batch, dtype=torch.long, device=device)  # of the next token
         self.next_slot = torch.zeros(1, dtype=torch.long, device=device)  # `length`, on the device
         self.new_slots: Tensor | None = None  # of the tokens that `place_tokens` placed last
         self.length = 0  # slots in use, the same for every row: prompts are padded on the left
@@ -189,9 +185,7 @@ class KVCache:
                 store[:, :, end - x.shape[2] : end] = x
 
     def _additive_mask(self, visible: Tensor) -> Tensor:
-        """visible (B, T, L) bool -> what `attend` adds to the scores of every block (B*K, A*G, T,
-        L).
-        """
+        """visible (B, T, L) bool -> what every block's `attend` adds to scores (B*K, A*G, T, L)."""
         kv, heads = self.config.num_key_value_heads, self.config.num_attention_heads
         zeros = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
         mask = zeros.masked_fill_(~visible, float("-inf")).repeat_interleave(kv, dim=0)

@@ -106,9 +106,8 @@ def step(model: Llava, ids: Tensor, cache: KVCache) -> Tensor:
 
 @functools.cache
 def compiled_step() -> Callable[[Llava, Tensor, KVCache], Tensor]:
-    # one program per batch size and capacity, never per token; torch's own limit is 8, and beyond
-    # it
-    # it stops compiling
+    # one program per batch size and capacity, never per token; beyond torch's own limit, 8, it
+    # stops compiling
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(step, fullgraph=True, dynamic=False)
 

@@ -50,7 +50,8 @@ def test_fast_is_plain(many, method, rows, dtype):
     kernel = dtype == BF16 and method in ("int4", "awq4", "hqq4")
     assert isinstance(layer, (ByRows, *IN_KERNELS_ORDER))
     assert isinstance(layer, Int4Linear) == kernel
-    packed = method in ("int8", "w8a8") and product_is_exact()
+    packed = method == "w8a8" or method == "int8" and dtype == BF16
+    packed = packed and product_is_exact()
     assert isinstance(layer, PackedInt8Linear) == packed
     x = torch.randn(1, rows, 256).to(dtype)
     y, target = layer(x), plain(x)
@@ -190,7 +191,7 @@ def test_digits_are_the_input(n, bits):
     assert error.max() <= 2.0**-bits
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_int8_keeps_16_bit_inputs(dtype, rows):
     """An outlier a thousand times the rest does not cost the rest its bits."""
@@ -199,7 +200,7 @@ def test_int8_keeps_16_bit_inputs(dtype, rows):
     x[:, 7] *= 1000
     exact = x.double() @ plain.dequantize().double().T
     error = (fast(plain, dtype)(x) - exact).norm() / exact.norm()
-    assert error <= {torch.float32: 1e-6, BF16: 2.5e-3}[dtype]
+    assert error <= {torch.float16: 4e-4, BF16: 2.5e-3}[dtype]
     x[0, 0] = float("nan")
     assert fast(plain, dtype)(x)[0].isnan().all() and fast(plain, dtype)(x)[1:].isfinite().all()
 

@@ -4,8 +4,7 @@ The product is one of integers, exact, of uint8 inputs and int8 weights in oneDN
 it takes 0.4 of bf16's time, without a sixth, and for few rows it reads the weights as fast as the
 memory gives them (11 to 13 GB/s and core, `_weight_int8pack_mm` 7 to 10). Inputs of more bits are
 written in digits of 8 bits, as fixed-point numbers with a scale a row, and each digit is a row of
-its own: three digits are 23 bits, within fp32's own rounding of a sum of thousands; two are 15,
-within bf16's rounding of the result.
+its own: three digits are 23 bits; two are 15, within bf16's rounding of the result.
 
 oneDNN's order takes the place of the portable one in memory and is never stored; `portable` gives
 back what was there.
@@ -28,9 +27,13 @@ ROWS = 512  # multiplied at one time: the products of the digits are fp32
 LARGEST = {2: 0x7F7F, 3: 0x7F7F00}
 
 
-def handles(layer: QuantLinear) -> bool:
-    """An int8 layer on an x86 CPU whose integer product does not saturate."""
-    return type(layer) is Int8Linear and layer.SCB.device.type == "cpu" and product_is_exact()
+def handles(layer: QuantLinear, dtype: torch.dtype) -> bool:
+    """An int8 layer on an x86 CPU whose integer product does not saturate; with inputs of 16 bits,
+    or w8a8."""
+    if type(layer) is not Int8Linear or layer.SCB.device.type != "cpu":
+        return False
+    small = dtype.itemsize == 2 or layer.round_input and dtype == torch.float32
+    return small and product_is_exact()
 
 
 @cache
@@ -56,8 +59,11 @@ def multiply(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 def digits(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """x (R, K) -> its digits (n, R, K) uint8 to the base of 256, the least first, each 128 more
     than it is, and scale (R, 1) fp32: x is nearly sum_i 256^i (digit_i - 128) scale."""
-    scale = x.abs().amax(-1, keepdim=True).float().div_(LARGEST[n]).clamp_(min=1e-37)
-    codes = (x / scale).round_().to(torch.int32).add_(sum(128 << 8 * i for i in range(n)))
+    # few operations: for one row each costs as much as its work
+    size = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True, dtype=torch.float32)
+    scale = size.mul_(1 / LARGEST[n]).clamp_(min=1e-37)
+    middle = sum(128 << 8 * i for i in range(n)) + 0.5  # as the sum is cut off
+    codes = (x / scale).add_(middle).to(torch.int32)
     return codes.view(torch.uint8).view(*x.shape, 4)[..., :n].permute(2, 0, 1), scale
 
 
@@ -87,9 +93,12 @@ class PackedInt8Linear(QuantLinear):
     def product(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float64:
             return super().product(x)
-        parts = [self.some_rows(part) for part in x.flatten(0, -2).split(ROWS)]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return y.unflatten(0, x.shape[:-1])
+        flat = x.flatten(0, -2)
+        if len(flat) <= ROWS:
+            y = self.some_rows(flat)
+        else:
+            y = torch.cat([self.some_rows(part) for part in flat.split(ROWS)])
+        return y.view(*x.shape[:-1], self.out_features)
 
     def some_rows(self, x: Tensor) -> Tensor:
         """x (R, K) -> (R, N)."""

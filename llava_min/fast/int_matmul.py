@@ -87,7 +87,7 @@ class FastInt8Linear(ByRows, Int8Linear):
         codes, scale = per_token(x.flatten(0, -2))
         padded = F.pad(codes, (0, 0, 0, max(0, 17 - len(codes))))  # CUDA takes no 16 rows
         y = torch._int_mm(padded, self.weight_packed.T)[: len(codes)]
-        y = y.float().mul_(scale).mul_(self.scale()).to(x.dtype)
+        y = y.float().mul_(self.scale()).mul_(scale).to(x.dtype)
         return y.unflatten(0, x.shape[:-1])
 
 
@@ -254,7 +254,7 @@ def speed_up(model: nn.Module, dtype: torch.dtype) -> None:
             continue
         if dtype == torch.bfloat16 and has_int4_kernel(layer):
             swap(model, path, Int4Linear(layer))
-        elif dtype != torch.float64 and int8_matmul.handles(layer):
+        elif int8_matmul.handles(layer, dtype):
             swap(model, path, PackedInt8Linear(layer))
         else:
             layer.__class__ = BY_ROWS[type(layer)]  # only the product is another

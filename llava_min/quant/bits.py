@@ -30,8 +30,13 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         return packed
     if bits == 3:
         a, b, c = packed.view(len(packed), -1, 3).int().unbind(-1)
-        words, count = a | b << 8 | c << 16, 8
-    else:
-        words, count = packed, 8 // bits
-    codes = [(words >> bits * i & 2**bits - 1).to(torch.uint8) for i in range(count)]
-    return torch.stack(codes, -1).view(len(packed), -1)
+        words = a | b << 8 | c << 16
+        codes = [(words >> bits * i & 2**bits - 1).to(torch.uint8) for i in range(8)]
+        return torch.stack(codes, -1).view(len(packed), -1)
+    # a byte becomes a word of as many bytes as it has codes: code i moves from bit i b to bit 8 i
+    words = packed.to({4: torch.int16, 2: torch.int32, 1: torch.int64}[bits])
+    spread = words.clone()
+    for i in range(1, 8 // bits):
+        spread |= words << (8 - bits) * i
+    mask = (2**bits - 1) * sum(1 << 8 * i for i in range(8 // bits))
+    return spread.bitwise_and_(mask).view(torch.uint8)

@@ -30,7 +30,8 @@ from llava_min.errors import UserError
 from llava_min.quant.linear import QuantLinear
 
 BLOCK, NESTED = 64, 256
-PIECE = 1 << 20  # weights handled at one time, a multiple of BLOCK
+# weights quantized at one time, a multiple of BLOCK: they stay in a core's cache, or fill a GPU
+PIECE = {"cpu": 1 << 17, "cuda": 1 << 24}
 VALUES = {
     "nf4": (
         -1.0,
@@ -77,6 +78,14 @@ def codebook(kind: str, device: torch.device) -> Tensor:
 
 
 @cache
+def codebook_pairs(kind: str, device: torch.device) -> Tensor:
+    """The two numbers that a byte stands for, fp32, as one int64: looked up three times as fast as
+    rows of two."""
+    numbers = codebook(kind, device)
+    return torch.cartesian_prod(numbers, numbers).view(torch.int64).flatten()
+
+
+@cache
 def dynamic_codes(device: torch.device) -> Tensor:
     """The code nearest to each of 65536 even steps from -1 to 1. bitsandbytes looks codes up there,
     which beside the middle of two numbers is not the nearest to the number itself."""
@@ -99,14 +108,20 @@ def quantize_sizes(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def quantize_blocks(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """weight (n,), n a multiple of 64 -> packed codes (n / 2, 1) uint8, sizes (n / 64,) fp32."""
     numbers, order = codebook(kind, weight.device).sort(stable=True)
-    middles, order = (numbers[:-1] + numbers[1:]) / 2, order.to(torch.uint8)
+    middles, order = ((numbers[:-1] + numbers[1:]) / 2).tolist(), order.tolist()
+    # a code is the first of the order, and what each middle below the weight adds to it, modulo 256
+    steps = [(b - a) % 256 for a, b in zip(order, order[1:])]
     packed, sizes = [], []
-    for piece in weight.split(PIECE):
+    for piece in weight.split(PIECE.get(weight.device.type, 1 << 24)):
         x = piece.float().view(-1, BLOCK)
         absmax = x.abs().amax(1)
         x = (x * (1 / absmax.clamp(min=1e-38)).unsqueeze(1)).clamp_(-1, 1)
-        codes = order[torch.bucketize(x.flatten(), middles, out_int32=True)]
-        packed.append(codes[::2] << 4 | codes[1::2])
+        codes = torch.full_like(x, order[0], dtype=torch.uint8)
+        above = torch.empty_like(x, dtype=torch.bool)
+        for middle, step in zip(middles, steps):  # three times as fast as torch.bucketize
+            codes.add_(torch.gt(x, middle, out=above).view(torch.uint8), alpha=step)
+        pairs = codes.flatten().view(torch.int16)  # the first code in the lower byte
+        packed.append((pairs << 4 | pairs >> 8).to(torch.uint8))
         sizes.append(absmax)
     return torch.cat(packed).unsqueeze(1), torch.cat(sizes)
 
@@ -170,10 +185,9 @@ class CodebookLinear(QuantLinear):
 
     def rows(self, first: int, end: int, dtype: torch.dtype = torch.float32) -> Tensor:
         first, end = first * self.in_features, end * self.in_features
-        numbers = codebook(self.kind, self.weight_packed.device)
-        pairs = torch.cartesian_prod(numbers, numbers)  # (256, 2): what a byte stands for
+        pairs = codebook_pairs(self.kind, self.weight_packed.device)
         x = pairs.index_select(0, self.weight_packed[first // 2 : end // 2].flatten().int())
-        x = x.view(-1, BLOCK) * self.sizes(first // BLOCK, end // BLOCK)
+        x = x.view(torch.float32).view(-1, BLOCK).mul_(self.sizes(first // BLOCK, end // BLOCK))
         return x.to(dtype).view(-1, self.in_features)
 
     def extra_repr(self) -> str:

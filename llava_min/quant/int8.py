@@ -69,7 +69,7 @@ class Int8Linear(QuantLinear):
         codes, scale = per_token(x)
         with torch.autocast(x.device.type, enabled=False):
             y = F.linear(codes.float(), self.weight_packed.float())
-            return (y * scale * self.scale()).to(x.dtype)
+            return (y * self.scale() * scale).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}{', round_input' if self.round_input else ''}"
