@@ -18,6 +18,7 @@ from llava_min.errors import UserError
 from llava_min.quant.methods import METHODS
 from llava_min.tools import bench, bench_quantize, quantize
 from llava_min.tools.speed import quantized_table, setup, source
+from llava_min.tools.speed.quantized import LlamaCpp
 from llava_min.tools.speed.worker import MIB, Ended, Worker
 from llava_min.toy import draw
 from llava_min.util.sizes import SIZES
@@ -213,14 +214,14 @@ def test_rows_so_far_are_shown_when_a_later_one_fails(tmp_path, monkeypatch, cap
     assert "fp32       1.0 1.00" in out and "fp32  red" in out
 
 
-def test_llama_cpp_once_more_when_it_crashes(monkeypatch, tmp_path, capsys):
-    seen = []
-
+@pytest.mark.parametrize("crashes", [False, True])
+def test_llama_cpp_in_two_parts_where_it_crashes(monkeypatch, tmp_path, crashes):
     def answering(name, program, spec, args):
-        seen.append(spec["kernels"])
-        if spec["kernels"]:
+        if spec["kernels"] and not spec["singly"] and crashes:
             raise Ended("code -11")
-        return {"peak_mib": 1}
+        speed = {(True, False): 5, (False, False): 3, (True, True): 4}
+        now = speed[spec["kernels"], spec["singly"]]
+        return {"peak_mib": now, "prefill_tokens_s": 10 * now, "decode_tokens_s": now}
 
     @contextlib.contextmanager
     def running(name, program, spec):
@@ -230,14 +231,41 @@ def test_llama_cpp_once_more_when_it_crashes(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_quantize, "answering", answering)
     monkeypatch.setattr(bench_quantize, "running", running)
     row = bench_quantize.measured_peer("x", {}, bench_quantize.Args(), tmp_path / "f.gguf")
-    assert seen == [True, False] and "again without them" in capsys.readouterr().err
-    assert row == {
-        "name": "Q4_0",
-        "disk_bytes": 4,
-        "quantize_s": 2,
-        "quantize_peak_mib": 3,
-        "peak_mib": 1,
-    }
+    written = {"name": "Q4_0", "disk_bytes": 4, "quantize_s": 2, "quantize_peak_mib": 3}
+    figures = {"peak_mib": 5, "prefill_tokens_s": 50, "decode_tokens_s": 5}
+    parts = {"peak_mib": 4, "prefill_tokens_s": 30, "decode_tokens_s": 4, "crashed": True}
+    assert row == written | (parts if crashes else figures)
+
+
+@pytest.mark.parametrize("singly", [False, True])
+def test_llama_cpp_decodes_the_same_work_again(singly):
+    """A round begins behind the prompt, whatever the last one wrote."""
+
+    class Model:
+        n_tokens = 0
+        read: list = []
+
+        def reset(self):
+            self.n_tokens = 0
+
+        def eval(self, ids):
+            self.read += [(self.n_tokens, tuple(ids))]
+            self.n_tokens += len(ids)
+
+        def generate(self, ids, reset, temp):
+            assert not reset and temp == 0
+            while True:
+                self.eval(list(ids))
+                ids = [9]
+                yield 9
+
+    llama = object.__new__(LlamaCpp)
+    llama.ids, llama.singly, llama.model = [5, 6, 7], singly, Model()
+    llama.device = torch.device("cpu")
+    assert llama.text(3)["ids"] == llama.text(3)["ids"] == [9, 9, 9]
+    new = [(3, (9,)), (4, (9,))]
+    one = [(2, (7,)), *new] if singly else [(0, (5, 6, 7)), *new]
+    assert llama.model.read == [(0, (5,)), (1, (6,))] * singly + one * 2
 
 
 # ---- what is refused, before anything is read or written

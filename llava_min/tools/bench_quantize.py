@@ -187,16 +187,25 @@ def measured(
 
 
 def measured_peer(source: str, spec: dict, args: Args, file: Path) -> dict:
-    """The figures of llama.cpp's Q4_0."""
+    """The figures of llama.cpp's Q4_0.
+
+    On a CPU with AMX it can crash as it reads more than one token
+    (https://github.com/ggml-org/llama.cpp/issues/20824); prefill and decode are then measured
+    apart.
+    """
     info(f"{PEER}: writing llama.cpp's file")
     spec = spec | {"folder": source, "file": str(file), "threads": machine("cpu")["threads"]}
     with running(PEER, WritingGguf, spec) as worker:
         row = wrote(PEER, worker, [file])
+    ways = {"kernels": True, "singly": False}
     try:
-        return row | answering(PEER, LlamaCpp, spec | {"kernels": True}, args)
-    except Ended:  # https://github.com/ggml-org/llama.cpp/issues/20824, on a CPU with AMX
-        info(f"{PEER}: llama.cpp crashed with its kernels for this CPU; again without them")
-        return row | answering(PEER, LlamaCpp, spec | {"kernels": False}, args)
+        return row | answering(PEER, LlamaCpp, spec | ways, args)
+    except Ended:
+        info(f"{PEER}: llama.cpp crashed, as it can with AMX: prefill without its kernels for it,")
+        info(f"{'':{len(PEER)}}  and decode after the prompt was read token by token")
+    plain = answering(PEER, LlamaCpp, spec | {"kernels": False, "singly": False}, args)
+    best = answering(PEER, LlamaCpp, spec | {"kernels": True, "singly": True}, args)
+    return row | best | {"prefill_tokens_s": plain["prefill_tokens_s"], "crashed": True}
 
 
 def written(method: str, source: str, given: dict, spec: dict, room: Path) -> tuple[dict, Path]:

@@ -133,7 +133,8 @@ class WritingGguf:
 class LlamaCpp:
     """llama.cpp as llama-cpp-python has it, with the language model of a GGUF file.
 
-    kernels: False does without the order of weights that its kernels for this CPU want.
+    kernels: False does without those that want the weights in an order of their own. singly: the
+    prompt is read token by token, and once; then `first` is no measure of reading it.
     """
 
     def __init__(self, spec: dict):
@@ -142,7 +143,7 @@ class LlamaCpp:
         from llama_cpp import llama_cpp as low
 
         self.imported = time.perf_counter() - start
-        self.version, self.ids = llama_cpp.__version__, spec["ids"]
+        self.version, self.ids, self.singly = llama_cpp.__version__, spec["ids"], spec["singly"]
         self.device = SimpleNamespace(type="cpu")
         if not spec["kernels"]:  # which the class has no argument for
             params = low.llama_model_default_params()
@@ -159,9 +160,18 @@ class LlamaCpp:
         self.loaded = time.perf_counter() - start
 
     def text(self, n: int) -> dict:
-        self.model.reset()  # or the prompt would be known from before
+        rest = self.ids
+        if self.singly:
+            for id in self.ids[self.model.n_tokens : -1]:
+                self.model.eval([id])
+            self.model.n_tokens, rest = (
+                len(self.ids) - 1,
+                self.ids[-1:],
+            )  # what follows is forgotten
+        else:
+            self.model.reset()  # or the prompt would be known from before
         times, ids = [now(self.device)], []
-        for id in self.model.generate(self.ids, temp=0.0):
+        for id in self.model.generate(rest, reset=False, temp=0.0):
             ids.append(id)
             if len(ids) in (1, n):
                 times.append(now(self.device))

@@ -52,6 +52,8 @@ def notes(r: dict) -> list[str]:
     if PEER in names:
         version = r["versions"]["llama-cpp-python"]
         out.append(f"{PEER} is llama.cpp's (llama-cpp-python {version}), without the tower")
+        if r["variants"][-1].get("crashed"):
+            out.append("  (it crashed with AMX: prefill without its kernels for this CPU)")
     return out
 
 
