@@ -269,7 +269,7 @@ def test_verbs_that_need_a_tower_refuse_it(alone, tmp_path):
 
 
 def test_smollm2(capsys):
-    """A real decoder: sample.py asks it, and its greedy ids are llama.cpp's."""
+    """A real decoder, 4-bit in its file, that sample.py asks."""
     path = smollm()
     sample.main(
         ["--model", str(path), "--prompt", "What is the capital of France?", "--template", "chatml"]
