@@ -163,7 +163,8 @@ def read_decoder(source: str) -> Decoder:
     )
 
 
-def read_gguf_decoder(path: Path) -> Decoder:
+def read_gguf_decoder(path: Path, template: str | None = None) -> Decoder:
+    """template: the caller's; None for what the file's jinja text is."""
     found = open_gguf(path)
     with TemporaryDirectory() as folder:
         write_tokenizer(found, Path(folder))
@@ -173,7 +174,8 @@ def read_gguf_decoder(path: Path) -> Decoder:
             raise UserError(str(e).replace(f"{folder}/", f"{path}: its ")) from None
     recorded = {ours: found.metadata.get(key) for ours, key in RECORDED.items()}
     jinja = found.metadata.get("tokenizer.chat_template")
-    template = find_template(found.config.to_hf(), recorded, jinja, tokenizer, path)
+    if template is None:
+        template = find_template(found.config.to_hf(), recorded, jinja, tokenizer, path)
     kinds = {t.kind for t in found.tensors.values()}
     # what is dequantized is scales times small integers, and fits f16's digits better than bf16's
     dtype = {"F32": torch.float32, "BF16": torch.bfloat16}.get((kinds - {"F32"} or {"F32"}).pop())

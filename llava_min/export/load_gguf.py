@@ -89,7 +89,7 @@ def open_files(
     aspect, template: the caller's; None for what the files say. Raises UserError.
     """
     check_aspect(aspect, ASPECTS)
-    decoder = read_gguf_decoder(path)
+    decoder = read_gguf_decoder(path, template)
     tokenizer, text = decoder.tokenizer, decoder.config
     mmproj = find_mmproj(path, text.hidden_size)
     vision = open_mmproj(mmproj) if mmproj else None
@@ -101,7 +101,7 @@ def open_files(
     processor = Processor(
         tokenizer,
         vision and replace(vision.images, aspect=ASPECTS[aspect or vision.images.aspect]),
-        decoder.template if template is None else template,
+        decoder.template,
         config.image_token_id,
         config.tokens_per_image if vision else 0,
         config.text.eos_token_ids,
