@@ -80,10 +80,17 @@ def load(config: Config):
             "llava_min.load and llava_min.save"
         )
     parameters = sum(p.numel() for p in on_meta(shapes).parameters())
+    if shapes.quantization and shapes.quantization.kind == "llava_min":
+        raise UserError(
+            f"{folder}: {shapes.quantization.method} is stored as llava_min has it, which "
+            "transformers does not read; compare the 16-bit folder, or nf4, int8 or int4 of it"
+        )
     bnb = in_bitsandbytes(shapes)
     if bnb and config.dtype == "fp64":
         raise UserError("bitsandbytes multiplies in fp32 at most; give fp32, or auto", "dtype")
-    auto = "fp64" if parameters <= SMALL and not bnb else "fp32"
+    auto = "fp64" if parameters <= SMALL else "fp32"
+    if bnb:  # transformers leaves what is not quantized as the files have it
+        auto = "fp32" if shapes.dtype == "float32" else "bf16"
     name = auto if config.dtype == "auto" else config.dtype
     dtype = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[name]
     tolerance = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 5e-2}["bf16" if bnb else name]
