@@ -218,7 +218,7 @@ def test_broken_lines_are_counted_by_kind_with_their_numbers(folder, capsys):
         assert "\x1b" not in out and "the answer is empty" in out
         (twice,) = [where for _, said, where in kinds if "property name" in said]
         assert twice == ("line 2, line 6" if text.startswith(good) else "line 3, line 7")
-    with pytest.raises(UserError, match="d.jsonl:1: column"):  # training stops at the first
+    with pytest.raises(UserError, match=r"d.jsonl:\d: column"):  # training stops at the first
         read_records(folder / "d.jsonl")
     (folder / "d.jsonl").write_text(good[:20])
     with pytest.raises(UserError, match="column"):

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 pytest.importorskip("transformers", reason="what is compared with; pip install -e '.[test]'")
 
-from conftest import their_model, write_folder
+from conftest import TEXT, VISION, their_model, write_folder
 
 import llava_min
 from llava_min.config import IGNORE
@@ -21,6 +22,8 @@ from llava_min.data.tokenizer.tokenizer_json import write_spaces
 from llava_min.errors import UserError
 from llava_min.load import TINY, save
 from llava_min.tools import parity
+from llava_min.tools.export import main as export
+from llava_min.tools.quantize import main as quantize
 
 STAGES = ["pixels", "ids", "labels", "tower", "projector", "logits", "loss", "greedy", "gradients"]
 
@@ -196,6 +199,62 @@ def test_a_difference_exits_1_and_says_where(folder, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert code == 1 and "the first stage that differs is pixels" in out
     assert len(re.findall("DIFFERS", out)) == 1  # each stage has the reference's input
+
+
+WIDE = {  # of whole groups of 128 and blocks of 64
+    "text_config": {**TEXT, "hidden_size": 128, "intermediate_size": 256},
+    "vision_config": {**VISION, "hidden_size": 64, "intermediate_size": 128},
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory, spm):
+    """A folder as we save it, and the same quantized by each method."""
+    room = tmp_path_factory.mktemp("wide")
+    bare = write_folder(room / "bare", spm, their_model(**WIDE))
+    save(*llava_min.load(str(bare), image_aspect_ratio="pad", template="llava_hf"), room / "hf")
+    for method in ("int4", "nf4", "int8", "hqq4"):
+        quantize([str(room / "hf"), str(room / method), "--method", method, "--dtype", "fp32"])
+    return room
+
+
+def test_a_quantized_folder_is_compared_too(wide, capsys):
+    pytest.importorskip("compressed_tensors", reason="what transformers reads int4 with")
+    assert parity.main([str(wide / "int4"), "--tokens", "4"]) == 0
+    assert "all 9 stages are the same" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_a_folder_in_bitsandbytes_is_compared_as_far_as_it_computes(method, wide, capsys):
+    pytest.importorskip("bitsandbytes", reason="what transformers reads nf4 and int8 with")
+    assert parity.main([str(wide / method), "--tokens", "4"]) == 0
+    out, err = capsys.readouterr()
+    assert "all 8 stages are the same" in out and "both in fp32" in err and "16 bit" in err
+    with pytest.raises(UserError, match="fp32 at most"):
+        parity.main([str(wide / method), "--dtype", "fp64"])
+
+
+def test_what_transformers_cannot_read_or_run_is_one_line(wide, tmp_path):
+    with pytest.raises(UserError, match="hqq4 is stored as llava_min has it"):
+        parity.main([str(wide / "hqq4")])
+    pytest.importorskip("bitsandbytes", reason="what transformers reads nf4 and int8 with")
+    quantize(["tiny", str(tmp_path / "nf4")])  # whose width of 160 is no whole blocks
+    with pytest.raises(UserError, match="does not run it.*blocks of 64") as e:
+        parity.main([str(tmp_path / "nf4")])
+    assert "\n" not in str(e.value)
+
+
+def test_an_exported_folder_is_the_same(tmp_path, capsys):
+    export(["tiny", str(tmp_path / "hf"), "--to", "hf"])
+    capsys.readouterr()
+    assert parity.main([str(tmp_path / "hf"), "--tokens", "4"]) == 0
+
+
+def test_without_transformers_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match="parity needs transformers; pip install") as e:
+        parity.main(["tiny"])
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize(

@@ -80,10 +80,26 @@ def load(config: Config):
             "llava_min.load and llava_min.save"
         )
     parameters = sum(p.numel() for p in on_meta(shapes).parameters())
-    name = config.dtype if config.dtype != "auto" else "fp64" if parameters <= SMALL else "fp32"
+    if shapes.quantization and shapes.quantization.kind == "llava_min":
+        raise UserError(
+            f"{folder}: {shapes.quantization.method} is stored as llava_min has it, which "
+            "transformers does not read; compare the 16-bit folder, or nf4, int8 or int4 of it"
+        )
+    bnb = in_bitsandbytes(shapes)
+    if bnb and config.dtype == "fp64":
+        raise UserError("bitsandbytes multiplies in fp32 at most; give fp32, or auto", "dtype")
+    auto = "fp64" if parameters <= SMALL else "fp32"
+    if bnb:  # transformers leaves what is not quantized as the files have it
+        auto = "fp32" if shapes.dtype == "float32" else "bf16"
+    name = auto if config.dtype == "auto" else config.dtype
     dtype = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[name]
-    tolerance = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 5e-2}[name]
+    tolerance = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 5e-2}["bf16" if bnb else name]
     info(f"transformers {transformers.__version__}, both in {name}")
+    if bnb:
+        info(
+            "bitsandbytes multiplies in 16 bit on the CPU and rounds int8's inputs, so as much is "
+            "allowed as in bf16; its gradients are left out"
+        )
     ratio = config.image_aspect_ratio
     model, processor = llava_min.load(
         str(folder), dtype=dtype, device="cpu", image_aspect_ratio=ratio
@@ -100,6 +116,10 @@ def load(config: Config):
             f"{folder}: transformers does not read it ({type(e).__name__}: {shorten(e, 300)})"
         ) from None
     return Sides(model, processor, theirs.eval().requires_grad_(False), reads), tolerance
+
+
+def in_bitsandbytes(shapes) -> bool:
+    return shapes.quantization is not None and shapes.quantization.kind == "bitsandbytes"
 
 
 def draw(sizes: Sequence[tuple[int, int]]) -> list:
@@ -137,6 +157,8 @@ def run_stages(sides, config: Config, tolerance: float) -> list:
     row = training_row(rows[1], sides.model.dtype)
     out.append(stages.loss(sides, row, tolerance))
     out.append(stages.greedy(sides, padded(rows[:1]), config.tokens))
+    if in_bitsandbytes(sides.model.config):
+        return out
     try:
         import peft  # noqa: F401
     except ImportError:

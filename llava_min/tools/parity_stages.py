@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llava_min.config import IGNORE
 from llava_min.data.chat import IMAGE_TOKEN
 from llava_min.data.processor import Processor
-from llava_min.errors import shorten
+from llava_min.errors import UserError, shorten
 from llava_min.generate import generate
 from llava_min.llava import Llava
 from llava_min.lora import LoRAConfig, lora_layers
@@ -137,13 +137,24 @@ def captured(module: nn.Module):
         hook.remove()
 
 
+def asked(theirs: nn.Module, batch: dict) -> Tensor:
+    """transformers' logits; UserError where it cannot run what it has read."""
+    try:
+        return theirs(**batch).logits
+    except Exception as e:  # whatever a version raises
+        raise UserError(
+            f"transformers reads this folder and does not run it ({type(e).__name__}: "
+            f"{shorten(e, 300)}); bitsandbytes wants widths of whole blocks of 64"
+        ) from None
+
+
 @torch.no_grad()
 def forward(sides: Sides, batch: dict, tolerance: float) -> list[Stage]:
     """tower, projector and logits of one batch, which transformers' processor made."""
     ours, theirs, out = sides.model, sides.theirs, []
     batch = dict(batch, pixel_values=batch["pixel_values"].to(ours.dtype))
     with captured(part(theirs, "multi_modal_projector")) as there:
-        their_logits = theirs(**batch).logits
+        their_logits = asked(theirs, batch)
     with captured(ours.multi_modal_projector) as here:
         ours.encode_images(batch["pixel_values"])
     n = len(batch["pixel_values"])
