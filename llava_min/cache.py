@@ -6,8 +6,7 @@
 
 The caller owns the cache and passes it down. All of it is allocated once.
 
-Shapes: B batch, T tokens, H heads, K key/value heads, G = H / K, D head dim, L slots, A answers
-or beams of a prompt (forks).
+Shapes: B batch, T tokens, H heads, K key/value heads, G = H / K, D head dim, L slots, A answers.
 """
 
 import torch

@@ -1,6 +1,4 @@
-"""Errors a user can act on, warnings, and text that is safe to print. Imports nothing of the
-package.
-"""
+"""Errors a user can act on, warnings, text that is safe to print. Imports no other page."""
 
 import difflib
 import functools
@@ -40,9 +38,7 @@ def set_labels(flags: dict[str, str]) -> None:
 
 
 def escape_controls(text: object) -> str:
-    """`text` with control and bidirectional-override characters escaped: data cannot drive the
-    terminal.
-    """
+    """Control and bidirectional-override characters escaped: data cannot drive the terminal."""
     escape = lambda c: c.encode("unicode_escape").decode()
     return "".join(c if c.isprintable() or c == " " else escape(c) for c in str(text))
 

@@ -110,11 +110,10 @@ def read_tower(folder: Path, config: LlavaConfig) -> tuple[LlavaConfig, Path | N
         clip = None
     if clip is None and config.vision_source == CLIP_336:
         return config.with_vision(VisionConfig(), str(path)), None
-    clip = clip or find_tower(folder, config.vision_source)
-    clip_path = clip / "config.json"
+    clip_path = (clip or find_tower(folder, config.vision_source)) / "config.json"
     where = f"{clip_path} (the mm_vision_tower of {path})"
     vision = VisionConfig.from_clip(read_json(clip_path), where)
-    return config.with_vision(vision, str(path)), clip
+    return config.with_vision(vision, str(path)), clip_path.parent
 
 
 def plan_model(

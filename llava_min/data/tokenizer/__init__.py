@@ -44,6 +44,7 @@ class Tokenizer:
         self.scheme, self.prepend, self.nfc = source.scheme, source.prepend, source.nfc
         self.sp, self.sp_inside = source.sp, source.sp_inside
         self.tokens = {id: token for token, id in self.vocab.items()}
+        self.size = max(self.tokens, default=-1) + 1
         self.added: dict[str, AddedToken] = {}
         for token, path in source.added:
             self.declare(token, path)
@@ -70,7 +71,7 @@ class Tokenizer:
 
     def __len__(self) -> int:
         """Highest id + 1: as many rows as an embedding needs."""
-        return max(self.tokens) + 1
+        return self.size
 
     def free_id(self, content: str) -> int:
         known = self.token_id(content)
@@ -86,6 +87,7 @@ class Tokenizer:
         else:
             self.added[token.content] = token
             self.tokens[token.id] = token.content
+            self.size = max(self.size, token.id + 1)
         self.__dict__.pop("matchers", None)  # drop the cached ones
 
     def add_special(self, content: str, id: int | None = None) -> int:
