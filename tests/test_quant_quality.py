@@ -32,7 +32,7 @@ GROUP = 64  # of SmolLM2, whose hidden size is 576
 NEAREST = {
     "awq4": partial(GroupLinear, bits=4, symmetric=True),
     "hqq4": partial(GroupLinear, bits=4),
-    "hqq2": partial(GroupLinear, bits=2),
+    "hqq2": partial(GroupLinear, bits=2),  # measured below; no test is about it
 }
 
 
@@ -127,21 +127,17 @@ def smollm(tmp_path_factory) -> Smollm:
     return Smollm(tmp_path_factory.mktemp("smollm"), given=3, held_out=2, tokens=192)
 
 
-@pytest.mark.parametrize("method, share", [("awq4", 0.8), ("hqq4", 1), ("hqq2", 0.5)])
+@pytest.mark.parametrize("method, share", [("awq4", 0.8), ("hqq4", 1)])
 def test_smollm_loses_less_than_by_rounding(method, share, smollm):
-    """share: at most so much of the rise that rounding to the nearest causes, in perplexity for 4
-    bits and in loss for 2, where rounding leaves no model."""
+    """share: at most so much of the rise of perplexity that rounding to the nearest causes."""
     plain = smollm.perplexity("fp32")
     ours, nearest = smollm.perplexity(method), smollm.perplexity(method, nearest=True)
-    if method == "hqq2":
-        plain, ours, nearest = map(math.log, (plain, ours, nearest))
     assert plain < ours and ours - plain <= share * (nearest - plain)
 
 
 # ---- tiny, with images
 
 
-@torch.no_grad()
 def test_tiny_loses_less_than_by_rounding(tmp_path):
     draw.write(tmp_path, "questions", train=24, val=24)
     processor = open_checkpoint("tiny").processor
@@ -152,7 +148,6 @@ def test_tiny_loses_less_than_by_rounding(tmp_path):
     plain = perplexity(read_plain("tiny"), held_out)
     ours = perplexity(by_awq("tiny", given, 16), held_out)
     nearest = perplexity(rounded("tiny", NEAREST["awq4"], 16), held_out)
-    print(plain, ours, nearest)
     assert plain < ours < nearest
 
 
