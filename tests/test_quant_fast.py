@@ -5,6 +5,7 @@ import copy
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -223,3 +224,22 @@ def test_a_product_that_saturates_is_not_taken(isa, exact):
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     name = "PackedInt8Linear" if exact else "FastInt8Linear"
     assert run.stdout.split() == [str(exact), name, "tensor(True)"], run.stderr
+
+
+def test_speed_up_holds_one_layer_twice_at_most(monkeypatch):
+    """The layers before are gone when the next one is made."""
+    gone = []
+    model = nn.Sequential(*(quantized(linear(dtype=BF16, seed=i), "int4") for i in range(3)))
+    for layer in model:
+        weakref.finalize(layer.weight_packed, gone.append, 1)
+    del layer
+    counts = []
+    make = int_matmul.Int4Linear
+
+    def counting(layer):
+        counts.append(len(gone))
+        return make(layer)
+
+    monkeypatch.setattr(int_matmul, "Int4Linear", counting)
+    speed_up(model, BF16)
+    assert counts == [0, 1, 2]

@@ -117,14 +117,27 @@ def upcast_linears(model: nn.Module) -> None:
 
 def swap_linears(model: nn.Module, order: Callable[[Tensor], Tensor]) -> None:
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for path in [path for path, layer in model.named_modules() if type(layer) is nn.Linear]:
-        layer = model.get_submodule(path)
-        if (
-            handles(layer.weight) and uses[id(layer.weight)] == 1
-        ):  # a tied head stays the embedding's
-            keep_freed_memory()
+    paths = [path for path, layer in model.named_modules() if type(layer) is nn.Linear]
+    packed = None
+    for path in paths:
+        weight = model.get_submodule(path).weight
+        if handles(weight) and uses[id(weight)] == 1:  # a tied head stays the embedding's
             parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, PrepackedLinear(layer, order))
+            del weight  # or it would be there until the next one
+            packed = PrepackedLinear(model.get_submodule(path), order)
+            setattr(model.get_submodule(parent), name, packed)
+            return_freed_memory()
+    if packed is not None:
+        keep_freed_memory()
+
+
+def return_freed_memory() -> None:
+    """Have glibc give freed blocks back: blocks in the order of a kernel do not fit into the holes
+    that the others leave, and half a model would stay behind as holes.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def keep_freed_memory(most: int = 1 << 28) -> None:

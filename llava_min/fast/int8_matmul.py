@@ -64,7 +64,7 @@ def digits(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     scale = size.mul_(1 / LARGEST[n]).clamp_(min=1e-37)
     middle = sum(128 << 8 * i for i in range(n)) + 0.5  # as the sum is cut off
     codes = (x / scale).add_(middle).to(torch.int32)
-    return codes.view(torch.uint8).view(*x.shape, 4)[..., :n].permute(2, 0, 1), scale
+    return torch.stack([(codes >> 8 * i).to(torch.uint8) for i in range(n)]), scale
 
 
 class PackedInt8Linear(QuantLinear):

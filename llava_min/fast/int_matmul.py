@@ -19,7 +19,7 @@ int4 group 128 4.25 bits a weight instead of 4.125.
 Shapes, as in quant/: R rows of input, N out_features, K in_features, g weights a group.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava_min.fast import int8_matmul
-from llava_min.fast.cpu_linear import bf16_is_slow
+from llava_min.fast.cpu_linear import bf16_is_slow, return_freed_memory
 from llava_min.fast.int8_matmul import PackedInt8Linear
 from llava_min.quant.bits import pack, unpack
 from llava_min.quant.codebook import CodebookLinear
@@ -246,24 +246,39 @@ def swap(model: nn.Module, path: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, layer)
 
 
+def replace_each(model: nn.Module, new: Callable[[QuantLinear], QuantLinear]) -> None:
+    """Put new(layer) in the place of each quantized layer, one after the other: once it is swapped,
+    nothing holds the old one, and its memory is given back."""
+    for path in [path for path, _ in quant_layers(model)]:
+        swap(model, path, new(model.get_submodule(path)))
+        return_freed_memory()
+
+
 def speed_up(model: nn.Module, dtype: torch.dtype) -> None:
     """Give each quantized layer, whole on its device, the fast products for inputs in `dtype`; one
-    after the other, so that one layer at most is there twice."""
-    for path, layer in quant_layers(model):
+    layer at most is there twice."""
+
+    def fast(layer: QuantLinear) -> QuantLinear:
         if not handles(layer):
-            continue
+            return layer
         if dtype == torch.bfloat16 and has_int4_kernel(layer):
-            swap(model, path, Int4Linear(layer))
-        elif int8_matmul.handles(layer, dtype):
-            swap(model, path, PackedInt8Linear(layer))
-        else:
-            layer.__class__ = BY_ROWS[type(layer)]  # only the product is another
+            return Int4Linear(layer)
+        if int8_matmul.handles(layer, dtype):
+            return PackedInt8Linear(layer)
+        layer.__class__ = BY_ROWS[type(layer)]  # only the product is another
+        return layer
+
+    replace_each(model, fast)
 
 
 def portable(model: nn.Module) -> None:
     """Undo `speed_up`, to save or to move the model to another device."""
-    for path, layer in quant_layers(model):
+
+    def plain(layer: QuantLinear) -> QuantLinear:
         if isinstance(layer, IN_KERNELS_ORDER):
-            swap(model, path, layer.portable())
-        elif isinstance(layer, ByRows):
+            return layer.portable()
+        if isinstance(layer, ByRows):
             layer.__class__ = type(layer).__mro__[2]
+        return layer
+
+    replace_each(model, plain)
