@@ -6,6 +6,7 @@ NCCL.
 A test of two ranks wants two GPUs.
 """
 
+import copy
 import json
 import math
 import os
@@ -16,10 +17,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from training import argv, final, lines, make_home, run, train
 
 import llava_min
+from llava_min.fast.int_matmul import Int4Linear, portable, speed_up
 from llava_min.load import load_model, on_meta
+from llava_min.quant.methods import METHODS, quantized
 from llava_min.tools.speed.setup import write_random
 from llava_min.toy import draw as toy
 from llava_min.training.batch_size import try_step
@@ -223,3 +227,30 @@ def test_two_ranks_are_one(home, tmp_path, mode):
     ]
     losses = [[x["loss"] for x in log if "loss" in x] for log in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 600])
+def test_quantized_products_are_the_plain_ones(method, rows):
+    """Few rows and many, gradients too; the kernel's order gives back what was stored."""
+    torch.manual_seed(0)
+    linear = nn.Linear(256, 208, device=GPU, dtype=torch.bfloat16).requires_grad_(False)
+    plain = quantized(linear, method)
+    model = nn.Sequential(copy.deepcopy(plain))
+    speed_up(model, torch.bfloat16)
+    has_kernel = torch.version.cuda and torch.cuda.get_device_capability() >= (8, 0)
+    four = method in ("int4", "awq4", "hqq4") and bool(has_kernel)
+    assert isinstance(model[0], Int4Linear) == four
+    x = torch.randn(1, rows, 256, device=GPU, dtype=torch.bfloat16)
+    weights, out = torch.randn(1, rows, 208, device=GPU, dtype=torch.bfloat16), []
+    for layer in (model, plain):
+        z = x.clone().requires_grad_()
+        y = layer(z)
+        y.backward(weights)
+        out.append((y.detach().float(), z.grad.float()))
+    for ours, theirs in zip(*out):
+        assert (ours - theirs).norm() <= 1e-2 * theirs.norm()
+    portable(model)
+    want = plain.state_dict()
+    assert model[0].state_dict().keys() == want.keys()
+    assert all(torch.equal(x, want[name]) for name, x in model[0].state_dict().items())
