@@ -1,6 +1,6 @@
 """The peak that `plan` and `train.py --dry-run` tell is what a GPU's allocator hands out.
 
-    pytest tests/gpu        # on a machine with CUDA; elsewhere every test here is skipped
+pytest tests/gpu        # on a machine with CUDA; elsewhere every test here is skipped
 """
 
 from dataclasses import replace
