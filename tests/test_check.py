@@ -183,6 +183,7 @@ def test_tokens_and_what_is_supervised_are_those_of_training(folder, processor):
         ('[{"id": NaN}]', "NaN"),
         ('[{"id": 1, "id": 2}]', "given twice"),
         ("[" * 100_000, "nested"),
+        ("no\x1b[31m\nJSON", "d.json:1: column 1"),
         (json.dumps([record("<image>a", "b", image=f"x{i}.png") for i in range(9)]), "0 of 9"),
     ],
 )

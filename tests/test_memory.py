@@ -140,6 +140,16 @@ def test_the_peak_is_within_five_percent_of_the_allocators(name):
 def test_many_blocks_are_counted_from_few(train, checkpointed, accum, monkeypatch):
     step = Step(train, BF16, 2, 320, gradient_checkpointing=checkpointed, grad_accum=accum)
     deep = replace(CONFIG, text=replace(TEXT, num_hidden_layers=11))
+    check_few(deep, step, monkeypatch)
+
+
+def test_many_quantized_blocks_are_counted_from_few(monkeypatch):
+    step = Step("lora", BF16, 2, 320, quantize="nf4", gradient_checkpointing=True)
+    deep = replace(CONFIG, text=replace(TEXT, num_hidden_layers=11))
+    check_few(deep, step, monkeypatch)
+
+
+def check_few(deep: LlavaConfig, step: Step, monkeypatch) -> None:
     few = step_memory(deep, step)
     memory.peak_above_weights.cache_clear()
     monkeypatch.setattr(memory, "SHALLOW", (2, 11))  # all of it is run

@@ -180,6 +180,8 @@ def read_files(
         root = Path(os.path.abspath(path.parent if image_folder is None else image_folder))
         check_image_folder(root, image_folder is not None)
         raw = list(raw_records(path, keep_broken=True))
+        if raw and all(isinstance(record, UserError) for _, record in raw):  # no data at all
+            raise raw[0][1]
         alone = len(raw) == 1 and raw[0][0].startswith("line")
         check_not_empty(path, len(raw), raw[0][1] if alone and is_container(raw[0][1]) else None)
         prefix = f"{path.name}:" if len(named) > 1 else ""
