@@ -165,22 +165,30 @@ def test_groups_without_both_signs_and_of_zeros():
 
 
 def reference_hqq(w, bits, rounds=20):
-    """As hqq does it, w (G, g); the mean error of each round as well."""
+    """As hqq does it, w (G, g), from its start; scale, the best zero-points of each group, that of
+    rounding to nearest among them, and the mean error of each round."""
     low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
     s = ((2**bits - 1) / (high - low)).clamp(max=2e4)
-    zero, errors, zeros = -low * s, [], []
-    zero = zero.round() if bits == 4 else zero
-    for _ in range(rounds):
+    start, means, tried = -low * s, [], []
+
+    def back(zero):
         codes = (w * s + zero).round().clamp(0, 2**bits - 1)
-        back = (codes - zero) / s
-        zeros.append(zero)
-        errors.append((w - back).abs().mean().item())
-        if len(errors) > 1 and errors[-1] >= min(errors[:-1]):
+        return codes, (codes - zero) / s
+
+    zero = start.round()
+    tried.append((zero, (w - back(zero)[1]).abs().mean(1, keepdim=True)))
+    zero = start.round() if bits == 4 else start
+    for _ in range(rounds):
+        codes, again = back(zero)
+        e = w - again
+        tried.append((zero, e.abs().mean(1, keepdim=True)))
+        means.append(e.abs().mean().item())
+        if len(means) > 1 and means[-1] >= means[-2]:
             break
-        e = w - back
         e = e.sign() * F.relu(e.abs() - e.abs().pow(-0.3) / 10)
         zero = (codes - (w - e) * s).mean(1, keepdim=True)
-    return 1 / s, zeros[min(range(len(errors)), key=errors.__getitem__)], errors
+    zeros, errors = (torch.cat(x, dim=1) for x in zip(*tried))
+    return 1 / s, zeros.gather(1, errors.argmin(1, keepdim=True)), means
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -191,7 +199,10 @@ def test_hqq_is_its_definition(bits, size):
     scale, zero = half_quadratic(w.unsqueeze(1), bits, identity)
     theirs = reference_hqq(w, bits)
     assert torch.allclose(scale.squeeze(1), theirs[0], rtol=1e-6)
-    assert (zero.squeeze(1) - theirs[1]).abs().max() <= 1e-3
+    same = (zero.squeeze(1) - theirs[1]).abs() <= 1e-3
+    error = lambda z: ((w / theirs[0] + z).round().clamp(0, 2**bits - 1) - z - w / theirs[0]).abs()
+    a, b = (error(z).mean(1, keepdim=True) for z in (zero.squeeze(1), theirs[1]))
+    assert (same | ((a - b).abs() <= 1e-5)).all() and same.float().mean() > 0.8  # or as good
     assert len(theirs[2]) > 2 or bits in (8, 1)
 
 
@@ -221,8 +232,7 @@ def test_hqq_never_rises_and_beats_rounding(bits, seed):
         now = (back - grouped).abs().mean().item()
         assert now <= previous
         previous = now
-    if bits > 1:  # of two values only, a whole zero-point makes one 0, a better start than HQQ's
-        assert error["hqq"] <= error["rtn"] * {8: 1, 4: 0.98, 3: 0.96, 2: 0.95}[bits]
+    assert error["hqq"] <= error["rtn"] * {8: 1, 4: 0.98, 3: 0.96, 2: 0.95, 1: 1}[bits]
 
 
 CONFIG_7B = {

@@ -8,8 +8,9 @@ Few weights far from the rest should not decide where the grid lies, so the erro
     zero = mean(code - (w - e) / scale)
 
 until the mean error stops falling. Only the zero-point moves, and no data is needed. Two things are
-ours: the best zero-point is kept, not the one after it, so the mean error never rises above that of
-the start; and the stop is that of the piece of rows at hand, which stays in the cache.
+ours: each group keeps the best of its zero-points, the whole one of rounding to nearest among them,
+so that no group ends worse than by that; and the stop is that of the piece of rows at hand, which
+stays in the cache.
 
 Shapes as in rounding.py.
 """
@@ -35,20 +36,27 @@ def half_quadratic(w: Tensor, bits: int, stored: Stored) -> tuple[Tensor, Tensor
     """w (N, G, g) -> scale, zero (N, G, 1)."""
     low, high = limits(w)
     scale, _ = stored(((high - low) / (2**bits - 1)).clamp_(min=1 / LARGEST), low)
-    zero = -low / scale
-    _, zero = stored(scale, zero.round_() if bits == 4 else zero)
-    scaled = w / scale
-    best, kept, up, size = float("inf"), zero, torch.empty_like(scaled), torch.empty_like(scaled)
+    start, scaled = -low / scale, w / scale
+    up, size = torch.empty_like(scaled), torch.empty_like(scaled)
+
+    def errors(zero: Tensor) -> Tensor:
+        """Mean |w_q - w| (N, G, 1); `up` is code - w / scale then, `size` |w_q - w| / scale."""
+        torch.add(scaled, zero, out=up).round_().clamp_(0, 2**bits - 1).sub_(scaled)
+        torch.sub(up, zero, out=size).abs_()
+        return size.mean(-1, keepdim=True) * scale
+
+    _, kept = stored(scale, start.round())
+    best, last = errors(kept), float("inf")
+    _, zero = stored(scale, start.round() if bits == 4 else start)
     for _ in range(ITERATIONS):
-        torch.add(scaled, zero, out=up).round_().clamp_(0, 2**bits - 1)
-        up.sub_(scaled)  # code - w / scale
-        following = up.mean(-1, keepdim=True)
-        torch.abs(up.sub_(zero), out=size)  # |w_q - w| / scale
-        error = (size.mean(-1, keepdim=True) * scale).mean().item()
-        if error >= best:
+        error = errors(zero)
+        kept, best = torch.where(error < best, zero, kept), torch.minimum(error, best)
+        mean = error.mean().item()
+        if mean >= last:
             break
-        best, kept = error, zero
+        last, following = mean, up.mean(-1, keepdim=True)
         if (size.amax(-1, keepdim=True) * scale).amax() > VANISHES:
-            following = following + (shrink(up.mul_(-scale)) / scale).mean(-1, keepdim=True)
+            e = shrink(up.sub_(zero).mul_(-scale))  # w - w_q is what is shrunk
+            following = following + (e / scale).mean(-1, keepdim=True)
         _, zero = stored(scale, following)
     return scale, kept
