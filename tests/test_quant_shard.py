@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
-from test_dist import succeed
+from test_dist import free_port, succeed
 from torch import nn
 from training import argv, lines, make_home, train
 
@@ -113,11 +113,17 @@ def settings(home: Path, method: str, out: str, *more: str) -> list[str]:
     return argv(home, home / f"{method}-{out}", *steps)
 
 
-def two_ranks(home: str) -> None:
+def two_ranks(home: str, *ports: int) -> None:
+    def run(*args: str) -> None:
+        # one of its own: a rank that is ahead would meet the store of the other's last run
+        os.environ["MASTER_PORT"] = str(next(port))
+        train.main(settings(Path(home), *args))
+
+    port = iter(ports)
     for method in METHODS_OF_RUNS:
-        train.main(settings(Path(home), method, "two"))
+        run(method, "two")
         checkpoint = Path(home, f"{method}-two", "checkpoints", "step-000003")
-        train.main(settings(Path(home), method, "resumed", "--resume", str(checkpoint)))
+        run(method, "resumed", "--resume", str(checkpoint))
 
 
 def losses(out: Path) -> list[float]:
@@ -133,7 +139,7 @@ def test_a_run_on_two_ranks(tmp_path):
     home = make_home(tmp_path)
     int4 = ["--method", "int4", "--group-size", "8", "--dtype", "fp32"]
     quantize([str(home / "model"), str(home / "int4"), *int4])
-    succeed(two_ranks, str(home))
+    succeed(two_ranks, str(home), *(free_port() for _ in range(2 * len(METHODS_OF_RUNS))))
     for method in METHODS_OF_RUNS:
         train.main(settings(home, method, "one", "--grad-accum", "2"))
         one, two, resumed = (home / f"{method}-{x}" for x in ("one", "two", "resumed"))
