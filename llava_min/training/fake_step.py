@@ -30,7 +30,7 @@ from llava_min.fast.cpu_linear import upcast_linears
 from llava_min.fast.int_matmul import swap
 from llava_min.llava import LOGIT_ROWS, Llava
 from llava_min.load import BLOCKS, on_meta
-from llava_min.quant.codebook import VALUES, codebook
+from llava_min.quant.codebook import VALUES, codebook_pairs
 from llava_min.quant.linear import QuantLinear
 from llava_min.quant.methods import METHODS
 from llava_min.training.targets import add_lora
@@ -173,7 +173,7 @@ def fake_tensors(device: str) -> Iterator[None]:
     """Within, tensors have no values, and what is computed on them takes the memory that it takes
     on `device`, though they are said to be the CPU's."""
     for kind in VALUES:  # made before, because they stay in a cache
-        codebook(kind, torch.device("cpu"))
+        codebook_pairs(kind, torch.device("cpu"))
     here = [(module, name, getattr(module, name)) for module, name, _ in ON_GPU]
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
