@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: no test reaches for the network
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, as do what they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
