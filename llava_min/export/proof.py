@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llava_min.errors import UserError, label
 from llava_min.export.stream import Read, Sums, as_bytes, reader_thread
-from llava_min.export.tensors import Tensors, read_from
+from llava_min.export.tensors import Stored, Tensors
 from llava_min.llava import Llava
 from llava_min.load import on_meta, plan_model, read_config
 from llava_min.tensors import TensorInfo
@@ -102,7 +102,7 @@ class Checked:
     def __init__(
         self, model: Llava, entries: dict[str, TensorInfo], sums: Sums, dtype: torch.dtype
     ):
-        self.reader, self.entries = read_from(entries, model), entries
+        self.reader, self.entries = Stored(entries, model), entries
         self.left, self.dtype = dict(sums), dtype
 
     def __call__(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -113,7 +113,7 @@ class Checked:
                 f"{entry}: reads back otherwise than it was written; "
                 "check the disk, and write it again"
             )
-        return x.to(dtype)
+        return x if dtype == self.dtype else self.reader.memory.empty(x.shape, dtype).copy_(x)
 
     def rest(self) -> None:
         """Those that no forward pass has needed."""
@@ -131,11 +131,17 @@ def prove(model: Tensors, folder: Path, dtype: torch.dtype, rows: int, sums: Sum
     run = torch.bfloat16 if dtype == torch.bfloat16 and not small else torch.float32
     found, entries, _ = plan_model(folder, *read_config(folder))
     checked = Checked(found, entries, sums, dtype)
-    compared = outputs(found, checked, run, rows, small)
-    checked.rest()
-    source = on_meta(model.model.config)
-    worst = 0.0
-    for mine, right in zip(compared, outputs(source, model.read, run, rows, small)):
+    source, worst = on_meta(model.model.config), 0.0
+
+    def read_back() -> list[Tensor]:
+        out = outputs(found, checked, run, rows, small)
+        checked.rest()
+        return out
+
+    with ThreadPoolExecutor(1) as pool:  # one beside the other: each waits for its own file
+        compared = pool.submit(read_back)
+        expected = outputs(source, model.read, run, rows, small)
+    for mine, right in zip(compared.result(), expected):
         worst = max(worst, float((mine - right).abs().max()))
         most = float(right.abs().max())
         if not worst <= TOLERANCE[dtype] * most:
