@@ -22,7 +22,10 @@ class Memory:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """As torch.empty, on the CPU."""
         size = math.prod(shape) * dtype.itemsize
-        room = self.free[size].pop() if self.free[size] else torch.empty(size, dtype=torch.uint8)
+        try:
+            room = self.free[size].pop()
+        except IndexError:
+            room = torch.empty(size, dtype=torch.uint8)
         # a tensor made from an array keeps it for as long as any view of it or a parameter is there
         array = room.numpy()
         weakref.finalize(array, self.free[size].append, room).atexit = False

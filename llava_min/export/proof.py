@@ -5,7 +5,6 @@ Both models run block by block, each with its weights for as long as it runs and
 their way, so a model of any size is compared in the memory of two blocks.
 """
 
-import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_min.errors import UserError, label
-from llava_min.export.stream import Read, Sums, as_bytes, reader_thread
+from llava_min.export.stream import Read, Sums, checksum, reader_threads
 from llava_min.export.tensors import Stored, Tensors
 from llava_min.llava import Llava
 from llava_min.load import on_meta, plan_model, read_config
@@ -87,7 +86,7 @@ def outputs(model: Llava, read: Read, dtype: torch.dtype, rows: int, small: bool
     g = torch.Generator().manual_seed(0)
     pixels = torch.randn(1, 3, *[config.vision.image_size] * 2, generator=g)
     ids = torch.randint(0, min(rows, config.image_token_id), (1, 24), generator=g)
-    with reader_thread() as pool:
+    with reader_threads() as pool:
         Streamed(model, read, dtype, pool)
         if small:
             image = torch.full((1, config.tokens_per_image), config.image_token_id)
@@ -108,7 +107,7 @@ class Checked:
     def __call__(self, name: str, dtype: torch.dtype) -> Tensor:
         x, entry = self.reader(name, self.dtype), self.entries[name]
         right = self.left.pop(name, None)
-        if right is not None and zlib.crc32(as_bytes(x[: entry.shape[0]])) != right:
+        if right is not None and checksum(x[: entry.shape[0]]) != right:
             raise UserError(
                 f"{entry}: reads back otherwise than it was written; "
                 "check the disk, and write it again"

@@ -5,6 +5,7 @@ its largest tensor. Adapters are merged as their tensors' layers pass by.
 """
 
 import copy
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -60,8 +61,15 @@ class Stored:
     """Reads tensors from their files; vocabulary rows that a file lacks are the others' mean."""
 
     def __init__(self, entries: dict[str, TensorInfo], model: nn.Module):
-        self.entries, self.model, self.reader = entries, model, Reader()
-        self.memory = Memory()
+        self.entries, self.model, self.memory = entries, model, Memory()
+        self.local = threading.local()
+
+    @property
+    def reader(self) -> Reader:
+        """This thread's own: it has one file open, and buffers."""
+        if not hasattr(self.local, "reader"):
+            self.local.reader = Reader()
+        return self.local.reader
 
     def __call__(self, name: str, dtype: torch.dtype) -> Tensor:
         x = self.memory.empty(self.model.get_parameter(name).shape, dtype)
@@ -181,17 +189,17 @@ class Adapter:
 
     def apply(self, name: str, w: Tensor, first: int) -> Tensor:
         """Rows of the tensor of that name, from `first` on, as the adapter makes them from the
-        base's, `w` (fp32), which stay as they are.
+        base's, `w` (fp32), whose memory they take.
         """
         path, rows = name.removesuffix(".weight"), slice(first, first + len(w))
         if (a := self.tensors.get(f"{path}.lora_A.weight")) is None:
-            return self.tensors[name][rows]
+            return w.copy_(self.tensors[name][rows])
         b = self.tensors[f"{path}.lora_B.weight"][rows]
-        new = torch.addmm(w, b, a, alpha=self.config.rank_and_scaling(path)[1])
+        w.addmm_(b, a, alpha=self.config.rank_and_scaling(path)[1])
         magnitude = self.tensors.get(f"{path}.lora_magnitude_vector")
         if magnitude is not None:
-            new *= (magnitude[rows] / row_norms(new, torch.float32))[:, None]
-        return new
+            w *= (magnitude[rows] / row_norms(w, torch.float32))[:, None]
+        return w
 
 
 class Merge:
@@ -224,16 +232,18 @@ class Merge:
 def merged(
     name: str, w: Tensor, first: int, mine: list[tuple[Adapter, float]], dtype: torch.dtype
 ) -> Tensor:
-    """Rows `w` of a tensor, from `first` on, with the adapters that change it in them; notes
-    whether one makes a difference in `dtype`.
+    """Rows `w` of a tensor, from `first` on, with the adapters that change it in them, maybe in
+    their memory; notes whether one makes a difference in `dtype`.
     """
-    total = None
+    total, alone = None, len(mine) == 1 and mine[0][1] == 1
     for adapter, weight in mine:
-        new = adapter.apply(name, w, first)
-        adapter.changes = adapter.changes or not torch.equal(new.to(dtype), w.to(dtype))
-        if len(mine) == 1 and weight == 1:
+        before = None if adapter.changes else w.to(dtype, copy=True)
+        new = adapter.apply(name, w if alone else w.clone(), first)
+        if before is not None and not torch.equal(new.to(dtype), before):
+            adapter.changes = True
+        if alone:
             return new
-        part = (new - w).mul_(weight)  # not in place: `new` may be the adapter's own
+        part = new.sub_(w).mul_(weight)
         total = part if total is None else total.add_(part)
     return total.add_(w)
 
