@@ -247,6 +247,20 @@ def test_memory_comes_back_when_nothing_holds_it():
     assert memory.empty((2, 8), torch.bfloat16).data_ptr() != at  # another size
 
 
+def test_checksum_tells_bytes_apart():
+    """One bit anywhere, also in the last bytes that fill no page; two pages that changed places."""
+    data = torch.randint(0, 256, (3 * stream.PAGE + 77,), dtype=torch.uint8)
+    right = stream.checksum(data)
+    assert stream.checksum(data.clone()) == right
+    for at in (0, stream.PAGE - 1, 2 * stream.PAGE + 100, 3 * stream.PAGE, len(data) - 1):
+        for bit in range(8):
+            other = data.clone()
+            other[at] ^= 1 << bit
+            assert stream.checksum(other) != right, (at, bit)
+    pages = data[: 3 * stream.PAGE].view(3, -1)
+    assert stream.checksum(torch.cat([pages[[1, 0, 2]].view(-1), data[-77:]])) != right
+
+
 def test_bytes_are_read_back(tmp_path, source):
     model, path = open_model(str(source)), tmp_path / "x.safetensors"
     rows, sums = [stream.Row(n, n, model.shape(n), torch.float32) for n in model.names], {}
