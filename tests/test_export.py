@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import IMAGE, PIECES, pixels, rows, their_model, write_folder
 from PIL import Image
+from torch import nn
 
 from llava_min import load
 from llava_min.adapter import save_adapter
@@ -13,6 +14,7 @@ from llava_min.errors import UserError
 from llava_min.export import hf, original, proof, stream
 from llava_min.export.hf import write_hf
 from llava_min.export.jinja import JINJA
+from llava_min.export.memory import Memory
 from llava_min.export.tensors import open_model
 from llava_min.lora import LoRAConfig
 from llava_min.tensors import list_tensors
@@ -172,6 +174,12 @@ def test_what_is_there_is_kept(tmp_path, source):
         export.main([str(source), str(other), "--to", "hf", "--overwrite"])
     with pytest.raises(UserError, match="is the model itself"):
         export.main([str(source), str(source), "--to", "original", "--overwrite"])
+    (tmp_path / "link").symlink_to(out)
+    (tmp_path / "file").write_text("mine")
+    for name, what in (("link", "a link"), ("file", "no folder")):
+        says = f"exists already as {what}, and only .*; give another path or remove it$"
+        with pytest.raises(UserError, match=says):
+            export.main([str(source), str(tmp_path / name), "--to", "hf", "--overwrite"])
 
 
 def test_a_wrong_tensor_is_found(tmp_path, source):
@@ -224,6 +232,33 @@ def test_a_large_model_is_compared_too(tmp_path, spm, kind, to, monkeypatch):
         with pytest.raises(UserError, match="logits differ from the source's"):
             with new_folder(tmp_path / "out") as aside:
                 page.export(model, aside, torch.float32, None)
+
+
+def test_memory_comes_back_when_nothing_holds_it():
+    memory, shape = Memory(), (4, 8)
+    x = memory.empty(shape, torch.bfloat16)
+    assert x.shape == shape and x.dtype == torch.bfloat16
+    at, kept = x.data_ptr(), nn.Parameter(x, requires_grad=False)[1:2]
+    del x
+    other = memory.empty(shape, torch.bfloat16)  # a view of a parameter of it is left
+    assert other.data_ptr() != at
+    del kept
+    assert memory.empty((2, 8), torch.float32).data_ptr() == at
+    assert memory.empty((2, 8), torch.bfloat16).data_ptr() != at  # another size
+
+
+def test_checksum_tells_bytes_apart():
+    """One bit anywhere, also in the last bytes that fill no page; two pages that changed places."""
+    data = torch.randint(0, 256, (3 * stream.PAGE + 77,), dtype=torch.uint8)
+    right = stream.checksum(data)
+    assert stream.checksum(data.clone()) == right
+    for at in (0, stream.PAGE - 1, 2 * stream.PAGE + 100, 3 * stream.PAGE, len(data) - 1):
+        for bit in range(8):
+            other = data.clone()
+            other[at] ^= 1 << bit
+            assert stream.checksum(other) != right, (at, bit)
+    pages = data[: 3 * stream.PAGE].view(3, -1)
+    assert stream.checksum(torch.cat([pages[[1, 0, 2]].view(-1), data[-77:]])) != right
 
 
 def test_bytes_are_read_back(tmp_path, source):

@@ -279,6 +279,19 @@ def test_smollm2(capsys):
     assert "Paris" in said.out and "chat template" not in said.err
 
 
+def test_a_method_that_does_not_fit_names_what_does(tiny, alone):
+    """The verb quantize, which has smaller groups, is offered for a LLaVA, the only kind it takes."""
+    text = "int4: its usual group of 128 does not divide the width 160 of a layer; give "
+    with pytest.raises(UserError, match=f"^quantize: {text}(.*)$") as e:
+        load(alone, quantize="int4")
+    methods = str(e.value).partition("; give ")[2].split(", ")
+    assert methods
+    for method in methods:
+        load(alone, quantize=method, device="cpu")
+    with pytest.raises(UserError, match=f"{text}.*, or make a checkpoint in groups of 16 with"):
+        load(tiny["f16"], quantize="int4")
+
+
 # ---- damaged files
 
 

@@ -4,6 +4,7 @@ near it, and how near is said.
 
 import gc
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from test_merge import logits, make_adapter, run
 from test_quantize import WIDE, write_awq_gemm
 
 from llava_min import load
+from llava_min import weights as weights_page
 from llava_min.config import IGNORE
 from llava_min.data.dataset import Dataset
 from llava_min.data.records import read_records
@@ -88,6 +90,32 @@ def test_one_layer_at_a_time_is_in_memory(base):
         model.read(name, torch.float32)
     gc.collect()
     assert in_memory() <= before
+
+
+@pytest.mark.parametrize("quantize", [None, "hqq4"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_piece_at_a_time(base, tmp_path, monkeypatch, dora, quantize):
+    """Merged a few rows at a time, tensors are what they are in one piece; the original layout's
+    vocabulary has fewer rows than the model's.
+    """
+    a = make_adapter(base, tmp_path / "a", seed=1, dora=dora)
+    b = make_adapter(base, tmp_path / "b", seed=2, projector=False)
+    g = torch.Generator().manual_seed(4)
+    table = "language_model.embed_tokens.weight"
+    for adapters, weights in (([a], None), ([a, b], [0.5, -0.25])):
+        read = open_model(str(base), [str(x) for x in adapters], weights, quantize).read
+        table_of = read.base.entries[table]
+        new = 0.1 * torch.randn(*read.base.model.get_parameter(table).shape, generator=g)
+        read.adapters[0].tensors[table] = new  # as an adapter with a trained vocabulary has it
+        read.base.entries[table] = replace(table_of, shape=(table_of.shape[0] - 3, new.shape[1]))
+        names = [name for name, _ in read.base.model.named_parameters()]
+        whole = {name: read(name, torch.float32) for name in names}
+        with monkeypatch.context() as m:
+            m.setattr(weights_page, "PIECE", 1000)
+            assert len(list(read.base.pieces(table))) > 2
+            for name in names:
+                x = read(name, torch.float32)
+                torch.testing.assert_close(x, whole[name], atol=1e-6, rtol=1e-6)
 
 
 # ---- how far it is from the trained model

@@ -27,8 +27,8 @@ from llava_min.export.read_gguf import open_gguf, write_tokenizer
 from llava_min.export.stream import Read
 from llava_min.export.tensors import (
     PROJECTOR,
+    Stored,
     Tensors,
-    read_from,
     read_projector,
     written_dtype,
 )
@@ -87,7 +87,7 @@ def build(
         config.tokens_per_image,
         config.text.eos_token_ids,
     )
-    return Tensors(model, processor, joined(read_from(entries, model), whole), decoder.dtype)
+    return Tensors(model, processor, joined(Stored(entries, model), whole), decoder.dtype)
 
 
 def joined(read: Read, projector: dict[str, Tensor]) -> Read:

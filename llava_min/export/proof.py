@@ -5,7 +5,6 @@ Both models run block by block, each with its weights for as long as it runs and
 their way, so a model of any size is compared in the memory of two blocks.
 """
 
-import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from llava_min.errors import UserError, label
-from llava_min.export.stream import Read, Sums, as_bytes, reader_thread
-from llava_min.export.tensors import Tensors, read_from
+from llava_min.export.stream import Read, Sums, checksum, reader_threads
+from llava_min.export.tensors import Stored, Tensors
 from llava_min.llava import Llava
 from llava_min.load import on_meta, plan_model, read_config
 from llava_min.tensors import TensorInfo
@@ -87,7 +86,7 @@ def outputs(model: Llava, read: Read, dtype: torch.dtype, rows: int, small: bool
     g = torch.Generator().manual_seed(0)
     pixels = torch.randn(1, 3, *[config.vision.image_size] * 2, generator=g)
     ids = torch.randint(0, min(rows, config.image_token_id), (1, 24), generator=g)
-    with reader_thread() as pool:
+    with reader_threads() as pool:
         Streamed(model, read, dtype, pool)
         if small:
             image = torch.full((1, config.tokens_per_image), config.image_token_id)
@@ -102,18 +101,18 @@ class Checked:
     def __init__(
         self, model: Llava, entries: dict[str, TensorInfo], sums: Sums, dtype: torch.dtype
     ):
-        self.reader, self.entries = read_from(entries, model), entries
+        self.reader, self.entries = Stored(entries, model), entries
         self.left, self.dtype = dict(sums), dtype
 
     def __call__(self, name: str, dtype: torch.dtype) -> Tensor:
         x, entry = self.reader(name, self.dtype), self.entries[name]
         right = self.left.pop(name, None)
-        if right is not None and zlib.crc32(as_bytes(x[: entry.shape[0]])) != right:
+        if right is not None and checksum(x[: entry.shape[0]]) != right:
             raise UserError(
                 f"{entry}: reads back otherwise than it was written; "
                 "check the disk, and write it again"
             )
-        return x.to(dtype)
+        return x if dtype == self.dtype else self.reader.memory.empty(x.shape, dtype).copy_(x)
 
     def rest(self) -> None:
         """Those that no forward pass has needed."""
@@ -131,11 +130,17 @@ def prove(model: Tensors, folder: Path, dtype: torch.dtype, rows: int, sums: Sum
     run = torch.bfloat16 if dtype == torch.bfloat16 and not small else torch.float32
     found, entries, _ = plan_model(folder, *read_config(folder))
     checked = Checked(found, entries, sums, dtype)
-    compared = outputs(found, checked, run, rows, small)
-    checked.rest()
-    source = on_meta(model.model.config)
-    worst = 0.0
-    for mine, right in zip(compared, outputs(source, model.read, run, rows, small)):
+    source, worst = on_meta(model.model.config), 0.0
+
+    def read_back() -> list[Tensor]:
+        out = outputs(found, checked, run, rows, small)
+        checked.rest()
+        return out
+
+    with ThreadPoolExecutor(1) as pool:  # one beside the other: each waits for its own file
+        compared = pool.submit(read_back)
+        expected = outputs(source, model.read, run, rows, small)
+    for mine, right in zip(compared.result(), expected):
         worst = max(worst, float((mine - right).abs().max()))
         most = float(right.abs().max())
         if not worst <= TOLERANCE[dtype] * most:

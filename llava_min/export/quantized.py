@@ -102,13 +102,17 @@ def quantize_linears(
     linears = {path: m for path, m in model.named_modules() if type(m) is nn.Linear}
     layers = {path: m for path, m in linears.items() if path.startswith(inside)}
     if group_size is None:
-        check_method_fits(list(layers.values()), method)
+        is_llava = any(path.startswith("vision_tower.") for path in linears)
+        check_method_fits(list(layers.values()), method, is_llava)
     quantize_layers(model, list(layers), method, group_size)
     return Stored(kind_of(method, group_size), method, group_size)
 
 
-def check_method_fits(layers: list[nn.Linear], method: str) -> None:
-    """`method`, in its usual groups, fits the shapes of all layers; UserError names what does."""
+def check_method_fits(layers: list[nn.Linear], method: str, is_llava: bool) -> None:
+    """`method`, in its usual groups, fits the shapes of all layers; UserError names what does.
+
+    is_llava: the verb quantize, which has other groups, takes no language model alone.
+    """
 
     def misfit(method: str, group_size: int | None = None) -> nn.Linear | None:
         return next((m for m in layers if not fits(m, method, group_size)), None)
@@ -125,7 +129,7 @@ def check_method_fits(layers: list[nn.Linear], method: str) -> None:
     sizes = [size for size in (128, 64, 32, 16, 8) if misfit(method, size) is None]
     smaller = (
         f", or make a checkpoint in groups of {sizes[0]} with `python -m llava_min quantize`"
-        if sizes
+        if sizes and is_llava
         else ""
     )
     raise UserError(

@@ -5,6 +5,8 @@ its largest tensor. Adapters are merged as their tensors' layers pass by.
 """
 
 import copy
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,13 +17,14 @@ from llava_min.adapter import lora_paths, read_adapter
 from llava_min.checks.load import check_llava
 from llava_min.data.processor import Processor
 from llava_min.errors import UserError, escape_controls, info, label
+from llava_min.export.memory import Memory
 from llava_min.export.stream import Read
 from llava_min.llava import Llava
 from llava_min.load import Checkpoint, on_meta, open_checkpoint
 from llava_min.lora import LoRAConfig, row_norms
 from llava_min.names import to_ours
 from llava_min.tensors import TensorInfo, list_tensors
-from llava_min.weights import DTYPES, NAMES, Reader, layers_that_load, mean_row
+from llava_min.weights import DTYPES, NAMES, Reader, layers_that_load, mean_row, row_ranges
 
 PROJECTOR = "multi_modal_projector."
 
@@ -54,42 +57,70 @@ class Tensors:
         return out.eval()
 
 
-def read_from(entries: dict[str, TensorInfo], model: nn.Module) -> Read:
+class Stored:
     """Reads tensors from their files; vocabulary rows that a file lacks are the others' mean."""
-    reader = Reader()
 
-    def read(name: str, dtype: torch.dtype) -> Tensor:
-        entry, shape = entries[name], model.get_parameter(name).shape
-        x = torch.empty(shape, dtype=dtype)
-        rows = entry.shape[0]
-        reader.fill(x[:rows], entry)
-        if rows < len(x):
-            x[rows:] = mean_row(reader, entry)
+    def __init__(self, entries: dict[str, TensorInfo], model: nn.Module):
+        self.entries, self.model, self.memory = entries, model, Memory()
+        self.local = threading.local()
+
+    @property
+    def reader(self) -> Reader:
+        """This thread's own: it has one file open, and buffers."""
+        if not hasattr(self.local, "reader"):
+            self.local.reader = Reader()
+        return self.local.reader
+
+    def __call__(self, name: str, dtype: torch.dtype) -> Tensor:
+        x = self.memory.empty(self.model.get_parameter(name).shape, dtype)
+        self.fill(x, name, 0)
         return x
 
-    return read
+    def fill(self, out: Tensor, name: str, first: int) -> None:
+        """Read rows into `out`, in its dtype: from `first` on, as many as it has."""
+        entry = self.entries[name]
+        stored = max(0, min(len(out), entry.shape[0] - first))
+        self.reader.fill(out[:stored], entry, first)
+        if stored < len(out):
+            out[stored:] = mean_row(self.reader, entry)
+
+    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """Runs of rows in fp32, each with the number of its first; the next takes its memory."""
+        p, piece = self.model.get_parameter(name), None
+        for first, end in row_ranges(p, 0, len(p)):
+            piece = torch.empty(end - first, *p.shape[1:]) if piece is None else piece
+            self.fill(piece[: end - first], name, first)
+            yield first, piece[: end - first]
 
 
-def dequantized(read: Read, checkpoint: Checkpoint) -> Read:
+class Dequantized(Stored):
     """Reads the weights of a checkpoint's quantized layers as those that they stand for, one after
-    the other, and everything else as `read` does.
+    the other, and everything else as `Stored` does.
     """
-    parts, entries, cpu = checkpoint.parts, checkpoint.entries, torch.device("cpu")
-    layers, reader = layers_that_load(checkpoint.model), Reader()
 
-    def read_weight(name: str, dtype: torch.dtype) -> Tensor:
-        if name not in layers:
-            return read(name, dtype)
-        path, layer = layers[name]
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module):
+        super().__init__(checkpoint.entries, model)
+        self.parts, self.layers = checkpoint.parts, layers_that_load(checkpoint.model)
+
+    def __call__(self, name: str, dtype: torch.dtype) -> Tensor:
+        if name not in self.layers:
+            return super().__call__(name, dtype)
+        path, layer = self.layers[name]
         layer = copy.copy(layer)  # on meta; what it is given is forgotten with the copy
         layer._parameters = dict(layer._parameters)
-        if path in parts.layers:
-            parts.fill_layer(layer, path, reader, cpu)
+        if path in self.parts.layers:
+            self.parts.fill_layer(layer, path, self.reader, torch.device("cpu"))
         else:
-            layer.load(read(name, entries[name].torch_dtype))
+            layer.load(super().__call__(name, self.entries[name].torch_dtype))
         return layer.dequantize(dtype)
 
-    return read_weight
+    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        if name not in self.layers:
+            yield from super().pieces(name)
+            return
+        x = self(name, torch.float32)
+        for first, end in row_ranges(x, 0, len(x)):
+            yield first, x[first:end]
 
 
 def written_dtype(info: TensorInfo) -> torch.dtype:
@@ -126,7 +157,7 @@ def open_model(
     if (stored := checkpoint.config.quantization) is not None:
         info(f"{source}: weights in {stored.method} become those that they stand for")
     model = on_meta(replace(checkpoint.config, quantization=None))
-    read = dequantized(read_from(checkpoint.entries, model), checkpoint)
+    read = Dequantized(checkpoint, model)
     if adapters:
         weights = [1.0] * len(adapters) if weights is None else weights
         if len(weights) != len(adapters):
@@ -147,7 +178,7 @@ class Adapter:
 
     path: Path
     config: LoRAConfig | None  # None: whole tensors alone, such as a projector
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor]  # fp32
     changes: bool = field(default=False, init=False)  # whether any tensor so far became another
 
     @property
@@ -156,39 +187,38 @@ class Adapter:
         whole = {name for name in self.tensors if ".lora_" not in name}
         return whole | {f"{path}.weight" for path in lora_paths(self.tensors)}
 
-    def apply(self, name: str, w: Tensor) -> Tensor:
-        """The tensor of that name as the adapter makes it from `w` (fp32), which stays as it is."""
-        path = name.removesuffix(".weight")
+    def apply(self, name: str, w: Tensor, first: int) -> Tensor:
+        """Rows of the tensor of that name, from `first` on, as the adapter makes them from the
+        base's, `w` (fp32), whose memory they take.
+        """
+        path, rows = name.removesuffix(".weight"), slice(first, first + len(w))
         if (a := self.tensors.get(f"{path}.lora_A.weight")) is None:
-            return self.tensors[name].float()
-        b = self.tensors[f"{path}.lora_B.weight"].float()
-        new = torch.addmm(w, b, a.float(), alpha=self.config.rank_and_scaling(path)[1])
+            return w.copy_(self.tensors[name][rows])
+        b = self.tensors[f"{path}.lora_B.weight"][rows]
+        w.addmm_(b, a, alpha=self.config.rank_and_scaling(path)[1])
         magnitude = self.tensors.get(f"{path}.lora_magnitude_vector")
         if magnitude is not None:
-            new *= (magnitude.float() / row_norms(new, torch.float32))[:, None]
-        return new
+            w *= (magnitude[rows] / row_norms(w, torch.float32))[:, None]
+        return w
 
 
 class Merge:
-    """Reads the base's tensors with adapters in them: W + the sum of weight × (adapted W - W)."""
+    """Reads the base's tensors with adapters in them: W + the sum of weight × (adapted W - W).
 
-    def __init__(self, read: Read, adapters: list[Adapter], weights: list[float]):
-        self.base, self.adapters, self.weights = read, adapters, weights
+    A piece at a time, which stays in a core's cache from W to what is written of it.
+    """
+
+    def __init__(self, base: Stored, adapters: list[Adapter], weights: list[float]):
+        self.base, self.adapters, self.weights = base, adapters, weights
 
     def __call__(self, name: str, dtype: torch.dtype) -> Tensor:
         mine = [(a, x) for a, x in zip(self.adapters, self.weights) if name in a.targets]
         if not mine:
             return self.base(name, dtype)
-        w = self.base(name, torch.float32)
-        total = None
-        for adapter, weight in mine:
-            new = adapter.apply(name, w)
-            adapter.changes = adapter.changes or not torch.equal(new.to(dtype), w.to(dtype))
-            if len(mine) == 1 and weight == 1:
-                return new.to(dtype)
-            part = (new - w).mul_(weight)  # not in place: `new` may be the adapter's own
-            total = part if total is None else total.add_(part)
-        return total.add_(w).to(dtype)
+        out = self.base.memory.empty(self.base.model.get_parameter(name).shape, dtype)
+        for first, w in self.base.pieces(name):
+            out[first : first + len(w)] = merged(name, w, first, mine, dtype)
+        return out
 
     def check_changed(self) -> None:
         """UserError for an adapter that, all tensors read, has changed none."""
@@ -199,11 +229,31 @@ class Merge:
             )
 
 
+def merged(
+    name: str, w: Tensor, first: int, mine: list[tuple[Adapter, float]], dtype: torch.dtype
+) -> Tensor:
+    """Rows `w` of a tensor, from `first` on, with the adapters that change it in them, maybe in
+    their memory; notes whether one makes a difference in `dtype`.
+    """
+    total, alone = None, len(mine) == 1 and mine[0][1] == 1
+    for adapter, weight in mine:
+        before = None if adapter.changes else w.to(dtype, copy=True)
+        new = adapter.apply(name, w if alone else w.clone(), first)
+        if before is not None and not torch.equal(new.to(dtype), before):
+            adapter.changes = True
+        if alone:
+            return new
+        part = new.sub_(w).mul_(weight)
+        total = part if total is None else total.add_(part)
+    return total.add_(w)
+
+
 def open_adapter(model: nn.Module, path: Path, source: str) -> Adapter:
     """A PEFT folder, an original LLaVA LoRA folder, or a file such as mm_projector.bin."""
     if path.is_file():
         return Adapter(path, None, read_projector(path, model))
-    return Adapter(path, *read_adapter(model, path, source))
+    config, tensors = read_adapter(model, path, source)
+    return Adapter(path, config, {name: x.float() for name, x in tensors.items()})
 
 
 def read_projector(path: Path, model: nn.Module) -> dict[str, Tensor]:

@@ -81,10 +81,13 @@ def check_free(target: Path, overwrite: bool | None = None) -> None:
             return
         raise UserError(f"{target}: not a folder with a model; only one is overwritten, remove it")
     if target.exists() or target.is_symlink():
-        never, fix = " and is never overwritten", "or remove it"
-        if overwrite is not None:
-            never, fix = "", f"or {label('overwrite')}"
-        raise UserError(f"{target}: exists already{never}; give another path {fix}")
+        why, fix = " and is never overwritten", "or remove it"
+        if overwrite:
+            what = "a link" if target.is_symlink() else "no folder"
+            why = f" as {what}, and only a folder is overwritten"
+        elif overwrite is not None:
+            why, fix = "", f"or {label('overwrite')}"
+        raise UserError(f"{target}: exists already{why}; give another path {fix}")
 
 
 @contextmanager
