@@ -151,6 +151,12 @@ def test_awq_gemm_is_read_exactly():
     with pytest.raises(UserError, match="qzeros of an AWQ layer"):
         other = GroupLinear(256, 96, bits=4, group_size=64, device="meta")
         awq_gemm.fill(other, tensors)
+    for name, dtype in [("qweight", torch.int64), ("qzeros", torch.float), ("scales", torch.int)]:
+        with pytest.raises(UserError, match=f"{name} of an AWQ layer is .* was expected"):
+            awq_gemm.fill(layer, tensors | {name: tensors[name].to(dtype)})
+    awq_gemm.fill(layer, tensors | {"scales": scales.bfloat16()})
+    want = (codes - zeros.repeat_interleave(128, 0)) * scales.bfloat16().repeat_interleave(128, 0)
+    assert torch.allclose(layer.dequantize(), want.T.float(), rtol=1 / 256)
 
 
 def test_tensors_that_do_not_fit_are_one_line():
@@ -163,6 +169,7 @@ def test_tensors_that_do_not_fit_are_one_line():
         found = {**json.loads(bytes(nf4[key].tolist())), **changes}
         return {**nf4, key: bytes_(list(json.dumps(found).encode()))}
 
+    bitsandbytes.fill(quantized(linear(), "nf4"), state(dtype=["float32"]))  # only recorded
     int8 = bitsandbytes.tensors_of(quantized(linear(), "int8"))
     int4 = compressed_tensors.tensors_of(quantized(linear(), "int4"))
     without = lambda tensors, name: {k: x for k, x in tensors.items() if k != name}
@@ -171,6 +178,7 @@ def test_tensors_that_do_not_fit_are_one_line():
         ("nf4", bitsandbytes, state(shape=[4, 4]), "shape is"),
         ("nf4", bitsandbytes, state(nested_blocksize=64), "nested_blocksize"),
         ("nf4", bitsandbytes, state(nested_offset=None), "nested_offset of a quantized layer"),
+        ("nf4", bitsandbytes, state(nested_offset=float("nan")), "nested_offset of a quantized"),
         ("nf4", bitsandbytes, without(nf4, key), "quant_state"),
         ("nf4", bitsandbytes, {**nf4, key: bytes_([255])}, "quant_state"),
         ("nf4", bitsandbytes, {**nf4, key: bytes_([49])}, "quant_state"),

@@ -283,6 +283,13 @@ def test_a_config_that_is_not_of_its_weights(folder, base, tmp_path):
     (plain / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="no layer is quantized, though"):
         loaded(plain)
+    ours = {"quant_method": "llava_min", "format": 1, "method": "int4", "group_size": 24}
+    config["quantization_config"] = ours
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match="config.json: quantization_config: .*_proj: group_size: 24"
+    ):
+        loaded(broken)
     config["quantization_config"]["quant_method"] = "gptq"
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="of kind 'gptq', expected bitsandbytes"):

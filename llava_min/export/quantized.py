@@ -67,7 +67,10 @@ def take_parts(
     found: dict[str, list[str]] = {}
     for path in quantized_paths(entries, model):
         linear = model.get_submodule(path)
-        layer = stored.layer(linear.in_features, linear.out_features)
+        try:
+            layer = stored.layer(linear.in_features, linear.out_features)
+        except UserError as e:  # of a group size, which no caller has named
+            raise UserError(f"{folder / 'config.json'}: quantization_config: {path}: {e}") from None
         layer.bias = linear.bias
         swap(model, path, layer)
         found[path] = names_of(stored, layer)
