@@ -127,7 +127,8 @@ def check_method_fits(layers: list[nn.Linear], method: str) -> None:
         )
     sizes = [size for size in (128, 64, 32, 16, 8) if misfit(method, size) is None]
     smaller = (
-        f", or make a checkpoint in groups of {sizes[0]} with `python -m llava_min quantize`"
+        f", or make a checkpoint in groups of {sizes[0]} by `python -m llava_min quantize "
+        f"--group-size {sizes[0]}`"
         if sizes
         else ""
     )
