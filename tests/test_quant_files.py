@@ -11,6 +11,7 @@ from test_quant import linear, weight
 from llava_min.errors import UserError
 from llava_min.quant import awq_gemm, bitsandbytes, compressed_tensors
 from llava_min.quant.codebook import CodebookLinear, codebook, quantize_sizes
+from llava_min.quant.folder import Stored, tensors_of
 from llava_min.quant.group import GroupLinear
 from llava_min.quant.methods import empty_layer, quantized
 
@@ -127,6 +128,24 @@ def test_compressed_tensors_reads_ours_and_we_theirs():
     packed = helpers.pack_to_int32(values.to(torch.int8), 4)
     compressed_tensors.fill(read, {**tensors, "weight_packed": packed})
     assert torch.equal(read.dequantize(), layer.dequantize())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_scales_of_others_are_not_rounded(dtype):
+    layer = quantized(linear(96, 256, dtype=torch.bfloat16), "int4")
+    tensors = compressed_tensors.tensors_of(layer)
+    theirs = (tensors["weight_scale"].float() * 1.001).to(dtype)  # not bf16 numbers
+    read = empty_layer("int4", 256, 96, device="meta")
+    compressed_tensors.fill(read, {**tensors, "weight_scale": theirs})
+    codes = layer.dequantize().unflatten(1, (2, 128)) / layer.weight_scale.float().unsqueeze(-1)
+    want = codes.round() * theirs.float().unsqueeze(-1)
+    assert torch.equal(read.dequantize(), want.flatten(1))
+    again = empty_layer("int4", 256, 96, device="meta")
+    for kind in ("compressed-tensors", "llava_min"):
+        Stored(kind, "int4", 128).fill(again, tensors_of(read, kind))  # written and read again
+        assert torch.equal(again.dequantize(), read.dequantize())
+    with pytest.raises(UserError, match="weight_scale of a quantized layer is int32"):
+        compressed_tensors.fill(read, {**tensors, "weight_scale": theirs.int()})
 
 
 def gemm_words(codes: torch.Tensor) -> torch.Tensor:
