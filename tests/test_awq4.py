@@ -270,7 +270,7 @@ def test_an_image_that_cannot_be_read_is_the_readers_line(model_of, data, tmp_pa
 def test_checkpoints_that_do_not_do(model_of, written, data, tmp_path):
     more = ["--method", "awq4", "--data", str(data)]
     text = refused([str(written), *more], tmp_path)
-    assert "awq4 for a checkpoint that is quantized already" in text
+    assert "is quantized already; give the 16-bit checkpoint" in text
     broken = shutil.copytree(model_of("wide"), tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")
     name = next(n for n in tensors if n.endswith("layers.1.mlp.down_proj.weight"))

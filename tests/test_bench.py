@@ -215,6 +215,7 @@ def test_peak_memory_forgets():
         (["--dtype", "int4"], "--dtype"),
         (["--device", "abacus"], "abacus"),
         (["--json", __file__], "never overwritten"),
+        (["--json", "nowhere/a.json"], "--json: nowhere: no such folder"),
         (["--compiled"], "did you mean --compile"),
         (["--train", "--new-tokens", "4"], "--new-tokens"),
         (["--train", "--text", "4", "--answer", "5"], "--answer: 5 of 4"),

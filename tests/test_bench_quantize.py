@@ -297,6 +297,8 @@ def nothing_runs(monkeypatch):
         (["tiny", "--quantize", "nf4", "--new-tokens", "4000"], "context of tiny is 1024"),
         (["tiny", "--quantize", "nf4", "--new-tokens", "1"], "--new-tokens"),
         (["tiny", "--quantize", "nf4", "--json", __file__], "never overwritten"),
+        (["tiny", "--quantize", "nf4", "--json", "nowhere/a"], "--json: nowhere: no such folder"),
+        (["tiny", "--quantize", "nf4", "--group-size", "16"], "--group-size: nf4 has no groups"),
         (["tiny", "--quantize", "nf4", "--beams", "2"], "--beams: no such option"),
         (["--train", "--quantize", "nf4"], "--quantize: no such option"),
     ],
@@ -305,6 +307,12 @@ def test_mistakes(monkeypatch, flags, message):
     nothing_runs(monkeypatch)
     with pytest.raises(UserError, match=message):
         bench.main([*flags, "--no-peer"])
+
+
+def test_records_that_no_named_method_reads(monkeypatch, toy):
+    nothing_runs(monkeypatch)
+    with pytest.raises(UserError, match="--calibration-data: nf4, int8 is chosen without data"):
+        bench.main(["tiny", "--quantize", "nf4,int8", "--calibration-data", str(toy), *QUICK])
 
 
 def test_records_that_are_too_long(monkeypatch, tmp_path):

@@ -11,6 +11,7 @@ from test_quant import linear, weight
 from llava_min.errors import UserError
 from llava_min.quant import awq_gemm, bitsandbytes, compressed_tensors
 from llava_min.quant.codebook import CodebookLinear, codebook, quantize_sizes
+from llava_min.quant.folder import Stored, tensors_of
 from llava_min.quant.group import GroupLinear
 from llava_min.quant.methods import empty_layer, quantized
 
@@ -129,6 +130,24 @@ def test_compressed_tensors_reads_ours_and_we_theirs():
     assert torch.equal(read.dequantize(), layer.dequantize())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_scales_of_others_are_not_rounded(dtype):
+    layer = quantized(linear(96, 256, dtype=torch.bfloat16), "int4")
+    tensors = compressed_tensors.tensors_of(layer)
+    theirs = (tensors["weight_scale"].float() * 1.001).to(dtype)  # not bf16 numbers
+    read = empty_layer("int4", 256, 96, device="meta")
+    compressed_tensors.fill(read, {**tensors, "weight_scale": theirs})
+    codes = layer.dequantize().unflatten(1, (2, 128)) / layer.weight_scale.float().unsqueeze(-1)
+    want = codes.round() * theirs.float().unsqueeze(-1)
+    assert torch.equal(read.dequantize(), want.flatten(1))
+    again = empty_layer("int4", 256, 96, device="meta")
+    for kind in ("compressed-tensors", "llava_min"):
+        Stored(kind, "int4", 128).fill(again, tensors_of(read, kind))  # written and read again
+        assert torch.equal(again.dequantize(), read.dequantize())
+    with pytest.raises(UserError, match="weight_scale of a quantized layer is int32"):
+        compressed_tensors.fill(read, {**tensors, "weight_scale": theirs.int()})
+
+
 def gemm_words(codes: torch.Tensor) -> torch.Tensor:
     """(rows, N) -> int32 (rows, N / 8), one by one as AutoAWQ's packing loop is described."""
     words = torch.zeros(len(codes), codes.shape[1] // 8, dtype=torch.int64)
@@ -151,6 +170,12 @@ def test_awq_gemm_is_read_exactly():
     with pytest.raises(UserError, match="qzeros of an AWQ layer"):
         other = GroupLinear(256, 96, bits=4, group_size=64, device="meta")
         awq_gemm.fill(other, tensors)
+    for name, dtype in [("qweight", torch.int64), ("qzeros", torch.float), ("scales", torch.int)]:
+        with pytest.raises(UserError, match=f"{name} of an AWQ layer is .* was expected"):
+            awq_gemm.fill(layer, tensors | {name: tensors[name].to(dtype)})
+    awq_gemm.fill(layer, tensors | {"scales": scales.bfloat16()})
+    want = (codes - zeros.repeat_interleave(128, 0)) * scales.bfloat16().repeat_interleave(128, 0)
+    assert torch.allclose(layer.dequantize(), want.T.float(), rtol=1 / 256)
 
 
 def test_tensors_that_do_not_fit_are_one_line():
@@ -163,6 +188,7 @@ def test_tensors_that_do_not_fit_are_one_line():
         found = {**json.loads(bytes(nf4[key].tolist())), **changes}
         return {**nf4, key: bytes_(list(json.dumps(found).encode()))}
 
+    bitsandbytes.fill(quantized(linear(), "nf4"), state(dtype=["float32"]))  # only recorded
     int8 = bitsandbytes.tensors_of(quantized(linear(), "int8"))
     int4 = compressed_tensors.tensors_of(quantized(linear(), "int4"))
     without = lambda tensors, name: {k: x for k, x in tensors.items() if k != name}
@@ -171,6 +197,7 @@ def test_tensors_that_do_not_fit_are_one_line():
         ("nf4", bitsandbytes, state(shape=[4, 4]), "shape is"),
         ("nf4", bitsandbytes, state(nested_blocksize=64), "nested_blocksize"),
         ("nf4", bitsandbytes, state(nested_offset=None), "nested_offset of a quantized layer"),
+        ("nf4", bitsandbytes, state(nested_offset=float("nan")), "nested_offset of a quantized"),
         ("nf4", bitsandbytes, without(nf4, key), "quant_state"),
         ("nf4", bitsandbytes, {**nf4, key: bytes_([255])}, "quant_state"),
         ("nf4", bitsandbytes, {**nf4, key: bytes_([49])}, "quant_state"),

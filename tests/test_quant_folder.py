@@ -34,6 +34,9 @@ def test_a_layer_comes_back_from_its_tensors(method):
         ({"quant_method": "awq", "bits": 4, "group_size": -1, "zero_point": True}, "group_size"),
         (config_of("hqq4", None, []) | {"format": 2}, "another version"),
         (config_of("hqq4", None, []) | {"method": "hqq5"}, "method is 'hqq5'"),
+        (config_of("hqq4", None, []) | {"method": ["hqq4"]}, "method is .'hqq4'."),
+        ({"quant_method": ["awq"]}, "kind .'awq'., expected bitsandbytes"),
+        ({"quant_method": {}}, "kind {}, expected bitsandbytes"),
     ],
 )
 def test_what_is_not_read_is_named(config, says):

@@ -143,6 +143,12 @@ def test_the_way_out_of_such_a_group_works(tmp_path):
     says = "^quantize: int4: .* width 160 of a layer; give int8, nf4, fp4, w8a8, or make .* of 16 "
     with pytest.raises(UserError, match=says):
         loaded("tiny", quantize="int4")
+    data = tmp_path / "data.json"
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+    data.write_text(json.dumps([{"id": "1", "conversations": turns}]))
+    for more in (["--method=int4"], ["--method=awq4", f"--data={data}"]):
+        with pytest.raises(UserError, match="^--method: .* by `.*quantize --group-size 16`"):
+            quantize(["tiny", str(tmp_path / "q"), *more])
     quantize(["tiny", str(tmp_path / "q"), "--method", "int4", "--group-size", "16"])
     for model in (loaded(tmp_path / "q"), loaded("tiny", quantize="fp4")):
         assert len(quant_layers(model)) == 28
@@ -200,7 +206,7 @@ def test_the_verb_never_overwrites_and_leaves_nothing_half_written(base, written
         quantize([str(base)])
     with pytest.raises(UserError, match="--group-size: nf4 has none"):
         quantize([str(base), str(tmp_path / "q"), "--group-size", "64"])
-    with pytest.raises(UserError, match="quantize: nf4 for a checkpoint that is quantized already"):
+    with pytest.raises(UserError, match="nf4: is quantized already; give the 16-bit"):
         quantize([str(written("nf4")), str(tmp_path / "q")])
     assert sorted(tmp_path.iterdir()) == [tmp_path / "there"]
 
@@ -283,6 +289,13 @@ def test_a_config_that_is_not_of_its_weights(folder, base, tmp_path):
     (plain / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="no layer is quantized, though"):
         loaded(plain)
+    ours = {"quant_method": "llava_min", "format": 1, "method": "int4", "group_size": 24}
+    config["quantization_config"] = ours
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match="config.json: quantization_config: .*_proj: group_size: 24"
+    ):
+        loaded(broken)
     config["quantization_config"]["quant_method"] = "gptq"
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="of kind 'gptq', expected bitsandbytes"):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llava_min.checks.inputs import check_length
 from llava_min.checks.load import check_unquantized
 from llava_min.errors import info
+from llava_min.export.quantized import check_method_fits
 from llava_min.fast.cpu_linear import upcast_linears
 from llava_min.llama import rotary
 from llava_min.llava import Llava
@@ -40,9 +41,11 @@ def quantize_by_awq(
     model = checkpoint.model
     check_unquantized("awq4", model.config.quantization is not None)
     blocks = model.language_model.layers
-    for layer in blocks[0].modules():
-        if isinstance(layer, nn.Linear):
-            place_for(layer, group_size)  # refuses a group size, before minutes of work
+    layers = [layer for layer in blocks[0].modules() if isinstance(layer, nn.Linear)]
+    if group_size is None:
+        check_method_fits(layers, "awq4")
+    for layer in layers:
+        place_for(layer, group_size)  # refuses a group size, before minutes of work
     read_around(checkpoint, dtype, device)
     rows = [hidden_states(model, batch) for batch in batches]
     info(f"calibrating on {sum(x.shape[1] for x in rows)} tokens of {len(rows)} records")

@@ -67,7 +67,10 @@ def take_parts(
     found: dict[str, list[str]] = {}
     for path in quantized_paths(entries, model):
         linear = model.get_submodule(path)
-        layer = stored.layer(linear.in_features, linear.out_features)
+        try:
+            layer = stored.layer(linear.in_features, linear.out_features)
+        except UserError as e:  # of a group size, which no caller has named
+            raise UserError(f"{folder / 'config.json'}: quantization_config: {path}: {e}") from None
         layer.bias = linear.bias
         swap(model, path, layer)
         found[path] = names_of(stored, layer)
@@ -128,7 +131,8 @@ def check_method_fits(layers: list[nn.Linear], method: str, is_llava: bool) -> N
         )
     sizes = [size for size in (128, 64, 32, 16, 8) if misfit(method, size) is None]
     smaller = (
-        f", or make a checkpoint in groups of {sizes[0]} with `python -m llava_min quantize`"
+        f", or make a checkpoint in groups of {sizes[0]} by `python -m llava_min quantize "
+        f"--group-size {sizes[0]}`"
         if sizes and is_llava
         else ""
     )

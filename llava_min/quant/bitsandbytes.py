@@ -9,6 +9,7 @@ int8       weight (N, K) int8, SCB (N,) fp32, weight_format 0 (rows)
 """
 
 import json
+import math
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ def fill_four_bits(layer: CodebookLinear, tensors: dict[str, Tensor]) -> None:
         maps["weight.nested_quant_map"] = codebook("dynamic", torch.device("cpu"))
         read["nested_absmax"] = tensors.get("weight.nested_absmax")
         offset, device = state.get("nested_offset"), getattr(tensors.get("weight"), "device", None)
-        known = type(offset) is float
+        known = type(offset) is float and math.isfinite(offset)
         read["nested_offset"] = torch.tensor([offset], device=device) if known else None
     for name, ours in want.items():
         if state.get(name) != ours:
@@ -114,4 +115,4 @@ def fill_four_bits(layer: CodebookLinear, tensors: dict[str, Tensor]) -> None:
                 "quantize the 16-bit checkpoint anew"
             )
     layer.store_read(read)
-    layer.dtype = DTYPES.get(state.get("dtype"), torch.float32)
+    layer.dtype = DTYPES.get(str(state.get("dtype")), torch.float32)

@@ -1,7 +1,7 @@
 """compressed-tensors' `pack-quantized` tensors of one layer: int4 symmetric, in groups of 128.
 
     weight_packed  (N, K / 8) int32  code i of a word at bits 4 i: the value plus 8
-    weight_scale   (N, K / g) bf16
+    weight_scale   (N, K / g) bf16   (the dtype of the model that was quantized)
     weight_shape   (2,)       int64  N, K
 
 Four bytes of group.py's `weight_packed` are one such word on a little-endian machine, so only the
@@ -39,5 +39,4 @@ def fill(layer: GroupLinear, tensors: dict[str, Tensor]) -> None:
         )
     if packed is not None and packed.dtype == torch.int32:
         packed = packed.contiguous().view(torch.uint8)
-    scale = None if scale is None else scale.to(torch.bfloat16)
     layer.store_read({"weight_packed": packed, "weight_scale": scale})

@@ -154,7 +154,7 @@ def read_config(config: object, where: str) -> Stored:
     """`quantization_config` of the file `where`. Raises UserError for a kind that is not read."""
     kind = config.get("quant_method") if isinstance(config, dict) else None
     readers = {BNB: _bitsandbytes, CT: _compressed_tensors, GEMM: _awq, OURS: _ours}
-    if kind not in readers:
+    if not isinstance(kind, str) or kind not in readers:
         raise UserError(
             f"{where}: quantization_config is of kind {reprlib.repr(kind)}, expected "
             f"{', '.join(readers)}; give the 16-bit checkpoint, and quantize it here"
@@ -214,7 +214,7 @@ def _ours(config: dict, refuse) -> Stored:
     method, version = config.get("method"), config.get("format")
     if version != FORMAT:
         refuse("format", version, f"{FORMAT}; this checkpoint was made by another version")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         refuse("method", method, f"one of {', '.join(METHODS)}")
     size = config.get("group_size")
     return Stored(OURS, method, None if size is None else _group_size(size, refuse))

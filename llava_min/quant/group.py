@@ -4,7 +4,7 @@ of a row.
 w = (code - zero) scale. In the state dict stand
 
     weight_packed  (N, K b / 8) uint8   the codes, bits.py
-    weight_scale   (N, K / g)   bf16    (fp16 where a published checkpoint has it)
+    weight_scale   (N, K / g)   bf16    (fp16 or fp32 where a published checkpoint has it)
     weight_zero    (N, K / g)   uint8   the zero-point times 2^(8 - b); absent if symmetric, where
                                         it is 2^(b - 1)
 
@@ -72,6 +72,10 @@ class GroupLinear(QuantLinear):
         self.register_parameter("weight_zero", None)
         if not symmetric:
             self.store(weight_zero=empty(*groups))
+
+    def dtypes_of(self, name: str) -> tuple[torch.dtype, ...]:
+        floats = (torch.bfloat16, torch.float16, torch.float32)  # as others' model was
+        return floats if name == "weight_scale" else super().dtypes_of(name)
 
     def stored(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero-point (fp32) as they are read again; a group of zeros alone keeps a scale

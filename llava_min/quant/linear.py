@@ -81,7 +81,7 @@ class QuantLinear(nn.Module):
         the layer has it."""
         for name, x in tensors.items():
             there = getattr(self, name)
-            if x is None or x.shape != there.shape or x.dtype != there.dtype:
+            if x is None or x.shape != there.shape or x.dtype not in self.dtypes_of(name):
                 came = "is missing" if x is None else f"is {described(x)}"
                 raise UserError(
                     f"{name} of a quantized layer {came}, {described(there)} was "
@@ -89,6 +89,10 @@ class QuantLinear(nn.Module):
                     "config, download it again"
                 )
         self.store(**tensors)
+
+    def dtypes_of(self, name: str) -> tuple[torch.dtype, ...]:
+        """Those in which the tensor `name` of a file is read as it is."""
+        return (getattr(self, name).dtype,)
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """The stored tensors, by name, for a finite weight (N, K)."""

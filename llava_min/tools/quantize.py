@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from llava_min.checks.ranges import PositiveInt
-from llava_min.errors import UserError, info
+from llava_min.errors import UserError, info, shorten
 from llava_min.util.cli import PathArg, flags, parse
 
 Method = Literal[
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     config = parse(Config, argv, about, positional="folders")
     if len(config.folders) != 2:
         raise UserError("MODEL OUT: give the checkpoint to read and the folder to write")
-    with flags(config):
+    with flags(config, quantize="method"):
         check(config)
         write(config, *config.folders)
 
@@ -81,6 +81,8 @@ def write(config: Config, source: str, target: str) -> None:
         source, image_aspect_ratio=config.image_aspect_ratio, template=config.template
     )
     check_llava(checkpoint.config, source)
+    if checkpoint.config.quantization is not None:
+        raise UserError(f"{shorten(source)}: is quantized already; give the 16-bit checkpoint")
     dtype, device = read_dtype(config.dtype, "bf16, fp16, fp32"), pick_device(config.device)
     if config.method == "awq4":
         calibrate(config, checkpoint, dtype, device)

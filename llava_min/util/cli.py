@@ -30,12 +30,14 @@ def flag_of(field: str) -> str:
 
 
 @contextmanager
-def flags(config: Any) -> Iterator[None]:
+def flags(config: Any, **same: str) -> Iterator[None]:
     """Within, messages about a field of `config` name its flag: `--device: …` for `device: …`.
 
-    `--eval-x` is the flag of the library's argument x, where there is no --x.
+    `--eval-x` is the flag of the library's argument x, where there is no --x; same: other arguments
+    of the library that have a field under another name.
     """
     every = {name: flag_of(name) for name in vars(config)}
+    every |= {name: flag_of(field) for name, field in same.items()}
     set_labels({name.removeprefix("eval_"): flag for name, flag in every.items()} | every)
     try:
         yield

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_min.config import LlavaConfig
-from llava_min.errors import UserError, escape_controls, guess, info, warn
+from llava_min.errors import UserError, escape_controls, guess, info, shorten, warn
 from llava_min.tools.speed.worker import Worker, config_of
 from llava_min.util.files import check_free, write_json
 from llava_min.util.sizes import SIZES
@@ -70,6 +70,8 @@ def prepare(args: Any, packages: tuple[str, ...], install: str | None = None) ->
         )
     if args.json:
         check_free(Path(args.json))
+        if not (folder := Path(args.json).parent).is_dir():  # not after minutes of work
+            raise UserError(f"--json: {shorten(folder, 400)}: no such folder; make it first")
     from llava_min.load import pick_device
 
     device = str(pick_device(args.device))

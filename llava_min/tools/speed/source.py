@@ -93,7 +93,7 @@ def pick_methods(args: Any, model: Any) -> list[str]:
     picked = []
     for method in METHODS if every else dict.fromkeys(args.quantize):
         if method not in METHODS:
-            fix = guess(method, METHODS, f"there are {', '.join(METHODS)}, and all")
+            fix = guess(method, METHODS, f"there are {', '.join(METHODS)}, and all alone")
             raise UserError(f"{shorten(method)} is no method; {fix}", "quantize")
         why = hindrance(method, args, model)
         if why and not every:
@@ -102,7 +102,23 @@ def pick_methods(args: Any, model: Any) -> list[str]:
             info(f"{method}: left out: {why}")
         else:
             picked.append(method)
+    if not every:
+        check_used(args, picked)
     return picked
+
+
+def check_used(args: Any, methods: list[str]) -> None:
+    """Nothing was given that none of the named `methods` takes, or UserError."""
+    from llava_min.quant.methods import METHODS
+
+    names = ", ".join(methods)
+    if args.group_size is not None and not any(METHODS[method][1] for method in methods):
+        raise UserError(f"{names} has no groups; leave it out, or name int4 or hqq4", "group_size")
+    if args.calibration_data != args.data and not set(CALIBRATED) & set(methods):
+        raise UserError(
+            f"{names} is chosen without data; leave it out, or name {CALIBRATED[0]}",
+            "calibration_data",
+        )
 
 
 def hindrance(method: str, args: Any, model: Any) -> str | None:
