@@ -174,12 +174,16 @@ def test_what_is_there_is_kept(tmp_path, source):
         export.main([str(source), str(other), "--to", "hf", "--overwrite"])
     with pytest.raises(UserError, match="is the model itself"):
         export.main([str(source), str(source), "--to", "original", "--overwrite"])
-    (tmp_path / "link").symlink_to(out)
-    (tmp_path / "file").write_text("mine")
-    for name, what in (("link", "a link"), ("file", "no folder")):
-        says = f"exists already as {what}, and only .*; give another path or remove it$"
-        with pytest.raises(UserError, match=says):
-            export.main([str(source), str(tmp_path / name), "--to", "hf", "--overwrite"])
+    link, file = tmp_path / "link", tmp_path / "file"
+    link.symlink_to(out)
+    file.touch()
+    for path, said in (
+        (link, "link: a link, not a folder with a model"),
+        (file, "file: not a folder"),
+    ):
+        with pytest.raises(UserError, match=f"{said}.*remove it"):
+            export.main([str(source), str(path), "--to", "hf", "--overwrite"])
+    assert link.is_symlink() and (out / "config.json").is_file() and file.is_file()
 
 
 def test_a_wrong_tensor_is_found(tmp_path, source):

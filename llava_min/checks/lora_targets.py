@@ -1,4 +1,4 @@
-"""Targets of LoRA that name no layer, or one that cannot have it."""
+"""Targets of LoRA that name no layer, or one that cannot have it; a rank that is none."""
 
 import re
 from collections.abc import Collection
@@ -49,4 +49,14 @@ def check_matched(
             f"{shorten(regex, 400)!r} matches no linear layer in full; the path of one is "
             f"{examples[0]} or {examples[1]}",
             "lora_targets",
+        )
+
+
+def check_rank(rank: int, width: int) -> None:
+    """`rank` is not above the language model's width."""
+    if rank > width:
+        raise UserError(
+            f"{rank} is above the model's width of {width}, where an update is no longer of low "
+            "rank; lower it",
+            "lora_r",
         )

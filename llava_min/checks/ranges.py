@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 
 from llava_min.errors import UserError
 
-MAX_INT, MAX_FLOAT = 1 << 31, 1e30  # no setting is larger, so messages leave them out
+MAX_INT, MAX_FLOAT = 1 << 31, 1e30  # no setting is larger; said of a value that is
 
 
 class Range(NamedTuple):
@@ -17,12 +17,14 @@ class Range(NamedTuple):
     words: str = ""  # what is expected, where "from low to high" does not say it
     zero: bool = False  # 0 is allowed, too
 
-    def expected(self, kind: type) -> str:
+    def expected(self, kind: type, value: Any = None) -> str:
         noun = {int: "an integer", float: "a number"}[kind]
         if self.words or self.low == -MAX_FLOAT:
             return self.words or noun
         if self.high in (MAX_INT, MAX_FLOAT):
-            return f"{noun} of at least {self.low:g}"
+            above = isinstance(value, Real) and self.high < value
+            most = f" and at most {self.high:.15g}" if above else ""
+            return f"{noun} of at least {self.low:g}{most}"
         return f"{noun} from {self.low:g} to {self.high:g}"
 
 
@@ -61,7 +63,8 @@ def check_number(value: Any, kind: Any, name: str) -> int | float:
     if isinstance(value, Integral if base is int else Real) and not isinstance(value, bool):
         if allowed.low <= value <= allowed.high or allowed.zero and value == 0:
             return int(value) if isinstance(value, Integral) else float(value)
-    raise UserError(f"{value!r:.40} was given, expected {allowed.expected(base)}; correct it", name)
+    expected = allowed.expected(base, value)
+    raise UserError(f"{value!r:.40} was given, expected {expected}; correct it", name)
 
 
 @functools.cache

@@ -12,9 +12,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from llava_min.checks.lora_targets import check_rank
 from llava_min.checks.ranges import Fraction, NonNegativeInt, PositiveInt
 from llava_min.checks.settings import typed_settings
-from llava_min.config import LINEARS
+from llava_min.config import LINEARS, LlavaConfig
 from llava_min.errors import UserError, escape_controls, label
 from llava_min.util.cli import PathArg, flags, parse
 from llava_min.util.train_script import read_command
@@ -22,6 +23,7 @@ from llava_min.util.train_script import read_command
 FOUND = ("batch_size", "grad_accum", "gradient_checkpointing")  # what --gpus chooses
 FOR_GPUS = ("rows", "records")
 FOR_TRAIN = ("quantize", "train_projector", "train_vision", "lora_dropout")
+FOR_LORA = ("lora_r", "lora_targets", "lora_dropout", "dora")
 
 
 @dataclass
@@ -71,6 +73,7 @@ def plan(config: Config, argv: Sequence[str]) -> list[str]:
     else:
         shapes = config_of(config.model)
     config.max_length = row_length(config.max_length, shapes.text.context)
+    check_fits(config, shapes)
     lines = [*tables.parameters(shapes, config.model), ""]
     if cards:
         return [*lines, *tables.best(config, shapes, cards, typed)]
@@ -89,10 +92,28 @@ def check_used(config: Config, typed: Collection[str]) -> None:
         (FOUND, not config.gpus, f"has no effect with {label('gpus')}, which finds it"),
         (FOR_GPUS, config.gpus, f"has no effect without {label('gpus')}"),
         (FOR_TRAIN, config.train or config.recipe, f"has no effect without {one}"),
+        (FOR_LORA, config.train in (None, "lora"), f"has no effect without {label('train')} lora"),
     ):
         for name in names:
             if name in typed and not used:
                 raise UserError(f"{why}; leave it out", name)
+
+
+def check_fits(config: Config, shapes: LlavaConfig) -> None:
+    """Raises UserError for images that no row holds, and for LoRA that this model cannot have."""
+    on_images = config.images * shapes.tokens_per_image
+    if on_images > config.max_length:
+        raise UserError(
+            f"{config.images} of them take {on_images} tokens, and a row has {config.max_length}; "
+            f"give fewer, or a larger {label('max_length')}",
+            "images",
+        )
+    if config.train in (None, "lora"):
+        from llava_min.load import on_meta
+        from llava_min.training.targets import lora_targets
+
+        check_rank(config.lora_r or 1, shapes.text.hidden_size)
+        lora_targets(on_meta(shapes), config.lora_targets)
 
 
 def take_recipe(config: Config, typed: Collection[str]) -> None:

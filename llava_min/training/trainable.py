@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from llava_min.checks.load import check_llava
+from llava_min.checks.lora_targets import check_rank
 from llava_min.errors import UserError, label, preview, shorten
 from llava_min.export.quantized import own_parameters
 from llava_min.fast.int_matmul import quant_layers
@@ -39,14 +40,7 @@ def setup_lora(model: nn.Module, config: Any, device: torch.device) -> LoRAConfi
     c = config
     lora = LoRAConfig(c.lora_r, c.lora_alpha, c.lora_dropout, c.lora_targets, c.dora, c.rslora)
     if c.train == "lora":
-        width = model.config.text.hidden_size
-        if c.lora_r > width:
-            raise UserError(
-                f"{c.lora_r} is above the model's width of {width}, where an update is no longer "
-                "of "
-                "low rank; lower it",
-                "lora_r",
-            )
+        check_rank(c.lora_r, model.config.text.hidden_size)
         add_lora(model, lora)
     set_trainable(model, c.train, c.train_projector, c.train_vision)
     check_optimizer(c.optimizer, config_groups(model, config), c.betas, device)

@@ -76,18 +76,19 @@ def check_free(target: Path, overwrite: bool | None = None) -> None:
     """
     if target.is_dir() and not any(target.iterdir()):
         return
-    if overwrite and target.is_dir() and not target.is_symlink():
-        if (target / "config.json").is_file() or any(target.glob("*.gguf")):
-            return
-        raise UserError(f"{target}: not a folder with a model; only one is overwritten, remove it")
     if target.exists() or target.is_symlink():
-        why, fix = " and is never overwritten", "or remove it"
         if overwrite:
-            what = "a link" if target.is_symlink() else "no folder"
-            why = f" as {what}, and only a folder is overwritten"
-        elif overwrite is not None:
-            why, fix = "", f"or {label('overwrite')}"
-        raise UserError(f"{target}: exists already{why}; give another path {fix}")
+            holds_model = (target / "config.json").is_file() or any(target.glob("*.gguf"))
+            if holds_model and target.is_dir() and not target.is_symlink():
+                return
+            link = "a link, " if target.is_symlink() else ""
+            raise UserError(
+                f"{target}: {link}not a folder with a model; only one is overwritten, remove it"
+            )
+        never, fix = " and is never overwritten", "or remove it"
+        if overwrite is not None:
+            never, fix = "", f"or {label('overwrite')}"
+        raise UserError(f"{target}: exists already{never}; give another path {fix}")
 
 
 @contextmanager
