@@ -25,6 +25,7 @@ FEW = 32  # rows up to which a third digit costs next to nothing, as the weights
 ROWS = 512  # multiplied at one time: the products of the digits are fp32
 # number of so many digits, each -128 to 127; of three less 127, for a quotient rounds up in fp32
 LARGEST = {2: 0x7F7F, 3: 0x7F7F00}
+ZERO = torch.zeros(1, dtype=torch.long)
 
 
 def handles(layer: QuantLinear, dtype: torch.dtype) -> bool:
@@ -50,9 +51,8 @@ def product_is_exact() -> bool:
 def multiply(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """codes (R, K) uint8, of which 128 stands for 0, weight (K, N) as oneDNN has it, scale (N,) ->
     fp32 (R, N)."""
-    zero = torch.zeros(1, dtype=torch.long)
-    return torch.ops.onednn.qlinear_pointwise(
-        codes, 1.0, 128, weight, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
+    return torch.ops.onednn.qlinear_pointwise.default(
+        codes, 1.0, 128, weight, scale, ZERO, None, 1.0, 0, torch.float32, "none", [], ""
     )
 
 
@@ -60,11 +60,12 @@ def digits(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """x (R, K) -> its digits (n, R, K) uint8 to the base of 256, the least first, each 128 more
     than it is, and scale (R, 1) fp32: x is nearly sum_i 256^i (digit_i - 128) scale."""
     # few operations: for one row each costs as much as its work
-    size = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True, dtype=torch.float32)
-    scale = size.mul_(1 / LARGEST[n]).clamp_(min=1e-37)
+    scale = x.abs().amax(-1, keepdim=True).float().mul_(1 / LARGEST[n]).clamp_(min=1e-37)
     middle = sum(128 << 8 * i for i in range(n)) + 0.5  # as the sum is cut off
     codes = (x / scale).add_(middle).to(torch.int32)
-    return torch.stack([(codes >> 8 * i).to(torch.uint8) for i in range(n)]), scale
+    # on x86 a number's bytes lie in the order of its digits
+    parts = codes.view(torch.uint8).view(*x.shape, 4).permute(2, 0, 1)
+    return parts[:n].contiguous(), scale
 
 
 class PackedInt8Linear(QuantLinear):
