@@ -187,3 +187,11 @@ def test_bad_input_writes_nothing(tuned, tmp_path, adapters, flags, says):
     with pytest.raises(UserError, match=f"^{says}") as e:
         run("tiny", *[tuned[0]] * adapters, tmp_path / "out", **flags)
     assert "\n" not in str(e.value) and not list(tmp_path.iterdir())
+
+
+def test_a_record_beyond_the_context_is_no_matter_of_max_length(tuned, tmp_path):
+    turns = [{"from": "human", "value": "why " * 1200}, {"from": "gpt", "value": "because"}]
+    (tmp_path / "long.json").write_text(json.dumps([{"id": "a", "conversations": turns}]))
+    with pytest.raises(UserError, match="^--data: 1 of 1 records .* context of 1024: a; shorten"):
+        run("tiny", tuned[0], tmp_path / "out", quantize="nf4", data=tmp_path / "long.json")
+    assert not (tmp_path / "out").exists()

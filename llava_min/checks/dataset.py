@@ -9,8 +9,18 @@ def refuse_long(long: Sequence[str], records: int, max_length: int) -> None:
     """UserError that names those `long` of the `records`."""
     raise UserError(
         f"{len(long)} of {records} records have more than {max_length} tokens: "
-        f"{preview(long, ', ')}; raise it, or shorten or remove them",
+        f"{preview(long, ', ')}; raise it, to the model's context at most, or shorten or remove "
+        "them",
         "max_length",
+    )
+
+
+def refuse_beyond_context(long: Sequence[str], records: int, context: int) -> None:
+    """UserError that names those `long` of the `records`, where there is no max_length to raise."""
+    raise UserError(
+        f"{len(long)} of {records} records have more tokens than the context of {context}: "
+        f"{preview(long, ', ')}; shorten or remove them",
+        "data",
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llava_min.errors import UserError, escape_controls, info, label
+from llava_min.errors import UserError, escape_controls, info, label, shorten
 from llava_min.util.cli import PathArg, flags, parse
 
 
@@ -87,12 +87,16 @@ def run(config: MergeConfig, source: str, adapters: list[str], out: Path) -> Non
 
 def read_batches(config: MergeConfig, model: Any) -> list[dict]:
     """The rows of --data, read before anything is written."""
+    from llava_min.checks.dataset import refuse_beyond_context
     from llava_min.data.dataset import Dataset
     from llava_min.data.records import read_records
     from llava_min.export.compare import batches_of
 
     records = read_records(config.data, config.image_folder)
     context = model.model.config.text.context
+    empty = Dataset([], model.processor)
+    if long := [shorten(r.id) for r in records if empty.tokens(r, context) > context]:
+        refuse_beyond_context(long, len(records), context)
     return batches_of(Dataset(records, model.processor, max_length=context))
 
 

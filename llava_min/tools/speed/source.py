@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from llava_min.checks.question import check_fits, check_prompt
 from llava_min.data.chat import text_of
-from llava_min.errors import UserError, info, label, preview, shorten
+from llava_min.errors import UserError, info, label, shorten
 from llava_min.tools.quantize import Method
 from llava_min.tools.speed.quantized import question_batch
 from llava_min.tools.speed.setup import write_random
@@ -173,6 +173,7 @@ def check_questions(args: Any, source: Source) -> dict:
 
 def read_data(args: Any, source: Source) -> list:
     """The records, which fit the context with their answers, both the right one and a new one."""
+    from llava_min.checks.dataset import refuse_beyond_context
     from llava_min.data.dataset import Dataset
     from llava_min.data.records import read_records
     from llava_min.evaluation.predict import check_room
@@ -181,10 +182,6 @@ def read_data(args: Any, source: Source) -> list:
     context, dataset = source.model.config.text.context, Dataset([], source.processor)
     long = [shorten(r.id) for r in records if dataset.tokens(r, context) > context]
     if long:
-        raise UserError(
-            f"{len(long)} of {len(records)} records have more tokens than the context of "
-            f"{context}: {preview(long, ', ')}; shorten or remove them",
-            "data",
-        )
+        refuse_beyond_context(long, len(records), context)
     check_room(source.model, source.processor, records, args.max_new_tokens)
     return records
