@@ -59,4 +59,4 @@ def distance(model: Llava, batches: list[dict[str, Tensor]], trained: list[Tenso
         kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
         tokens += len(p)
-    return Distance(kl / tokens, same / tokens)
+    return Distance(max(kl, 0.0) / tokens, same / tokens)  # rounding may leave it below 0
