@@ -369,6 +369,11 @@ def test_the_page_escapes_and_is_never_overwritten(folder, capsys):
     assert "&lt;script&gt;alert(1)" in page and "<script>alert" not in page
     with pytest.raises(UserError, match="exists"):
         check.main([str(path), "--html", str(folder / "p.html")])
+    with pytest.raises(UserError, match="--html: .*/none: no such folder; make it"):
+        check.main([str(path), "--html", str(folder / "none" / "p.html")])
+    bad = write(folder / "bad.json", [{"id": "x"}])
+    _, out = run(path, "--eval-data", bad, capsys=capsys)
+    assert "were not compared" in out and "share nothing" not in out
 
 
 def test_without_data_it_says_what_to_give():

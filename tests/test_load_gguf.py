@@ -1,6 +1,7 @@
 """GGUF as a source of `load`: what was exported comes back as the model that it was, a language
 model alone answers texts, and damaged files are one line."""
 
+import json
 import struct
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from llava_min.errors import UserError
 from llava_min.export.gguf_file import read_header
 from llava_min.export.read_mmproj import open_mmproj
 from llava_min.lora import LoRAConfig
-from llava_min.tools import export, merge, quantize
+from llava_min.tools import check, export, merge, plan, quantize
 from llava_min.training.targets import add_lora
 
 gguf = pytest.importorskip("gguf", reason="reads and writes GGUF; pip install 'llava_min[gguf]'")
@@ -385,3 +386,17 @@ def test_a_size_that_is_missing(tmp_path, alone, key):
     (tmp_path / "x.gguf").write_bytes(data)
     with pytest.raises(UserError, match=f"x.gguf: {key} is missing"):
         load(tmp_path / "x.gguf")
+
+
+def test_what_is_told_before_a_run_is_told_of_a_gguf(tiny, alone, tmp_path, capsys):
+    """By plan, check and --dry-run, but for a decoder alone, which is no LLaVA."""
+    data = tmp_path / "d.json"
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    data.write_text(json.dumps([{"id": "a", "conversations": turns}]))
+    plan_, check_ = ["--train", "projector", "--model"], [str(data), "--model"]
+    dry = ["--dry-run", "--batch-size", "1", "--data", str(data), "--device", "cpu", "--model"]
+    for verb, argv in (plan.main, plan_), (check.main, check_), (train.main, dry):
+        verb([*argv, str(tiny["f32"])])
+        assert capsys.readouterr().out
+        with pytest.raises(UserError, match="a language model without a vision tower"):
+            verb([*argv, str(alone)])

@@ -317,7 +317,7 @@ FILES = {
     "NaN": ('[{"id": "r1", "score": NaN, "conversations": []}]', "NaN is not JSON"),
     "Infinity": ('{"score": -Infinity}', "-Infinity is not JSON"),
     "deep": (DEEP, "nested too deeply"),
-    "long number": ("[" + "9" * 5000 + "]", "4300 digits"),
+    "long number": ("[" + "9" * 5000 + "]", "4300 digits; correct it, or quote it"),
     "text": (b"hello", "column 1"),
 }
 RECORDS = {

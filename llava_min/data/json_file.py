@@ -115,5 +115,7 @@ def parse(text: str, path: Path, line: int | None = None) -> object:
         raise UserError(
             f"{where}: is nested too deeply for conversations; is it the right file?"
         ) from None
-    except ValueError as e:  # an integer of thousands of digits
-        raise UserError(f"{where}: {shorten(e, 200)}; correct it") from None
+    except ValueError:  # that of int(), which tells Python's own setting
+        raise UserError(
+            f"{where}: has an integer of more than 4300 digits; correct it, or quote it"
+        ) from None

@@ -41,6 +41,12 @@ def find_gguf(source: str) -> Path | None:
     return files[0]
 
 
+def gguf_config(source: str) -> LlavaConfig | None:
+    """The shapes of llama.cpp's files; None where `source` is none of them."""
+    file = find_gguf(source)
+    return open_files(file, None, None, None)[0].config if file else None
+
+
 def is_mmproj(path: Path) -> bool:
     return "mmproj" in path.name.lower()
 

@@ -17,6 +17,7 @@ from llava_min.errors import UserError, escape_controls, info, shorten
 from llava_min.util.cli import PathArg, flags, parse
 
 NAMED = 5  # records that are named of each kind of fault
+NOT_COMPARED = "evaluation and training were not compared: one of them has no good record"
 
 
 @dataclass
@@ -48,6 +49,9 @@ def main(argv: list[str]) -> int:
     with flags(config):
         if config.html and Path(config.html).exists():
             raise UserError(f"{shorten(config.html, 400)} exists; give another path", "html")
+        if config.html and not Path(config.html).parent.is_dir():
+            folder = shorten(Path(config.html).parent, 400)
+            raise UserError(f"{folder}: no such folder; make it, or give another path", "html")
         return check(config)
 
 
@@ -67,8 +71,9 @@ def check(config: Config) -> int:
         bad += len(file.bad) + (len(images.bad) if images else 0)
         looked.append(images)
     if held_out:
-        seen = lambda files: [s for file in files for s in file.seen]
-        lines += shared(seen(training), seen(held_out)) or ["evaluation and training share nothing"]
+        mine, theirs = ([s for file in files for s in file.seen] for files in (training, held_out))
+        both = "evaluation and training share nothing" if mine and theirs else NOT_COMPARED
+        lines += shared(mine, theirs) or [both]
         lines += same_images(looked[: len(training)], looked[len(training) :])
     lines.append(f"{bad} bad" if bad else "nothing is wrong")
     print("\n".join(map(escape_controls, lines)))

@@ -77,7 +77,7 @@ def load(config: Config):
     if shapes.vision_source:
         raise UserError(
             f"{folder}: the original's layout, which transformers does not read; convert it with "
-            "llava_min.load and llava_min.save"
+            "`python -m llava_min export --to hf`"
         )
     parameters = sum(p.numel() for p in on_meta(shapes).parameters())
     if shapes.quantization and shapes.quantization.kind == "llava_min":

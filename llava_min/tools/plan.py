@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from llava_min.checks.load import check_llava
 from llava_min.checks.lora_targets import check_rank
 from llava_min.checks.ranges import Fraction, NonNegativeInt, PositiveInt
 from llava_min.checks.settings import typed_settings
@@ -73,6 +74,7 @@ def plan(config: Config, argv: Sequence[str]) -> list[str]:
     else:
         shapes = config_of(config.model)
     config.max_length = row_length(config.max_length, shapes.text.context)
+    check_llava(shapes, config.model)
     check_fits(config, shapes)
     lines = [*tables.parameters(shapes, config.model), ""]
     if cards:

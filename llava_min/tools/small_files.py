@@ -4,12 +4,14 @@ download.
 
 from pathlib import Path
 
+from llava_min.checks.load import check_llava
 from llava_min.config import LlavaConfig
 from llava_min.data.from_folder import read_processor
 from llava_min.data.processor import Processor
 from llava_min.errors import UserError, escape_controls, shorten
+from llava_min.export.load_gguf import gguf_config
 from llava_min.hub import HUB_ID, SMALL_FILES, find_folder
-from llava_min.load import TINY, read_config
+from llava_min.load import TINY, open_checkpoint, read_config
 from llava_min.util.sizes import SIZES
 
 
@@ -33,11 +35,17 @@ def small_files(source: str) -> Path:
 
 def config_of(source: str) -> LlavaConfig:
     """The shapes of a model: of a size by name (7b), or what the config.json of `source` says."""
-    return SIZES[source] if source in SIZES else read_config(small_files(source))[0]
+    if source in SIZES:
+        return SIZES[source]
+    return gguf_config(source) or read_config(small_files(source))[0]
 
 
 def processor_of(
     source: str, image_aspect_ratio: str | None = None, template: str | None = None
 ) -> Processor:
+    if config := gguf_config(source):
+        check_llava(config, source)
+        given = dict(image_aspect_ratio=image_aspect_ratio, template=template)
+        return open_checkpoint(source, **given).processor
     folder = small_files(source)
     return read_processor(folder, *read_config(folder), image_aspect_ratio, template)

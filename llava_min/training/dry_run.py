@@ -10,6 +10,7 @@ from llava_min.config import LlavaConfig
 from llava_min.data.records import read_records
 from llava_min.data.sampler import plan
 from llava_min.errors import UserError, info, shorten
+from llava_min.export.load_gguf import gguf_config
 from llava_min.load import TINY, read_config
 from llava_min.parallel.ranks import World
 from llava_min.training.batch_size import row_length
@@ -39,11 +40,13 @@ def dry_run(config: Any, world: World, typed: bool) -> None:
 def named_config(name: str) -> LlavaConfig:
     """The shapes of a model without its weights.
 
-    name: a size, a folder with a config.json, or an absent folder or hub id whose name contains a
-    size. Raises UserError when it contains none.
+    name: a size, a folder with a config.json, llama.cpp's files, or an absent folder or hub id
+    whose name contains a size. Raises UserError when it contains none.
     """
     shapes = lambda size: SIZES[size] if size in SIZES else read_config(TINY)[0]
     sizes = ["tiny", *sorted(SIZES, key=len, reverse=True)]
+    if config := gguf_config(name):
+        return config
     if Path(name).is_dir():
         return read_config(Path(name))[0]
     if name in sizes:
