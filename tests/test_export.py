@@ -117,6 +117,16 @@ def test_original_round_trip(tmp_path, spm, kind):
     assert torch.equal(a(ids, x)[..., :PIECES], b(ids, x)[..., :PIECES])
 
 
+def test_original_is_asked_as_the_source(tmp_path):
+    export.main(["tiny", str(tmp_path / "out"), "--to", "original"])
+    (_, a), (_, b) = load("tiny"), load(tmp_path / "out")
+    assert b.template_name == a.template_name == "llava_hf" and b.original == a.original
+    text = "USER: <image>\nWhat is written? ASSISTANT:"
+    image = Image.new("RGB", (64, 64))
+    one, two = (x(text, images=image)["input_ids"] for x in (a, b))
+    assert torch.equal(one, two)
+
+
 def test_original_elsewhere(tmp_path, source, monkeypatch):
     """The tower is found in the folder, wherever that lies and whatever lies about; without it the
     message says where it belongs."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from llava_min.config import LlavaConfig
+from llava_min.data.chat import ORIGINAL_KEY, TEMPLATE_KEY
 from llava_min.data.tokenizer import Tokenizer
 from llava_min.data.tokenizer.tokenizer_json import content_of
 from llava_min.errors import UserError, info, shorten, warn
@@ -68,6 +69,9 @@ def write_original(model: Tensors, folder: Path, dtype: torch.dtype) -> float:
     write_json(folder / CLIP / "preprocessor_config.json", image)
     write_json(folder / "generation_config.json", generation(config))
     write_tokenizer(tokenizer, config.image_token_id, folder)
+    # LLaVA's code does not look here; `load` asks as the source was asked
+    asked = {TEMPLATE_KEY: model.processor.template_name, ORIGINAL_KEY: model.processor.original}
+    write_json(folder / "processor_config.json", asked)
     return prove(model, folder, dtype, rows, sums)
 
 
