@@ -195,7 +195,7 @@ LEAVES = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("g
         (("language_model.layers.1.mlp.up_proj",), {"language_model.layers.1.mlp.up_proj"}),
         ((".*linear_1|lm_head",), {"multi_modal_projector.linear_1", "lm_head"}),
     ],
-    ids=str,
+    ids=lambda x: str(sorted(x) if isinstance(x, set) else x),  # a set has no order
 )
 def test_targets(targets, paths):
     model = our_model(their_model())
