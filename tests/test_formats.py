@@ -571,7 +571,9 @@ def test_bad_system_texts(tmp_path, raw, words):
     "mark",
     [{"label": False}, {"loss": False}, {"weight": 0}, {"loss_scale": 0.0}, {"train": False}],
 )
-@pytest.mark.parametrize("template", set(TEMPLATES) - {"plain", "chatml", "mistral", "llama3"})
+@pytest.mark.parametrize(
+    "template", sorted({*TEMPLATES} - {"plain", "chatml", "mistral", "llama3"})
+)
 def test_an_answer_marked_as_not_to_be_learnt_has_no_labels_and_the_same_ids(
     tmp_path, processor, template, mark
 ):
