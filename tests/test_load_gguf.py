@@ -289,7 +289,7 @@ def test_a_method_that_does_not_fit_names_what_does(tiny, alone):
     assert methods
     for method in methods:
         load(alone, quantize=method, device="cpu")
-    with pytest.raises(UserError, match=f"{text}.*, or make a checkpoint in groups of 16 with"):
+    with pytest.raises(UserError, match=f"{text}.*, or make a checkpoint in groups of 16 by"):
         load(tiny["f16"], quantize="int4")
 
 

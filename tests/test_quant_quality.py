@@ -143,7 +143,7 @@ def test_smollm_in_two_bits(smollm):
 def answers(tmp_path_factory) -> tuple[list, list]:
     """Batches to calibrate on, and held-out ones."""
     folder = tmp_path_factory.mktemp("toy")
-    draw.write(folder, "questions", train=24, val=100)
+    draw.write(folder, "questions", train=24, val=24)
     processor = open_checkpoint("tiny").processor
     return tuple(
         [collate([item]) for item in Dataset(read_records(folder / name), processor)]

@@ -43,7 +43,7 @@ def quantize_by_awq(
     blocks = model.language_model.layers
     layers = [layer for layer in blocks[0].modules() if isinstance(layer, nn.Linear)]
     if group_size is None:
-        check_method_fits(layers, "awq4")
+        check_method_fits(layers, "awq4", model.config.vision is not None)
     for layer in layers:
         place_for(layer, group_size)  # refuses a group size, before minutes of work
     read_around(checkpoint, dtype, device)
