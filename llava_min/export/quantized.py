@@ -16,7 +16,7 @@ from llava_min.fast.int_matmul import IN_KERNELS_ORDER, quant_layers, swap
 from llava_min.names import path_in
 from llava_min.quant.folder import GEMM, Stored, config_of, kind_of, names_of, tensors_of
 from llava_min.quant.linear import QuantLinear
-from llava_min.quant.methods import METHODS, empty_layer, quantize_layers
+from llava_min.quant.methods import CALIBRATED, METHODS, empty_layer, quantize_layers
 from llava_min.tensors import TensorInfo
 from llava_min.weights import Reader, layers_that_load, store_whole
 
@@ -122,7 +122,7 @@ def check_method_fits(layers: list[nn.Linear], method: str, is_llava: bool) -> N
 
     if (layer := misfit(method)) is None:
         return
-    fitting = ", ".join(x for x in METHODS if x != "awq4" and misfit(x) is None)
+    fitting = ", ".join(x for x in METHODS if x not in CALIBRATED and misfit(x) is None)
     usual = METHODS[method][1]
     if usual is None:
         shape = (layer.out_features, layer.in_features)

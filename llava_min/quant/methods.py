@@ -39,6 +39,7 @@ METHODS: dict[str, tuple[Callable[..., QuantLinear], int | None]] = {
     "fp4": (partial(CodebookLinear, kind="fp4"), None),
     "w8a8": (partial(Int8Linear, round_input=True), None),
 }
+CALIBRATED = ("awq4",)  # by records, so by the verb `quantize` alone
 
 
 def empty_layer(

@@ -38,7 +38,6 @@ from llava_min.tools.speed.setup import (
     tidy_when_terminated,
 )
 from llava_min.tools.speed.source import (
-    CALIBRATED,
     Source,
     check_questions,
     group_size,
@@ -161,6 +160,8 @@ def measured(
     source: Source, methods: list[str], peer: bool, spec: dict, args: Args, room: Path
 ) -> Iterator[dict]:
     """The figures of the checkpoint as it is, then of each other form of it, one after another."""
+    from llava_min.quant.methods import CALIBRATED
+
     folder = source.name
     if source.random:
         info(

@@ -11,7 +11,7 @@ import torch
 from llava_min.config import LlavaConfig
 from llava_min.errors import UserError
 from llava_min.load import on_meta
-from llava_min.quant.methods import METHODS
+from llava_min.quant.methods import CALIBRATED, METHODS
 from llava_min.tools import plan_fit
 from llava_min.training.fake_step import Step, planned_model, step_of, stored_dtypes
 from llava_min.training.memory import Memory, gib, step_memory, table
@@ -104,8 +104,11 @@ def answering(config: Any, shapes: LlavaConfig) -> Iterator[str]:
         f"KV cache {gib(cache)} in 16 bit"
     )
     yield f"  {'':26}{'weights':>9}{'in all':>9}"
-    rows: list[tuple[str, torch.dtype, str | None]] = [(m, half, m) for m in METHODS if m != "awq4"]
-    rows = [("fp32", torch.float32, None), ("bf16 or fp16", half, None), *rows]
+    rows: list[tuple[str, torch.dtype, str | None]] = [
+        ("fp32", torch.float32, None),
+        ("bf16 or fp16", half, None),
+        *((m, half, m) for m in METHODS if m not in CALIBRATED),
+    ]
     if shapes.quantization:
         rows = [(shapes.quantization.method, half, None)]
     for name, dtype, method in rows:

@@ -17,8 +17,6 @@ from llava_min.tools.speed.setup import write_random
 from llava_min.util.cli import guess
 from llava_min.util.sizes import SIZES
 
-CALIBRATED = ("awq4",)  # made with records
-
 
 @dataclass
 class Source:
@@ -109,7 +107,7 @@ def pick_methods(args: Any, model: Any) -> list[str]:
 
 def check_used(args: Any, methods: list[str]) -> None:
     """Nothing was given that none of the named `methods` takes, or UserError."""
-    from llava_min.quant.methods import METHODS
+    from llava_min.quant.methods import CALIBRATED, METHODS
 
     names = ", ".join(methods)
     if args.group_size is not None and not any(METHODS[method][1] for method in methods):
@@ -125,7 +123,7 @@ def hindrance(method: str, args: Any, model: Any) -> str | None:
     """Why this checkpoint cannot be quantized so, or None."""
     from torch import nn
 
-    from llava_min.quant.methods import empty_layer
+    from llava_min.quant.methods import CALIBRATED, empty_layer
 
     if method not in get_args(Method):
         return "the verb quantize does not make it"
