@@ -49,7 +49,8 @@ class KVCache:
     share the prefix, so a prompt is prefilled once, and append to a `suffix` of their own.
 
     A forward is `advance` (counts, on the host), `place_tokens` (on the device), and in each
-    block `update`, then `attend` unless this is the prefill, whose tokens need only each other.
+    block's LayerCache `update`, then `attend` unless this is the prefill, whose tokens need only
+    each other.
 
     `static_shapes`: attend to all slots under a mask, so that every step has the same shapes, as
     CUDA graphs want.
@@ -89,14 +90,16 @@ class KVCache:
         fused = self.forks == 1 and step_attention.handles(k)
         return k.contiguous() if fused else k.mT.contiguous().mT
 
+    def layers(self) -> list["LayerCache"]:
+        """Each block's part, none of which knows its number: one compiled program serves all."""
+        return [LayerCache(self, i) for i in range(len(self.prefix))]
+
     @property
     def capacity(self) -> int:
         return self.valid.shape[1]
 
     def fork(self, n: int, slots: int) -> None:
-        """Each row becomes n rows that share its prefix and have room for `slots` tokens of their
-        own.
-        """
+        """Each row becomes n rows that share its prefix, with `slots` for tokens of their own."""
         self.forks = n
         self.suffix, self.suffix_length = self._allocate(len(self.valid) * n, slots), 0
         self._reorder_keys()
@@ -171,18 +174,6 @@ class KVCache:
         visible = self.valid[:, None, : len(slots)] & (slots <= own) | (slots == own)
         return positions, self._additive_mask(visible)
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store k, v (rows, K, T, D) of the tokens just counted."""
-        forked = self.suffix is not None
-        end = self.suffix_length if forked else self.length
-        stores = self.suffix[layer] if forked else self.prefix[layer]
-        for store, x in zip(stores, (k, v)):
-            # by indices held on the device, so that a compiled program does not know the length
-            if self.static_shapes and not forked:
-                store.index_copy_(2, self.new_slots, x.to(self.dtype))
-            else:
-                store[:, :, end - x.shape[2] : end] = x
-
     def _additive_mask(self, visible: Tensor) -> Tensor:
         """visible (B, T, L) bool -> what every block's `attend` adds to scores (B*K, A*G, T, L)."""
         kv, heads = self.config.num_key_value_heads, self.config.num_attention_heads
@@ -190,18 +181,37 @@ class KVCache:
         mask = zeros.masked_fill_(~visible, float("-inf")).repeat_interleave(kv, dim=0)
         return mask[:, None].repeat(1, self.forks * heads // kv, 1, 1)
 
-    def attend(self, layer: int, q: Tensor, mask: Tensor | None) -> Tensor:
+
+class LayerCache:
+    """The part of a KVCache that one block writes and reads."""
+
+    def __init__(self, cache: KVCache, layer: int):
+        self.cache, self.is_prefill, self.prefix = cache, cache.is_prefill, cache.prefix[layer]
+        self.suffix = None if cache.suffix is None else cache.suffix[layer]
+
+    def update(self, k: Tensor, v: Tensor) -> None:
+        """Store k, v (rows, K, T, D) of the tokens just counted."""
+        c, forked = self.cache, self.suffix is not None
+        end = c.suffix_length if forked else c.length
+        for store, x in zip(self.suffix if forked else self.prefix, (k, v)):
+            # by indices held on the device, so that a compiled program does not know the length
+            if c.static_shapes and not forked:
+                store.index_copy_(2, c.new_slots, x.to(c.dtype))
+            else:
+                store[:, :, end - x.shape[2] : end] = x
+
+    def attend(self, q: Tensor, mask: Tensor | None) -> Tensor:
         """q (B*A, H, T, D) against the prefix, and each fork's own suffix -> (B*A, H, T, D).
 
         Plain products instead of `scaled_dot_product_attention`, which cannot read one prefix for
         A rows.
         """
-        k, v = self.prefix[layer]
-        b, kv, n = len(k), k.shape[1], self.forks
+        c, (k, v) = self.cache, self.prefix
+        b, kv, n = len(k), k.shape[1], c.forks
         _, h, t, d = q.shape
-        seen = self.capacity if self.static_shapes and self.suffix is None else self.length
+        seen = c.capacity if c.static_shapes and self.suffix is None else c.length
         k, v = k[:, :, :seen], v[:, :, :seen]
-        q = q.to(self.dtype)
+        q = q.to(c.dtype)
         if self.suffix is None and step_attention.handles(k):
             return step_attention.attention(q, k, v, mask)
         k, v = k.flatten(0, 1), v.flatten(0, 1)  # (B*K, L, D)
@@ -220,7 +230,7 @@ class KVCache:
             return x.reshape(b * n * kv, -1, x.shape[-1])
 
         q = q.reshape(b * n * kv, -1, d)  # (B*A*K, G*T, D)
-        own = [x[:, :, : self.suffix_length].flatten(0, 1) for x in self.suffix[layer]]
+        own = [x[:, :, : c.suffix_length].flatten(0, 1) for x in self.suffix]
         scores = [
             attention_scores(by_prefix(q), k, mask),
             by_prefix(attention_scores(q, own[0])),

@@ -20,6 +20,7 @@ from llava_min.checks.inputs import check_batch, check_length
 from llava_min.checks.options import check_cache, check_compile
 from llava_min.errors import UserError
 from llava_min.fast import cuda_graph
+from llava_min.llama import Block, rotary
 from llava_min.llava import Llava
 from llava_min.options import Options
 from llava_min.sampling import LogitsProcessor
@@ -106,10 +107,24 @@ def step(model: Llava, ids: Tensor, cache: KVCache) -> Tensor:
 
 @functools.cache
 def compiled_step() -> Callable[[Llava, Tensor, KVCache], Tensor]:
+    """`step` with each block as one fused program, the same for all blocks: compiling takes
+    seconds, not a minute.
+    """
     # one program per batch size and capacity, never per token; beyond torch's own limit, 8, it
     # stops compiling
     torch._dynamo.config.recompile_limit = 64
-    return torch.compile(step, fullgraph=True, dynamic=False)
+    block = torch.compile(Block.forward, fullgraph=True, dynamic=False)
+
+    def step(model: Llava, ids: Tensor, cache: KVCache) -> Tensor:
+        positions, mask = cache.place_tokens(1)
+        text = model.language_model
+        x = text.embed_tokens(ids[:, None])
+        cos, sin = rotary(positions, text.config, x.dtype)
+        for layer, store in zip(text.layers, cache.layers()):
+            x = block(layer, x, cos, sin, mask, store)
+        return model.lm_head(text.norm(x)[:, -1]).float()
+
+    return step
 
 
 class StopCheck:

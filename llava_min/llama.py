@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_min import ops
-from llava_min.cache import KVCache
+from llava_min.cache import KVCache, LayerCache
 from llava_min.config import TextConfig
 
 
@@ -51,11 +51,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023); K = H is the ordinary kind."""
 
-    def __init__(self, config: TextConfig, layer: int):
+    def __init__(self, config: TextConfig):
         super().__init__()
         c, d = config.hidden_size, config.head_dim
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.layer, self.head_dim = layer, d
+        self.head_dim = d
         self.q_proj = nn.Linear(c, heads * d, bias=config.qkv_bias)
         self.k_proj = nn.Linear(c, kv_heads * d, bias=config.qkv_bias)
         self.v_proj = nn.Linear(c, kv_heads * d, bias=config.qkv_bias)
@@ -67,7 +67,7 @@ class Attention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         mask: Tensor | None,
-        cache: KVCache | None,
+        cache: LayerCache | None,
         last_only: bool,
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C), or (B, 1, C) for the last token alone."""
@@ -79,13 +79,13 @@ class Attention(nn.Module):
         k = rotate(k, cos, sin)
         mask = None if mask is None else mask[..., queries, :]
         if cache is not None:
-            cache.update(self.layer, k, v)
+            cache.update(k, v)
         if cache is None or cache.is_prefill:
             # a prefill's keys and values are all there is in the cache: attend to them directly
             # the last token alone sees every other, so it needs no mask
             y = ops.attention(q, k, v, mask, causal=mask is None and not last_only)
         else:
-            y = cache.attend(self.layer, q, mask).to(x.dtype)
+            y = cache.attend(q, mask).to(x.dtype)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, H * D) -> (B, T, C)
 
 
@@ -105,10 +105,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A pre-norm decoder block."""
 
-    def __init__(self, config: TextConfig, layer: int):
+    def __init__(self, config: TextConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -118,7 +118,7 @@ class Block(nn.Module):
         cos: Tensor,
         sin: Tensor,
         mask: Tensor | None,
-        cache: KVCache | None = None,
+        cache: LayerCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C); with `last_only` (B, 1, C): the others give keys alone."""
@@ -134,7 +134,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
@@ -151,7 +151,8 @@ class Llama(nn.Module):
         with one, it is what `KVCache.place_tokens` gave. `last_only` gives (B, 1, C).
         """
         cos, sin = rotary(positions, self.config, x.dtype)
-        for block in self.layers[:-1]:
-            x = block(x, cos, sin, mask, cache)
+        stores = [None] * len(self.layers) if cache is None else cache.layers()
+        for block, store in zip(self.layers[:-1], stores):
+            x = block(x, cos, sin, mask, store)
         # prefill needs the last token's output alone, so the last block skips the others
-        return self.norm(self.layers[-1](x, cos, sin, mask, cache, last_only))
+        return self.norm(self.layers[-1](x, cos, sin, mask, stores[-1], last_only))

@@ -68,7 +68,9 @@ def filled_cache(kv: int, padded: bool, slots: int = 40) -> KVCache:
     valid[1, :7] = not padded
     cache.advance(30)
     cache.place_tokens(30, valid)
-    cache.update(0, *(torch.randn(2, kv, 30, 16, generator=g).bfloat16() for _ in range(2)))
+    cache.layers()[0].update(
+        *(torch.randn(2, kv, 30, 16, generator=g).bfloat16() for _ in range(2))
+    )
     return cache
 
 
@@ -88,8 +90,8 @@ def test_the_fused_step_is_the_plain_one(kv, tokens, padded, slow, monkeypatch):
         cache = filled_cache(kv, padded, 60)
         cache.advance(tokens)
         _, mask = cache.place_tokens(tokens)
-        cache.update(0, k, v)
-        out.append(cache.attend(0, q, mask))
+        cache.layers()[0].update(k, v)
+        out.append(cache.layers()[0].attend(q, mask))
         orders.append(cache.prefix[0][0].is_contiguous())
     assert orders == [True, False] and out[0].dtype == out[1].dtype
     assert (out[0] - out[1]).float().norm() <= 8e-3 * out[1].float().norm()

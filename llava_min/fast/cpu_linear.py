@@ -33,10 +33,15 @@ def handles(weight: Tensor) -> bool:
     return whole and on_cpu and not weight.requires_grad
 
 
+@torch.compiler.assume_constant_result  # a compiler cannot look into it
+def has_amx() -> bool:
+    return torch.cpu._is_amx_tile_supported()
+
+
 def bf16_is_slow(x: Tensor) -> bool:
     """Whether a large product of `x` is faster in fp32: bf16 on a CPU without AMX."""
     on_cpu = x.dtype == torch.bfloat16 and x.device.type == "cpu"
-    return on_cpu and not torch.cpu._is_amx_tile_supported()
+    return on_cpu and not has_amx()
 
 
 def unpacked(weight: Tensor) -> Tensor:
@@ -76,6 +81,20 @@ class ChunkedMatmul(torch.autograd.Function):
         return total.to(grad.dtype), None, None
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., in) by a weight (out, in) in oneDNN's order -> (..., out)."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+# the compiler would take oneDNN's order for plain memory, so to it the product is a black box
+opaque_product = torch.library.custom_op("llava_min::prepacked_linear", product, mutates_args=())
+
+
+@opaque_product.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 class PrepackedLinear(nn.Module):
     """x (..., in_features) -> (..., out_features), in bf16."""
 
@@ -83,6 +102,7 @@ class PrepackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight = nn.Parameter(order(layer.weight.detach()), requires_grad=False)
+        self.packed = self.weight.is_mkldnn  # asked here: a compiler's stand-in for it says no
         self.bias = layer.bias
 
     def full_weight(self) -> Tensor:
@@ -93,9 +113,11 @@ class PrepackedLinear(nn.Module):
         x = x.to(torch.bfloat16)
         if x.numel() >= MIN_ROWS_TO_UPCAST * self.in_features and bf16_is_slow(x):
             return ChunkedMatmul.apply(x, self.weight, self.bias)
-        if not self.weight.is_mkldnn or torch.is_grad_enabled() and x.requires_grad:
+        if not self.packed or torch.is_grad_enabled() and x.requires_grad:
             return F.linear(x, unpacked(self.weight), self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        if torch.compiler.is_compiling():
+            return opaque_product(x, self.weight, self.bias)
+        return product(x, self.weight, self.bias)
 
 
 def prepack_linears(model: nn.Module) -> None:

@@ -68,6 +68,31 @@ def digits(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return parts[:n].contiguous(), scale
 
 
+def some_rows(x: Tensor, weight: Tensor, scale: Tensor, round_input: bool) -> Tensor:
+    """x (R, K), weight (K, N) as oneDNN has it, scale (N,) -> (R, N)."""
+    if round_input:
+        codes, size = per_token(x)
+        y = multiply(codes.view(torch.uint8).bitwise_xor_(128), weight, scale)
+    else:
+        n = 2 if x.dtype == torch.bfloat16 and len(x) > FEW else 3
+        codes, size = digits(x, n)
+        parts = multiply(codes.flatten(0, 1), weight, scale).chunk(n)
+        y = parts[0]
+        for i in range(1, n):
+            y = y.add_(parts[i], alpha=256**i)
+    return y.mul_(size).to(x.dtype)
+
+
+# A black box to the compiler: it knows oneDNN's product with a constant weight alone, and fused
+# into what comes before, x is not yet rounded to its dtype: it can be larger than its own maximum.
+opaque_some_rows = torch.library.custom_op("llava_min::int8_rows", some_rows, mutates_args=())
+
+
+@opaque_some_rows.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor, round_input: bool) -> Tensor:
+    return x.new_empty(len(x), len(scale))
+
+
 class PackedInt8Linear(QuantLinear):
     """An Int8Linear in oneDNN's order."""
 
@@ -94,26 +119,14 @@ class PackedInt8Linear(QuantLinear):
     def product(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float64:
             return super().product(x)
-        flat = x.flatten(0, -2)
-        if len(flat) <= ROWS:
-            y = self.some_rows(flat)
+        flat, known = x.flatten(0, -2), (self.weight_kernel, self.scale, self.round_input)
+        if torch.compiler.is_compiling():
+            y = opaque_some_rows(flat, *known)
+        elif len(flat) <= ROWS:
+            y = some_rows(flat, *known)
         else:
-            y = torch.cat([self.some_rows(part) for part in flat.split(ROWS)])
+            y = torch.cat([some_rows(part, *known) for part in flat.split(ROWS)])
         return y.view(*x.shape[:-1], self.out_features)
-
-    def some_rows(self, x: Tensor) -> Tensor:
-        """x (R, K) -> (R, N)."""
-        if self.round_input:
-            codes, scale = per_token(x)
-            y = multiply(codes.view(torch.uint8).bitwise_xor_(128), self.weight_kernel, self.scale)
-        else:
-            n = 2 if x.dtype == torch.bfloat16 and len(x) > FEW else 3
-            codes, scale = digits(x, n)
-            parts = multiply(codes.flatten(0, 1), self.weight_kernel, self.scale).chunk(n)
-            y = parts[0]
-            for i in range(1, n):
-                y = y.add_(parts[i], alpha=256**i)
-        return y.mul_(scale).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}{', round_input' if self.round_input else ''}"

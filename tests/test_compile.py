@@ -1,0 +1,60 @@
+"""`compile=True` on the CPU, with the real compiler: the step's logits are those of the plain one,
+in 16 bit and in every quantized form, and one program serves all blocks.
+"""
+
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from llava_min.cache import KVCache, round_up
+from llava_min.config import LlavaConfig, TextConfig
+from llava_min.decoding import compiled_step, prefill, step
+from llava_min.fast.cpu_linear import prepack_linears
+from llava_min.fast.int_matmul import speed_up
+from llava_min.llava import Llava
+from llava_min.quant.methods import quantize_layers
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants g++ here")
+CPU = torch.device("cpu")
+
+
+def model_of(method: str | None, dtype: torch.dtype) -> Llava:
+    """A language model of three blocks, quantized and made fast as `load` does it."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96}
+    model = Llava(LlavaConfig(vision=None, text=TextConfig(**sizes, **heads))).to(dtype)
+    model.requires_grad_(False).eval()
+    if method is not None:
+        layers = [n for n, m in model.named_modules() if "_proj" in n and hasattr(m, "weight")]
+        quantize_layers(model, layers, method, 64 if method == "int4" else None)
+        speed_up(model, dtype)
+    prepack_linears(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    "method, dtype",
+    [(None, "float32"), *((m, "bfloat16") for m in (None, "int8", "int4", "nf4", "w8a8"))],
+)
+@torch.inference_mode()
+def test_a_compiled_step_is_the_plain_one(method, dtype):
+    dtype = getattr(torch, dtype)
+    model = model_of(method, dtype)
+    ids = torch.randint(0, 96, (1, 20), generator=torch.Generator().manual_seed(1))
+    torch._dynamo.reset()
+    compiled_step.cache_clear()
+    before, logits = counters["stats"]["unique_graphs"], {}
+    for static, run in ((False, step), (True, compiled_step())):
+        cache = KVCache(model.config.text, 1, round_up(30), dtype, CPU, static_shapes=static)
+        prefill(model, ids, None, None, cache)
+        for new in range(3):
+            cache.advance(1)
+            logits.setdefault(static, []).append(run(model, torch.tensor([new]), cache))
+    compiled_step.cache_clear()
+    want, got = (torch.cat(logits[static]) for static in (False, True))
+    most = 1e-5 if dtype == torch.float32 else 0.03
+    assert (got - want).norm() <= most * want.norm()
+    assert counters["stats"]["unique_graphs"] == before + 1
