@@ -16,6 +16,7 @@ from llava_min.export.hf import write_hf
 from llava_min.export.jinja import JINJA
 from llava_min.export.memory import Memory
 from llava_min.export.tensors import open_model
+from llava_min.load import open_checkpoint
 from llava_min.lora import LoRAConfig
 from llava_min.tensors import list_tensors
 from llava_min.tools import export
@@ -166,6 +167,25 @@ def test_shards(tmp_path, source, monkeypatch):
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
     a, b = load(source, dtype="fp32")[0], load(tmp_path / "out", dtype="fp32")[0]
     assert torch.equal(a(rows(1), pixels(1)), b(rows(1), pixels(1)))
+
+
+def test_messages_name_the_folder_that_was_given(tmp_path, capsys, monkeypatch):
+    """The folder that is written aside has another name, which nobody typed."""
+    out = tmp_path / "out"
+    export.main(["tiny", str(out), "--to", "original"])
+    err = capsys.readouterr().err
+    assert f"warning: {out}: some ids" in err and ".tmp-" not in err
+    monkeypatch.setattr(hf, "PROBES", ())
+    monkeypatch.setattr(hf, "open_checkpoint", load_other_template)
+    with pytest.raises(UserError) as e:
+        export.main(["tiny", str(tmp_path / "other"), "--to", "hf"])
+    assert str(e.value).startswith(f"{tmp_path / 'other'}: the tokenizer reads back otherwise")
+
+
+def load_other_template(folder):
+    checkpoint = open_checkpoint(folder)
+    checkpoint.processor.template_name = "plain"
+    return checkpoint
 
 
 def test_what_is_there_is_kept(tmp_path, source):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llava_min.errors import UserError, escape_controls, label, shorten
+from llava_min.errors import UserError, aside_ending, escape_controls, label, shorten
 
 LFS = b"version https://git-lfs"
 
@@ -106,14 +106,14 @@ def writing(
 @contextmanager
 def new_folder(target: Path, durable: bool = True, overwrite: bool | None = None) -> Iterator[Path]:
     """A folder to fill that becomes `target` only when the block succeeds: written aside, synced,
-    renamed.
+    renamed. Errors and warnings within call it `target`.
 
     durable: False leaves syncing to the system, enough for thousands of small files that are
     quickly made again. overwrite: the folder of a model may be there, and gives way at the end.
     Raises UserError when `target` exists, or the disk is full or not writable; then nothing is left
     behind.
     """
-    aside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    aside = target.with_name(target.name + aside_ending())
     old = target.with_name(f"{target.name}.old-{os.getpid()}")
     try:
         with writing(target):
