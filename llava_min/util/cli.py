@@ -13,7 +13,7 @@ import shutil
 import tomllib
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,6 +43,18 @@ def flags(config: Any, **same: str) -> Iterator[None]:
         yield
     finally:
         set_labels({})
+
+
+def break_command(start: str, flags: Iterable[str], width: int) -> list[str]:
+    """A command in lines of at most `width`, broken between flags, a `\\` at the end of each."""
+    out = [start]
+    for flag in flags:
+        if len(out[-1]) + len(flag) + 3 > width:
+            out[-1] += " \\"
+            out.append("    " + flag)
+        else:
+            out[-1] += " " + flag
+    return out
 
 
 # ---- a value
