@@ -33,10 +33,12 @@ def label(field: str) -> str:
     return _flags.get(field, field)
 
 
-def set_labels(flags: dict[str, str]) -> None:
-    """From here on `label` gives these flags for their fields; {} for none."""
+def set_labels(flags: dict[str, str]) -> dict[str, str]:
+    """From here on `label` gives these flags for their fields; returns those that it gave."""
+    before = dict(_flags)
     _flags.clear()
     _flags.update(flags)
+    return before
 
 
 def aside_ending() -> str:

@@ -196,6 +196,32 @@ def test_which_mmproj(tmp_path, tiny):
         load(tmp_path)
 
 
+def test_a_message_about_the_model_names_its_flag(tmp_path):
+    folder, data = tmp_path / "two", tmp_path / "data.json"
+    folder.mkdir()
+    for name in ("a.gguf", "b.gguf"):
+        (folder / name).touch()
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    data.write_text(json.dumps([{"id": "0", "conversations": turns}]))
+    rows = ["--data", str(data), "--metrics", "exact_match"]
+    model, image = ["--model", str(folder)], str(Path(__file__).parents[1] / "docs/picture.png")
+    out = str(tmp_path / "out")
+    for main, argv, flag in (
+        (sample.main, [image, *model], "--model"),
+        (evaluate.main, [*rows, *model], "--model"),
+        (evaluate.main, [*rows, "--compare", str(folder)], "--compare"),
+        (train.main, [*rows[:2], *model, "--out", out], "--model"),
+        (check.main, [str(data), *model], "--model"),
+        (export.main, [str(folder), out, "--to", "hf"], "MODEL"),
+        (quantize.main, [str(folder), out], "MODEL"),
+        (merge.main, [str(folder), str(data), out], "MODEL"),
+    ):
+        with pytest.raises(UserError, match=f"^{flag}: .*/two: has 2 language models"):
+            main(argv)
+    with pytest.raises(UserError, match="^source: .*/two: has 2 language models"):
+        load(folder)
+
+
 def test_another_models_mmproj_is_said(tmp_path, tiny, alone, spm, capsys):
     source = write_folder(tmp_path / "source", spm, their_model())
     other = exported(tmp_path / "x", source, "f16")
