@@ -91,6 +91,23 @@ def check_free(target: Path, overwrite: bool | None = None) -> None:
         raise UserError(f"{target}: exists already{never}; give another path {fix}")
 
 
+def check_apart(target: Path, *sources: str | None) -> None:
+    """`target`, a folder to write, is none of the folders that are read, nor in one, nor around
+    one. What is not on disk, as a hub id, is passed over.
+    """
+    out = target.resolve()
+    for source in (Path(s).resolve() for s in sources if s and Path(s).exists()):
+        if out == source:
+            what = "is to be read"
+        elif source in out.parents:
+            what = f"lies in {source}, which is to be read"
+        elif out in source.parents and target.exists():
+            what = f"holds {source}, which is to be read"
+        else:
+            continue
+        raise UserError(f"{target}: {what}; give another folder to write")
+
+
 @contextmanager
 def writing(
     target: Path, fix: str = "free space or give another path", field: str | None = None
