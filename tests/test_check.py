@@ -17,7 +17,7 @@ from llava_min.data.image import ImageConfig, to_pixels
 from llava_min.data.records import read_records
 from llava_min.errors import UserError
 from llava_min.tools import check, check_images, check_records, check_show
-from llava_min.tools.small_files import processor_of
+from llava_min.training.small_files import processor_of
 
 ESC = "\x1b]0;owned\x07\x1b[2J"
 

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
 
 def check(config: Config) -> int:
     from llava_min.tools.check_records import read_files, shared
-    from llava_min.tools.small_files import processor_of
+    from llava_min.training.small_files import processor_of
 
     processor = processor_of(config.model, config.image_aspect_ratio, config.template)
     workers = config.workers or len(os.sched_getaffinity(0))
