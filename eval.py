@@ -172,7 +172,8 @@ def check_model(args: EvalConfig, records: list, source: str, adapter: str | Non
     from llava_min.load import open_checkpoint
 
     given = {"image_aspect_ratio": args.image_aspect_ratio, "template": args.template}
-    checkpoint = open_checkpoint(source, adapter=adapter, **given)
+    with flags(args, source="model" if source == args.model else "compare"):
+        checkpoint = open_checkpoint(source, adapter=adapter, **given)
     if adapter:
         read_adapter(checkpoint.model, Path(adapter))
     if args.quantize is not None:

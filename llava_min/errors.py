@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import os
 import sys
 from collections.abc import Iterable
 
@@ -18,6 +19,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, text: str, field: str | None = None):
+        text = text.replace(aside_ending(), "")
         super().__init__(f"{label(field)}: {text}" if field else text)
         self.field = field
 
@@ -31,10 +33,17 @@ def label(field: str) -> str:
     return _flags.get(field, field)
 
 
-def set_labels(flags: dict[str, str]) -> None:
-    """From here on `label` gives these flags for their fields; {} for none."""
+def set_labels(flags: dict[str, str]) -> dict[str, str]:
+    """From here on `label` gives these flags for their fields; returns those that it gave."""
+    before = dict(_flags)
     _flags.clear()
     _flags.update(flags)
+    return before
+
+
+def aside_ending() -> str:
+    """What stands behind a folder's name while it is being written, and in no message."""
+    return f".tmp-{os.getpid()}"
 
 
 def escape_controls(text: object) -> str:
@@ -64,7 +73,8 @@ def guess(name: str, known: Iterable[str], otherwise: str, cutoff: float = 0.6) 
 
 def info(text: str) -> None:
     """One line for the person, on stderr; in one piece, whatever other processes write."""
-    print(escape_controls(text)[:MAX_LINE] + "\n", end="", file=sys.stderr, flush=True)
+    text = escape_controls(text.replace(aside_ending(), ""))
+    print(text[:MAX_LINE] + "\n", end="", file=sys.stderr, flush=True)
 
 
 def warn(text: str, field: str | None = None) -> None:

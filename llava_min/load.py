@@ -151,6 +151,7 @@ class Checkpoint:
         quantized ones, which choose their numbers as they read their weights. Raises UserError."""
         checks.check_quantize(method, METHODS, self.config.quantization is not None)
         checks.check_include(include, self.config.tie_word_embeddings)
+        checks.warn_quantized_twice(self.source, self.entries.values())
         stored = quantize_linears(self.model, (BLOCKS, *include), method, group_size)
         self.model.config = replace(self.config, quantization=stored)
 

@@ -66,6 +66,11 @@ class TensorInfo:
         """None for what is not a float of 16 bits or more."""
         return FLOATS.get(self.dtype)
 
+    @property
+    def quantized(self) -> str:
+        """The file's name of a storage in few bits that is undone as it is read, or ""."""
+        return ""
+
     def open(self) -> Any:
         return open_file(self.path)
 

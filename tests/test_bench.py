@@ -16,6 +16,8 @@ import torch
 from llava_min import __main__ as verbs
 from llava_min.config import LlavaConfig, TextConfig, VisionConfig
 from llava_min.errors import UserError
+from llava_min.export import stream
+from llava_min.load import load_model, on_meta
 from llava_min.tools import bench, bench_train
 from llava_min.tools.speed import answering, setup, worker
 from llava_min.util.sizes import SIZES
@@ -288,3 +290,25 @@ def test_help_is_quick(command):
     )
     assert done.returncode == 0 and "usage: python -m llava_min" in done.stdout
     assert not any(line.split("|")[-1].strip() == "torch" for line in done.stderr.splitlines())
+
+
+def test_random_weights_do_not_depend_on_which_thread_is_first(tmp_path, monkeypatch):
+    """A file is large, a machine has few or many threads: the weights of a size stay its own."""
+    model = on_meta(TEST)
+    whole, shards = tmp_path / "whole", tmp_path / "shards"
+    whole.mkdir()
+    setup.write_random(model, TEST, whole, torch.bfloat16)
+    monkeypatch.setattr(stream, "SHARD_BYTES", 20_000)
+    backwards = lambda make, items: reversed([(item, make(item)) for item in reversed(items)])
+    monkeypatch.setattr(stream, "ahead", backwards)
+    shards.mkdir()
+    setup.write_random(model, TEST, shards, torch.bfloat16)
+    assert len(list(shards.glob("*.safetensors"))) > 2
+    a, b = (
+        load_model(x, torch.bfloat16, torch.device("cpu")).state_dict() for x in (whole, shards)
+    )
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert (a["language_model.norm.weight"] == 1).all()
+    assert not any(a[name].any() for name in a if name.endswith("fc1.bias"))
+    up, down = (a[f"language_model.layers.{i}.mlp.up_proj.weight"] for i in (0, 1))
+    assert 0.018 < up.float().std() < 0.022 and not torch.equal(up, down)

@@ -17,7 +17,7 @@ from llava_min.data.image import ImageConfig, to_pixels
 from llava_min.data.records import read_records
 from llava_min.errors import UserError
 from llava_min.tools import check, check_images, check_records, check_show
-from llava_min.tools.small_files import processor_of
+from llava_min.training.small_files import processor_of
 
 ESC = "\x1b]0;owned\x07\x1b[2J"
 
@@ -184,12 +184,35 @@ def test_tokens_and_what_is_supervised_are_those_of_training(folder, processor):
         ('[{"id": 1, "id": 2}]', "given twice"),
         ("[" * 100_000, "nested"),
         ("no\x1b[31m\nJSON", "d.json:1: column 1"),
-        (json.dumps([record("<image>a", "b", image=f"x{i}.png") for i in range(9)]), "0 of 9"),
     ],
 )
 def test_a_file_that_is_wrong_as_a_whole_is_one_line(data, said, folder):
     with pytest.raises(UserError, match=said):
         check.main([str(write(folder / "d.json", data))])
+
+
+def test_where_no_image_is_found_the_records_are_still_read(folder, capsys):
+    """The folder is wrong, and the rest of what is to say does not wait for the right one."""
+    lost = [record("<image>a", "a cat", image=f"x{i}.png", id=i) for i in range(9)]
+    talks = [record("a", "b", id="t"), record("<image>a", "no " * 3000, image="x.png", id="long")]
+    lines = [*map(json.dumps, [*lost, *talks]), '{"id": 1,}']
+    (folder / "d.jsonl").write_text("\n".join(lines))
+    code, out = run(folder / "d.jsonl", capsys=capsys)
+    assert code == 1 and "d.jsonl: 12 records, 11 of them bad" in out and out.endswith("\n11 bad\n")
+    assert re.search(r" 9 x 0 of 10 images found under .*x0.png\); check the image folder\n", out)
+    assert "line 1 (id 0), line 2 (id 1)" in out and "and 4 more" in out
+    assert re.search(r" 1 x \d+ tokens, more than --max-length 2048\n +line 11 \(id long\)", out)
+    assert re.search(r" 1 x .*:12: column 10: .*\n +line 12\n", out)
+    assert "good but for the images: 10 records, 9 with an image" in out
+    assert re.search(r"\n  images +0 +1 +1 +1 +9\n", out) and "10 up to" in out
+    page = folder / "p.html"
+    code, out = run(folder / "d.jsonl", "--html", page, "--show", "3", capsys=capsys)
+    assert code == 1 and page.exists() and out.count("\n-- line ") == 1
+    (folder / "d.jsonl").write_text(lines[10])
+    assert "note: 0 of 1 images found" in run(folder / "d.jsonl", capsys=capsys)[1]
+    (folder / "d.jsonl").write_text("\n".join(lines[:3] + [json.dumps(GOOD)]))
+    out = run(folder / "d.jsonl", capsys=capsys)[1]
+    assert "3 x no image " in out and "  good: 1 records" in out  # the folder is the right one
 
 
 def test_broken_lines_are_counted_by_kind_with_their_numbers(folder, capsys):

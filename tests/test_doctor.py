@@ -315,6 +315,11 @@ CASES = {
         {"target_modules": ["up_proj", "down_proj"]},
         {"target_modules": ["q_proj"]},
     ),
+    "impossible-number": ({"learning_rate": float("nan")}, {"learning_rate": 1e-4}),
+    "rank-large": (
+        {"r": 999_999, "target_modules": ["o_proj"]},
+        {"r": 2048, "target_modules": ["o_proj"]},
+    ),
     "alpha-unset": ({"r": 32, "target_modules": ["o_proj"]}, {"r": 32, "lora_alpha": 16}),
     "alpha-large": ({"r": 8, "lora_alpha": 256}, {"r": 128, "lora_alpha": 256}),
     "lora-switched-off": (L + "--lora_r 128", L + "--lora_r 128 --lora_enable True"),
@@ -732,6 +737,72 @@ def test_a_broken_adapter_config(config, what, tmp_path, capsys):
     assert doctor.main(["--strict", path]) == 1 and "\x1b" not in capsys.readouterr().out
     whole = write(tmp_path / "b", "adapter_config.json", {"r": 8, "target_modules": ["q_proj"]})
     assert "adapter-broken" not in found(whole)
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("text_config.hidden_size", -5, "an integer from 1 to 1048576"),
+        ("text_config.hidden_size", 64.5, "an integer from 1 to 1048576"),
+        ("vision_config.hidden_size", 1e99, "an integer from 1 to 1048576"),
+        ("text_config.rope_theta", float("nan"), "a number from 1 to 1000000000000"),
+        ("vision_config.layer_norm_eps", float("inf"), "a number from 0 to 1"),
+        ("image_token_index", -1, "an integer from 0 to 1048576"),
+        ("anything", float("-inf"), "a number from -1e+30 to 1e+30"),
+        ("anything", [1, 10**400], "a number from -1e+30 to 1e+30"),
+    ],
+)
+def test_a_number_that_no_model_has_is_found(name, value, expected, tmp_path):
+    """In a model's folder, in its config.json alone, and beside an adapter."""
+    tiny = files.RECIPES.parent / "tiny"
+    right = json.loads((tiny / "config.json").read_text())
+    right["text_config"]["tokens"] = int(1e30)  # transformers' word for no limit
+    path = write(tmp_path / "model", "config.json", right)
+    adapter(tmp_path / "adapter", [TEXT])
+    write(tmp_path / "adapter", "config.json", right)
+    for given in (tiny, path, tmp_path / "model", tmp_path / "adapter"):
+        assert not found(str(given), "error")
+    *part, leaf = name.split(".")
+    wrong = json.loads(json.dumps(right))
+    (wrong[part[0]] if part else wrong)[leaf] = value
+    write(tmp_path / "model", "config.json", wrong)
+    write(tmp_path / "adapter", "config.json", wrong)
+    for given in (path, tmp_path / "model", tmp_path / "adapter"):
+        (run,) = read_input(str(given))
+        (f,) = [f for f in examine(run) if f.severity == "error"]
+        assert (f.rule, f.fix) == ("impossible-number", expected) and f.what.startswith(name + " =")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"learning_rate": -1e-4},
+        {"per_device_train_batch_size": 0},
+        {"gradient_accumulation_steps": 1.5},
+        {"max_length": 1e99},
+        {"bf16": True, "max_grad_norm": float("inf")},
+        "--learning_rate nan",
+        "--lora_r 0",
+        "--model_max_length 99999999999999999999",
+    ],
+)
+def test_a_number_that_no_run_has_is_found(settings, tmp_path):
+    if isinstance(settings, str):
+        settings = L + "--lora_enable True " + settings
+    assert "impossible-number" in found(given(tmp_path, settings, "x"), "error")
+    if isinstance(settings, dict):  # as a finished run of train.py has them
+        mine = {"train": "lora", "data": "x.json", "ranks": 1, "lora_dropout": float("nan")}
+        assert "impossible-number" in found(write(tmp_path, "config.json", mine), "error")
+
+
+def test_a_rank_beyond_the_layers(tmp_path):
+    line = "python train.py --data x.json --lora-r "
+    assert one(line + "999999", "rank-large").severity == "error"
+    assert one(line + "3000", "rank-large").severity == "warning"
+    assert one(line + "3000", "rank-large").fix == "--lora-r 128"
+    assert "rank-large" not in found(line + "2048")
+    recipe = 'model = "tiny"\ndata = "toy:captions"\ntrain = "lora"\nlora_r = 9999\n'
+    assert one(write(tmp_path, "mine.toml", recipe), "rank-large").fix == "lora_r = 128"
 
 
 def test_an_adapter_that_peft_reads_and_we_do_not(tmp_path, capsys):

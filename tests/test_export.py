@@ -16,9 +16,10 @@ from llava_min.export.hf import write_hf
 from llava_min.export.jinja import JINJA
 from llava_min.export.memory import Memory
 from llava_min.export.tensors import open_model
+from llava_min.load import open_checkpoint
 from llava_min.lora import LoRAConfig
 from llava_min.tensors import list_tensors
-from llava_min.tools import export
+from llava_min.tools import build, export, quantize
 from llava_min.training.targets import add_lora
 from llava_min.util.files import new_folder
 
@@ -168,6 +169,25 @@ def test_shards(tmp_path, source, monkeypatch):
     assert torch.equal(a(rows(1), pixels(1)), b(rows(1), pixels(1)))
 
 
+def test_messages_name_the_folder_that_was_given(tmp_path, capsys, monkeypatch):
+    """The folder that is written aside has another name, which nobody typed."""
+    out = tmp_path / "out"
+    export.main(["tiny", str(out), "--to", "original"])
+    err = capsys.readouterr().err
+    assert f"warning: {out}: some ids" in err and ".tmp-" not in err
+    monkeypatch.setattr(hf, "PROBES", ())
+    monkeypatch.setattr(hf, "open_checkpoint", load_other_template)
+    with pytest.raises(UserError) as e:
+        export.main(["tiny", str(tmp_path / "other"), "--to", "hf"])
+    assert str(e.value).startswith(f"{tmp_path / 'other'}: the tokenizer reads back otherwise")
+
+
+def load_other_template(folder):
+    checkpoint = open_checkpoint(folder)
+    checkpoint.processor.template_name = "plain"
+    return checkpoint
+
+
 def test_what_is_there_is_kept(tmp_path, source):
     out = tmp_path / "out"
     args = [str(source), str(out), "--to", "hf"]
@@ -182,7 +202,7 @@ def test_what_is_there_is_kept(tmp_path, source):
     (other / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="not a folder with a model"):
         export.main([str(source), str(other), "--to", "hf", "--overwrite"])
-    with pytest.raises(UserError, match="is the model itself"):
+    with pytest.raises(UserError, match="is to be read"):
         export.main([str(source), str(source), "--to", "original", "--overwrite"])
     link, file = tmp_path / "link", tmp_path / "file"
     link.symlink_to(out)
@@ -194,6 +214,32 @@ def test_what_is_there_is_kept(tmp_path, source):
         with pytest.raises(UserError, match=f"{said}.*remove it"):
             export.main([str(source), str(path), "--to", "hf", "--overwrite"])
     assert link.is_symlink() and (out / "config.json").is_file() and file.is_file()
+
+
+def test_what_is_read_is_not_written_into(tmp_path, source):
+    """Neither into a folder that is read nor over one that holds it, by whatever name."""
+    outer, link = tmp_path / "outer", tmp_path / "link"
+    export.main([str(source), str(outer), "--to", "hf"])
+    source = source.rename(outer / "source")
+    link.symlink_to(source)
+    before = sorted(p for p in tmp_path.rglob("*"))
+    for out, said in (
+        (source, "is to be read"),
+        (source / "sub", f"lies in {source}, which is to be read"),
+        (link / "sub" / "sub", f"lies in {source}, which is to be read"),
+        (outer, f"holds {source}, which is to be read"),
+    ):
+        for main, argv in (
+            (export.main, [str(source), str(out), "--to", "hf", "--overwrite"]),
+            (export.main, ["tiny", str(out), "--to", "hf", "--adapter", f"x,{source}"]),
+            (quantize.main, [str(source), str(out)]),
+            (build.main, [str(out), "--text", str(source), "--overwrite"]),
+            (build.main, [str(out), "--vision", str(source), "--text", "x"]),
+        ):
+            with pytest.raises(UserError, match=f"^{out}: {said}; give another folder to write$"):
+                main(argv)
+    assert sorted(p for p in tmp_path.rglob("*")) == before
+    export.main([str(link), str(outer / "beside"), "--to", "hf"])  # and that is allowed
 
 
 def test_a_wrong_tensor_is_found(tmp_path, source):

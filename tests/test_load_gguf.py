@@ -196,6 +196,66 @@ def test_which_mmproj(tmp_path, tiny):
         load(tmp_path)
 
 
+@pytest.mark.parametrize("type", ["q8_0", "f16"])
+def test_weights_that_are_quantized_twice_are_warned_of(tmp_path, tiny, type, capsys):
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello " * 300}]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"id": "1", "conversations": turns}]))
+    made = ["--group-size", "16", "--method"]
+    for make in (
+        lambda: load(tiny[type], quantize="int8"),
+        lambda: quantize.main([str(tiny[type]), str(tmp_path / "a"), *made, "int4"]),
+        lambda: quantize.main(
+            [str(tiny[type]), str(tmp_path / "b"), *made, "awq4", "--data", str(data)]
+        ),
+    ):
+        make()
+        said = [x for x in capsys.readouterr().err.splitlines() if "few bits" in x]
+        assert len(said) == (type == "q8_0")
+        for line in said:
+            assert line.startswith(f"warning: {tiny[type]}: ") and "(Q8_0)" in line
+            assert line.endswith("a 16-bit checkpoint gives better ones")
+
+
+def test_of_two_models_in_a_folder_it_is_said_which_is_not_read(tmp_path, tiny, spm, capsys):
+    source = write_folder(tmp_path / "two", spm, their_model())
+    load(source)
+    assert "not read" not in capsys.readouterr().err
+    (source / "model-q8_0.gguf").write_bytes((tiny["q8_0"] / "model-q8_0.gguf").read_bytes())
+    right = load(source)[0].config
+    plan.main(["--model", str(source), "--train", "projector", "--max-length", "64"])
+    err = capsys.readouterr().err
+    assert err.count("is not read") == 1
+    assert f"{source}: is read by its config.json, and model-q8_0.gguf is not read; give" in err
+    assert load(source / "model-q8_0.gguf")[0].config != right
+
+
+def test_a_message_about_the_model_names_its_flag(tmp_path):
+    folder, data = tmp_path / "two", tmp_path / "data.json"
+    folder.mkdir()
+    for name in ("a.gguf", "b.gguf"):
+        (folder / name).touch()
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    data.write_text(json.dumps([{"id": "0", "conversations": turns}]))
+    rows = ["--data", str(data), "--metrics", "exact_match"]
+    model, image = ["--model", str(folder)], str(Path(__file__).parents[1] / "docs/picture.png")
+    out = str(tmp_path / "out")
+    for main, argv, flag in (
+        (sample.main, [image, *model], "--model"),
+        (evaluate.main, [*rows, *model], "--model"),
+        (evaluate.main, [*rows, "--compare", str(folder)], "--compare"),
+        (train.main, [*rows[:2], *model, "--out", out], "--model"),
+        (check.main, [str(data), *model], "--model"),
+        (export.main, [str(folder), out, "--to", "hf"], "MODEL"),
+        (quantize.main, [str(folder), out], "MODEL"),
+        (merge.main, [str(folder), str(data), out], "MODEL"),
+    ):
+        with pytest.raises(UserError, match=f"^{flag}: .*/two: has 2 language models"):
+            main(argv)
+    with pytest.raises(UserError, match="^source: .*/two: has 2 language models"):
+        load(folder)
+
+
 def test_another_models_mmproj_is_said(tmp_path, tiny, alone, spm, capsys):
     source = write_folder(tmp_path / "source", spm, their_model())
     other = exported(tmp_path / "x", source, "f16")

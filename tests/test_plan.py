@@ -20,6 +20,7 @@ from llava_min.tools.quantize import main as quantize
 from llava_min.training import dry_run as dry_run_page
 from llava_min.training.fake_step import Step, step_of
 from llava_min.training.memory import Memory, step_memory
+from llava_min.util.cli import parse
 from llava_min.util.sizes import SIZES
 
 train = load_script("train")
@@ -34,7 +35,9 @@ def run(*argv, capsys) -> str:
 
 
 def test_the_notes_figures_are_reproduced_and_explained():
-    text = "\n".join([*tables.parameters(SIZES["7b"], "7b"), *tables.notes()])
+    lines = [*tables.parameters(SIZES["7b"], "7b"), *tables.notes()]
+    text = "\n".join(lines)
+    assert max(map(len, lines)) <= 80
     assert "7,063,427,072 parameters" in text and "105.25 GiB" in text and "52.63" in text
     assert "24.74 / 12.37 / 6.18 / 3.09 GiB" in text
     assert "776.03 MiB" in text and "98.96 GiB" in text
@@ -47,6 +50,32 @@ def test_every_way_of_training_and_answering_is_in_the_tables(capsys):
     assert rows[-1].split()[-1] == "-"  # int4's groups do not fit into the tiny model
     for method in ("int8", "int4", "hqq1", "nf4", "w8a8"):
         assert f"\n  {method:26}" in out
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--batch-size", "16"], ["training, 1 of 8: full, fp32", "answering, 12 of 12: w8a8"]),
+        (["--train", "freeze_vision"], ["training, 4 of 4: 8 GPUs"]),
+        (
+            ["--gpus", "8xRTX4090", "--records", "12345678"],
+            ["trying freeze_vision", "trying freeze_vision, with checkpointing"],
+        ),
+        (["--gpus", "8x3", "--recipe", "toy", "--lora-r", "8"], ["trying lora of rank 8"]),
+    ],
+)
+def test_it_fits_80_columns_and_shows_signs_of_life(argv, said, capsys, monkeypatch):
+    if "--gpus" in argv:
+        monkeypatch.setattr(plan_fit, "largest_batch", lambda *a: 2)
+    plan.main(["--model", "tiny", "--max-length", "512", *argv])
+    captured = capsys.readouterr()
+    assert max(map(len, captured.out.splitlines())) <= 80
+    assert set(said) <= set(captured.err.splitlines())
+    if "--gpus" in argv:
+        line = re.search(r"^torchrun (.*\\\n)+.*$", captured.out, re.M)[0]
+        words = shlex.split(line.replace("\\\n", ""))
+        config = parse(train.TrainConfig, words[3:], "A test.", recipes=train.RECIPES)
+        assert (config.batch_size, config.grad_accum) == (2, 8)
 
 
 @pytest.mark.parametrize("method", ["nf4", "int4", "int8", "hqq2"])

@@ -29,8 +29,8 @@ from llava_min.llava import Llava
 from llava_min.load import load
 from llava_min.toy import draw as toy
 from llava_min.training.batch_size import row_length
-from llava_min.training.dry_run import named_config
 from llava_min.training.log import Log
+from llava_min.training.small_files import config_of, named_config
 from llava_min.training.wrap import add_neftune, compile_blocks, enable_gradient_checkpointing
 from llava_min.util.cli import comments, parse
 from llava_min.util.sizes import SIZES
@@ -1108,6 +1108,20 @@ def test_a_dry_run_counts_steps_and_bytes(home, tmp_path, capsys):
                     *(str(x) for pair in files.items() for x in pair),
                 ]
             )
+
+
+def test_shapes_are_of_what_is_here_and_else_of_a_size(tmp_path, monkeypatch):
+    """A folder of a size's name is read, as training reads it; a hub id is only guessed at."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("fetched"))
+    assert named_config("7b") == config_of("7b") == SIZES["7b"]
+    tiny = Path(train.__file__).parent / "llava_min" / "tiny"
+    (tmp_path / "7b").mkdir()
+    (tmp_path / "7b" / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    assert named_config("7b") == config_of("7b") == named_config("tiny") != SIZES["7b"]
+    assert named_config("me/llava-7b") == SIZES["7b"] and named_config("me/tiny") != SIZES["7b"]
+    with pytest.raises(UserError, match="a file, expected a checkpoint's folder"):
+        named_config(str(tmp_path / "7b" / "config.json"))
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in train.RECIPES.glob("*.toml")))

@@ -1,14 +1,14 @@
 """What may be given to `load` and `save`, each refused by the argument's name."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llava_min.checks.adapter import find_adapter
-from llava_min.errors import UserError, escape_controls, shorten
+from llava_min.errors import UserError, escape_controls, shorten, warn
 
 QUANTIZABLE = ("lm_head", "multi_modal_projector", "vision_tower")
 
@@ -47,6 +47,15 @@ def check_unquantized(method: str, quantized: bool) -> None:
             f"{method} for a checkpoint that is quantized already; leave it out, or give the "
             "16-bit checkpoint",
             "quantize",
+        )
+
+
+def warn_quantized_twice(source: object, entries: Iterable[Any]) -> None:
+    """A warning where weights that are to be quantized were so before, as in GGUF's Q8_0."""
+    if kinds := sorted({entry.quantized for entry in entries} - {""}):
+        warn(
+            f"{shorten(source, 400)}: its weights were of few bits before ({', '.join(kinds)}) and "
+            "are rounded a second time; a 16-bit checkpoint gives better ones"
         )
 
 

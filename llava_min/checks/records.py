@@ -25,13 +25,19 @@ def check_found(images: Iterable, found: Iterable[bool]) -> None:
         raise UserError(f"no image {shorten(missing[0], 200)}")
 
 
+def none_found(found: int, paths: Sequence[Path], root: Path) -> str:
+    """What to say where no image at all is there: the folder is wrong and not the records."""
+    if found or not paths:
+        return ""
+    return (
+        f"0 of {len(paths)} images found under {shorten(root, 400)} (the first: "
+        f"{shorten(paths[0], 200)}); check the image folder"
+    )
+
+
 def check_some_found(path: Path, found: int, paths: Sequence[Path], root: Path) -> None:
-    """If no image at all is there, the folder is wrong and not the records."""
-    if paths and not found:
-        raise UserError(
-            f"{path}: 0 of {len(paths)} images found under {shorten(root, 400)} (the first: "
-            f"{shorten(paths[0], 200)}); check the image folder"
-        )
+    if text := none_found(found, paths, root):
+        raise UserError(f"{path}: {text}")
 
 
 def check_not_empty(path: Path, records: int, container: dict | None) -> None:

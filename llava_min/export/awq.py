@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_min.checks.inputs import check_length
-from llava_min.checks.load import check_unquantized
+from llava_min.checks.load import check_unquantized, warn_quantized_twice
 from llava_min.errors import info
 from llava_min.export.quantized import check_method_fits
 from llava_min.fast.cpu_linear import upcast_linears
@@ -40,6 +40,7 @@ def quantize_by_awq(
     """
     model = checkpoint.model
     check_unquantized("awq4", model.config.quantization is not None)
+    warn_quantized_twice(checkpoint.source, checkpoint.entries.values())
     blocks = model.language_model.layers
     layers = [layer for layer in blocks[0].modules() if isinstance(layer, nn.Linear)]
     if group_size is None:

@@ -42,6 +42,10 @@ class GGUFTensor(TensorInfo):
     row_bytes: int = 0
     head: int = 0  # rows of a head whose rotary pairs neighbours, 0: the rows are in our order
 
+    @property
+    def quantized(self) -> str:
+        return "" if self.kind in FLOATS else self.kind
+
     def open(self) -> BinaryIO:
         return open(self.path, "rb")
 

@@ -5,6 +5,7 @@ and it answers texts.
 """
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from llava_min.checks.from_folder import check_aspect
@@ -28,17 +29,29 @@ from llava_min.weights import NAMES
 def find_gguf(source: str) -> Path | None:
     """The language model's file that `source` is, or that lies in it; None for what is no GGUF.
 
-    Raises UserError for a folder with several language models.
+    Where a config.json says what the folder is, that is read and no .gguf, and said. Raises
+    UserError for a folder with several language models.
     """
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return path
-    if not path.is_dir() or (path / "config.json").exists() or not any(path.glob("*.gguf")):
+    every = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    if every and (path / "config.json").exists():
+        say_unread(path, tuple(p.name for p in every))
+    if not every or (path / "config.json").exists():
         return None
-    files = sorted(p for p in path.glob("*.gguf") if not is_mmproj(p))
+    files = [p for p in every if not is_mmproj(p)]
     if len(files) != 1:
         raise UserError(f"{path}: has {count(files, 'language models')}; name one", "source")
     return files[0]
+
+
+@cache  # several steps ask what a folder is
+def say_unread(folder: Path, names: tuple[str, ...]) -> None:
+    info(
+        f"{folder}: is read by its config.json, and {preview(names, ', ')} is not read; give that "
+        "file's path to read it"
+    )
 
 
 def gguf_config(source: str) -> LlavaConfig | None:

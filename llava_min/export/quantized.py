@@ -116,20 +116,17 @@ def check_method_fits(layers: list[nn.Linear], method: str, is_llava: bool) -> N
 
     is_llava: the verb quantize, which has other groups, takes no language model alone.
     """
-
-    def misfit(method: str, group_size: int | None = None) -> nn.Linear | None:
-        return next((m for m in layers if not fits(m, method, group_size)), None)
-
-    if (layer := misfit(method)) is None:
+    if (found := misfit(layers, method)) is None:
         return
-    fitting = ", ".join(x for x in METHODS if x not in CALIBRATED and misfit(x) is None)
+    layer, _ = found
+    fitting = ", ".join(x for x in METHODS if x not in CALIBRATED and not misfit(layers, x))
     usual = METHODS[method][1]
     if usual is None:
         shape = (layer.out_features, layer.in_features)
         raise UserError(
             f"{method}: a layer of shape {shape} is not of whole blocks; give {fitting}", "quantize"
         )
-    sizes = [size for size in (128, 64, 32, 16, 8) if misfit(method, size) is None]
+    sizes = [size for size in (128, 64, 32, 16, 8) if not misfit(layers, method, size)]
     smaller = (
         f", or make a checkpoint in groups of {sizes[0]} by `python -m llava_min quantize "
         f"--group-size {sizes[0]}`"
@@ -143,13 +140,17 @@ def check_method_fits(layers: list[nn.Linear], method: str, is_llava: bool) -> N
     )
 
 
-def fits(linear: nn.Linear, method: str, group_size: int | None) -> bool:
-    shape = (linear.in_features, linear.out_features)
-    try:
-        empty_layer(method, *shape, group_size=group_size, device="meta")
-    except UserError:
-        return False
-    return True
+def misfit(
+    layers: list[nn.Linear], method: str, group_size: int | None = None
+) -> tuple[nn.Linear, str] | None:
+    """A layer whose shape `method` does not take, and why; None where all fit."""
+    by_shape = {(layer.in_features, layer.out_features): layer for layer in layers}
+    for shape, layer in by_shape.items():
+        try:
+            empty_layer(method, *shape, group_size=group_size, device="meta")
+        except UserError as e:
+            return layer, str(e)
+    return None
 
 
 def own_parameters(model: nn.Module) -> set[str]:

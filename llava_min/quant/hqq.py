@@ -9,7 +9,8 @@ Few weights far from the rest should not decide where the grid lies, so the erro
 
 until the mean error stops falling. Only the zero-point moves, and no data is needed. Two things are
 ours: each group keeps the best of its zero-points, the whole one of rounding to nearest among them,
-so that no group ends worse than by that; and the stop is that of the piece of rows at hand, which
+so that no group ends worse than by that (not in one bit: there it makes nearly all weights 0, which
+errs less on the mean and says nothing); and the stop is that of the piece of rows at hand, which
 stays in the cache.
 
 Shapes as in rounding.py.
@@ -45,7 +46,7 @@ def half_quadratic(w: Tensor, bits: int, stored: Stored) -> tuple[Tensor, Tensor
         torch.sub(up, zero, out=size).abs_()
         return size.mean(-1, keepdim=True) * scale
 
-    _, kept = stored(scale, start.round())
+    _, kept = stored(scale, start.round() if bits > 1 else start)
     best, last = errors(kept), float("inf")
     _, zero = stored(scale, start.round() if bits == 4 else start)
     for _ in range(ITERATIONS):

@@ -12,6 +12,7 @@ from typing import Literal
 from llava_min.checks.ranges import Seed
 from llava_min.errors import UserError, info
 from llava_min.util.cli import PathArg, flags, parse
+from llava_min.util.files import check_apart
 
 
 @dataclass
@@ -40,9 +41,7 @@ def check(config: BuildConfig) -> Path:
     if config.text is None:
         raise UserError("is not given; give a language model, such as lmsys/vicuna-7b-v1.5", "text")
     out = Path(config.out[0])
-    for place in (config.vision, config.text):
-        if Path(place).exists() and out.resolve() == Path(place).resolve():
-            raise UserError(f"{out}: is to be read; give another folder to write")
+    check_apart(out, config.vision, config.text, config.projector)
     return out
 
 

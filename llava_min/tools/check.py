@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
 
 def check(config: Config) -> int:
     from llava_min.tools.check_records import read_files, shared
-    from llava_min.tools.small_files import processor_of
+    from llava_min.training.small_files import processor_of
 
     processor = processor_of(config.model, config.image_aspect_ratio, config.template)
     workers = config.workers or len(os.sched_getaffinity(0))
@@ -71,7 +71,8 @@ def check(config: Config) -> int:
         bad += len(file.bad) + (len(images.bad) if images else 0)
         looked.append(images)
     if held_out:
-        mine, theirs = ([s for file in files for s in file.seen] for files in (training, held_out))
+        every = lambda files: [s for file in files for s in file.measured]
+        mine, theirs = every(training), every(held_out)
         both = "evaluation and training share nothing" if mine and theirs else NOT_COMPARED
         lines += shared(mine, theirs) or [both]
         lines += same_images(looked[: len(training)], looked[len(training) :])
@@ -99,12 +100,13 @@ def same_images(training: Sequence, held_out: Sequence) -> Iterator[str]:
 
 
 def report(file, images, max_length: int) -> Iterator[str]:
-    with_image = sum(bool(s.images) for s in file.seen)
+    with_image = sum(bool(s.images) for s in file.measured)
     times = "" if file.weight == 1 else f", taken {file.weight:g} times"
     yield f"{file.path}: {file.total:,} records{times}, {len(file.bad):,} of them bad"
     yield from faults(file.bad)
-    if file.seen:
-        yield f"  good: {len(file.seen):,} records, {with_image:,} with an image"
+    if file.measured:
+        good = "good but for the images" if file.imageless else "good"
+        yield f"  {good}: {len(file.measured):,} records, {with_image:,} with an image"
         yield from numbers(file, images, max_length)
     if images and images.total:
         yield f"  images: {images.total:,} different, {len(images.bad):,} of them bad"
@@ -127,10 +129,10 @@ def numbers(file, images, max_length: int) -> Iterator[str]:
     """Token counts, what is supervised of them, lengths and image sizes."""
     import numpy as np
 
-    tokens = np.array([s.tokens for s in file.seen])
-    learned = np.array([s.supervised for s in file.seen])
+    tokens = np.array([s.tokens for s in file.measured])
+    learned = np.array([s.supervised for s in file.measured])
     columns = [("tokens", tokens), ("supervised", learned)]
-    columns += [("images", np.array([len(s.images) for s in file.seen]))]
+    columns += [("images", np.array([len(s.images) for s in file.measured]))]
     if images and images.sizes:
         sizes = np.array(images.sizes)
         columns += [("image width", sizes[:, 0]), ("image height", sizes[:, 1])]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_min.checks.records import check_image_folder, check_not_empty, check_some_found
+from llava_min.checks.records import check_image_folder, check_not_empty, none_found
 from llava_min.config import IGNORE
 from llava_min.data.chat import text_of
 from llava_min.data.dataset import Dataset
@@ -151,9 +151,15 @@ class File:
     total: int
     raw: list[tuple[str, object]]  # (where, parsed record, or why its line is none)
     seen: list[Seen] = field(default_factory=list)
+    # where no image at all is there: those that lack nothing else
+    imageless: list[Seen] = field(default_factory=list)
     bad: Kinds = field(default_factory=Kinds)
     remarks: list[str] = field(default_factory=list)
     prefix: str = ""
+
+    @property
+    def measured(self) -> list[Seen]:
+        return self.seen + self.imageless
 
     def where(self, number: int) -> str:
         """As the readers name a record."""
@@ -170,8 +176,7 @@ def read_files(
 ) -> list[File]:
     """Every file that `data` names, each of its records looked at.
 
-    Raises UserError as the readers do: a file cannot be read as a whole, holds no record, or none
-    of its images is there.
+    Raises UserError as the readers do: a file cannot be read as a whole, or holds no record.
     """
     named = sources(data)
     dataset = Dataset([], processor)
@@ -202,18 +207,25 @@ def sort_out(file: File, verdicts: list[Verdict], max_length: int) -> None:
         fields.update(v.fields)
         marks.update(v.marks)
         missing = [p for p in v.seen.images if isinstance(p, Path) and not there.has(p)]
-        if missing:
-            text = f"no image {shorten(missing[0], 200)}"
-            file.bad.add("missing image", file.where(number), text)
-        elif v.seen.tokens > max_length:
+        if v.seen.tokens > max_length:
             text = f"{v.seen.tokens} tokens, more than {label('max_length')} {max_length}"
             file.bad.add("too long", file.where(number), text)
         elif not v.seen.supervised:
             file.bad.add("nothing supervised", file.where(number), "no token to learn from")
+        elif missing:
+            text = f"no image {shorten(missing[0], 200)}"
+            file.bad.add("missing image", file.where(number), text)
+            file.imageless.append(v.seen)
         else:
             file.seen.append(v.seen)
-    check_some_found(file.path, there.found, there.asked, file.root)
+    nowhere = none_found(there.found, there.asked, file.root)
+    if not nowhere:
+        file.imageless.clear()
+    elif file.imageless:
+        file.bad.first["missing image"] = nowhere
     file.remarks = remarks(file, sum(v.headless for v in verdicts), fields, marks, there.alike)
+    if nowhere and not file.imageless:  # each of the records has another fault
+        file.remarks.append(nowhere)
 
 
 def remarks(
@@ -225,9 +237,9 @@ def remarks(
 ) -> list[str]:
     """What is legal and perhaps not meant."""
     listed = lambda names: ", ".join(f"{shorten(x)} ({n} times)" for x, n in names.most_common(5))
-    ids = Counter(s.id for s in file.seen)
+    ids = Counter(s.id for s in file.measured)
     twice = [id for id, n in ids.items() if n > 1]
-    repeated = len(file.seen) - len({s.whole for s in file.seen})
+    repeated = len(file.measured) - len({s.whole for s in file.measured})
     out = []
     if headless:
         out.append(f"{headless} records begin with an answer, which is left out, as LLaVA does")

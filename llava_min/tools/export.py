@@ -12,6 +12,7 @@ from typing import Literal
 from llava_min.errors import UserError, info
 from llava_min.export import FORMATS
 from llava_min.util.cli import PathArg, flags, parse
+from llava_min.util.files import check_apart
 
 Format = Literal[tuple(FORMATS)]
 
@@ -39,8 +40,7 @@ def check(config: ExportConfig) -> tuple[str, Path]:
     if config.dtype is not None and config.to == "gguf":
         raise UserError("is not of --to gguf; give --type", "dtype")
     source, out = config.folders[0], Path(config.folders[1])
-    if Path(source).exists() and out.resolve() == Path(source).resolve():
-        raise UserError(f"{out}: is the model itself; give another folder to write")
+    check_apart(out, source, *(config.adapter or "").split(","))
     return source, out
 
 

@@ -62,7 +62,7 @@ def load(config: Config):
     import llava_min
     from llava_min.load import TINY, on_meta
     from llava_min.tools.parity_stages import Sides
-    from llava_min.tools.small_files import config_of
+    from llava_min.training.small_files import config_of
 
     try:
         import transformers

@@ -62,9 +62,8 @@ def plan(config: Config, argv: Sequence[str]) -> list[str]:
     check_used(config, typed)
     from llava_min.tools import plan_tables as tables
     from llava_min.tools.plan_fit import read_cards
-    from llava_min.tools.small_files import config_of
     from llava_min.training.batch_size import row_length
-    from llava_min.training.dry_run import named_config
+    from llava_min.training.small_files import config_of, named_config
     from llava_min.util.sizes import SIZES
 
     cards = read_cards(config.gpus) if config.gpus else None

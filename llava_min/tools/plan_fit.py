@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from llava_min.config import LINEARS, LlavaConfig
-from llava_min.errors import UserError, label, shorten
+from llava_min.errors import UserError, info, label, shorten
 from llava_min.load import on_meta
 from llava_min.training.fake_step import (
     Allocations,
@@ -149,7 +149,10 @@ def best_fit(
     """The first way that fits, with `rows` rows in an optimizer step, as near as can be."""
     most = max(1, rows // cards.count)
     for way in tried:
+        stored = f" in {way.quantize}" if way.quantize else ""
+        rank = f" of rank {way.lora_r}" if way.train == "lora" else ""
         for checkpointed, enough in ((False, 4), (True, 1)):
+            info(f"trying {way.train}{stored}{rank}" + ", with checkpointing" * checkpointed)
             # with accumulation the gradients of the last micro-batch are there in the forward
             new = replace(
                 step,
@@ -186,8 +189,8 @@ KEPT = (  # of a plan's flags, beside a recipe
 ).split()
 
 
-def written(**settings: Any) -> str:
-    """Settings as flags; None is left out."""
+def written(**settings: Any) -> list[str]:
+    """Settings as flags with their values; None is left out."""
 
     def flag(name: str, value: Any) -> str:
         if isinstance(value, bool):
@@ -195,21 +198,21 @@ def written(**settings: Any) -> str:
         text = ",".join(value) if isinstance(value, tuple) else str(value)
         return f"{flag_of(name)} {shlex.quote(text)}"
 
-    return " ".join(flag(name, v) for name, v in settings.items() if v is not None)
+    return [flag(name, v) for name, v in settings.items() if v is not None]
 
 
 def train_line(fit: Fit, cards: Cards, settings: Any, typed: Collection[str] = ()) -> list[str]:
-    """train.py's command for a fit, in pieces of a line each. typed: what of `settings` was."""
+    """train.py's command for a fit: its start, then each flag. typed: what of `settings` was."""
     step, lora = fit.step, fit.step.train == "lora"
-    start = f"torchrun --nproc_per_node={cards.count}" if cards.count > 1 else "python"
+    launcher = f"torchrun --nproc_per_node={cards.count}" if cards.count > 1 else "python"
+    start = f"{launcher} train.py"
     data = written(data="DATA.json", image_folder="IMAGES")
     batch = written(batch_size=step.batch_size, grad_accum=step.grad_accum)
     parts = {"train_projector": step.train_projector, "train_vision": step.train_vision}
     if settings.recipe:
         beside = {name: getattr(settings, name) for name in KEPT if name in typed} | parts
         how = written(**beside, gradient_checkpointing=step.gradient_checkpointing)
-        recipe = written(recipe=settings.recipe)
-        return [f"{start} train.py {recipe} {data}", f"{batch} {how}"]
+        return [start, *written(recipe=settings.recipe), *data, *batch, *how]
     model = HUB.get(settings.model, "MODEL" if settings.model in SIZES else settings.model)
     how = {"train": step.train, **parts}
     if lora:
@@ -220,11 +223,7 @@ def train_line(fit: Fit, cards: Cards, settings: Any, typed: Collection[str] = (
     how |= {"lr": RATES.get(step.train, "2e-5"), "projector_lr": "2e-5" if own else None}
     row = {"max_length": step.max_length, "precision": PRECISIONS[step.precision]}
     row["gradient_checkpointing"] = step.gradient_checkpointing or None
-    return [
-        f"{start} train.py {written(model=model)} {data}",
-        written(**how),
-        f"{batch} {written(**row)}",
-    ]
+    return [start, *written(model=model), *data, *written(**how), *batch, *written(**row)]
 
 
 # ---- time

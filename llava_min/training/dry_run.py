@@ -3,21 +3,18 @@ loaded.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from llava_min.config import LlavaConfig
 from llava_min.data.records import read_records
 from llava_min.data.sampler import plan
-from llava_min.errors import UserError, info, shorten
-from llava_min.export.load_gguf import gguf_config
-from llava_min.load import TINY, read_config
+from llava_min.errors import UserError, info
 from llava_min.parallel.ranks import World
 from llava_min.training.batch_size import row_length
 from llava_min.training.fake_step import planned_model, step_of
 from llava_min.training.memory import step_memory, table
+from llava_min.training.small_files import named_config
 from llava_min.training.trainable import parameter_table, setup_lora
-from llava_min.util.sizes import SIZES
 
 
 def dry_run(config: Any, world: World, typed: bool) -> None:
@@ -35,31 +32,6 @@ def dry_run(config: Any, world: World, typed: bool) -> None:
         lines = [*steps(records, config, world.size)]
         lines += memory(shapes, records, config, world.size)
         print("\n".join(lines))
-
-
-def named_config(name: str) -> LlavaConfig:
-    """The shapes of a model without its weights.
-
-    name: a size, a folder with a config.json, llama.cpp's files, or an absent folder or hub id
-    whose name contains a size. Raises UserError when it contains none.
-    """
-    shapes = lambda size: SIZES[size] if size in SIZES else read_config(TINY)[0]
-    sizes = ["tiny", *sorted(SIZES, key=len, reverse=True)]
-    if config := gguf_config(name):
-        return config
-    if Path(name).is_dir():
-        return read_config(Path(name))[0]
-    if name in sizes:
-        return shapes(name)
-    size = next((s for s in sizes if s in name.lower()), None)
-    if size is None:
-        raise UserError(
-            f"{shorten(name, 400)}: no such folder, and its name tells no size; give a folder with "
-            f"a config.json, or one of {', '.join(SIZES)}",
-            "model",
-        )
-    info(f"{name}: not here; planned by the shapes of size {size}, which its name contains")
-    return shapes(size)
 
 
 def planned_records(config: Any, typed: bool) -> list[tuple[int, int]]:

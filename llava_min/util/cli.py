@@ -13,7 +13,7 @@ import shutil
 import tomllib
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,15 +34,29 @@ def flags(config: Any, **same: str) -> Iterator[None]:
     """Within, messages about a field of `config` name its flag: `--device: …` for `device: …`.
 
     `--eval-x` is the flag of the library's argument x, where there is no --x; same: other arguments
-    of the library that have a field under another name.
+    of the library that have a field under another name. What `load` calls source is --model, or
+    MODEL where it is no flag.
     """
     every = {name: flag_of(name) for name in vars(config)}
+    every["source"] = every.get("model", "MODEL")
     every |= {name: flag_of(field) for name, field in same.items()}
-    set_labels({name.removeprefix("eval_"): flag for name, flag in every.items()} | every)
+    before = set_labels({n.removeprefix("eval_"): flag for n, flag in every.items()} | every)
     try:
         yield
     finally:
-        set_labels({})
+        set_labels(before)
+
+
+def break_command(start: str, flags: Iterable[str], width: int) -> list[str]:
+    """A command in lines of at most `width`, broken between flags, a `\\` at the end of each."""
+    out = [start]
+    for flag in flags:
+        if len(out[-1]) + len(flag) + 3 > width:
+            out[-1] += " \\"
+            out.append("    " + flag)
+        else:
+            out[-1] += " " + flag
+    return out
 
 
 # ---- a value

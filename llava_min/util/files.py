@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llava_min.errors import UserError, escape_controls, label, shorten
+from llava_min.errors import UserError, aside_ending, escape_controls, label, shorten
 
 LFS = b"version https://git-lfs"
 
@@ -91,6 +91,23 @@ def check_free(target: Path, overwrite: bool | None = None) -> None:
         raise UserError(f"{target}: exists already{never}; give another path {fix}")
 
 
+def check_apart(target: Path, *sources: str | None) -> None:
+    """`target`, a folder to write, is none of the folders that are read, nor in one, nor around
+    one. What is not on disk, as a hub id, is passed over.
+    """
+    out = target.resolve()
+    for source in (Path(s).resolve() for s in sources if s and Path(s).exists()):
+        if out == source:
+            what = "is to be read"
+        elif source in out.parents:
+            what = f"lies in {source}, which is to be read"
+        elif out in source.parents and target.exists():
+            what = f"holds {source}, which is to be read"
+        else:
+            continue
+        raise UserError(f"{target}: {what}; give another folder to write")
+
+
 @contextmanager
 def writing(
     target: Path, fix: str = "free space or give another path", field: str | None = None
@@ -106,14 +123,14 @@ def writing(
 @contextmanager
 def new_folder(target: Path, durable: bool = True, overwrite: bool | None = None) -> Iterator[Path]:
     """A folder to fill that becomes `target` only when the block succeeds: written aside, synced,
-    renamed.
+    renamed. Errors and warnings within call it `target`.
 
     durable: False leaves syncing to the system, enough for thousands of small files that are
     quickly made again. overwrite: the folder of a model may be there, and gives way at the end.
     Raises UserError when `target` exists, or the disk is full or not writable; then nothing is left
     behind.
     """
-    aside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    aside = target.with_name(target.name + aside_ending())
     old = target.with_name(f"{target.name}.old-{os.getpid()}")
     try:
         with writing(target):

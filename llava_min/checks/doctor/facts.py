@@ -183,6 +183,8 @@ class Run:
     files: tuple[str, ...] = ()  # in the folder
     stray: list[Setting] = field(default_factory=list)  # flags that a cut command does not reach
     repeated: list[tuple[Setting, Setting]] = field(default_factory=list)  # two values for one name
+    # of its files: every name with its value, also those that count for nothing in `settings`
+    entries: list[tuple[str, Setting]] = field(default_factory=list)
 
     def __getitem__(self, fact: str) -> Setting | None:
         names, default = DIALECTS[self.kind].get(fact, Key(()))

@@ -59,6 +59,7 @@ def flatten(data: dict[str, Any], source: str, run: Run, lines: list[str], path:
             f"{source}:{at[0]}" if len(at) == 1 else source,
             f"{dotted} = {shorten(quoted, 200)}",
         )
+        run.entries.append((name, new))
         if name not in run.settings:
             run.settings[name] = new
         elif run.settings[name].value != value:
@@ -95,7 +96,12 @@ def from_table(data: dict[str, Any], text: str, source: str) -> Run:
 def read_table(path: Path, source: str) -> Run:
     text = read_text(path)
     if path.suffix == ".json":
-        return from_table(read_json(path), text, source)
+        data = read_json(path)
+        if "model_type" in data and data.keys() & {"text_config", "vision_config", "hidden_size"}:
+            run = Run(source, "hf", "a model's config")
+            read_image_settings(path, source, run)
+            return run
+        return from_table(data, text, source)
     try:
         return from_table(tomllib.loads(text), text, source)
     except (tomllib.TOMLDecodeError, RecursionError, ValueError) as e:
@@ -156,10 +162,11 @@ def read_adapter(folder: Path, source: str) -> Run:
 
 
 def read_image_settings(path: Path, source: str, run: Run) -> None:
-    """`image_aspect_ratio`, `do_pad` and `padding_side` of a processor's file, also where it is
-    nested."""
+    """`image_aspect_ratio`, `do_pad` and `padding_side` of a model's file, also where it is nested;
+    its other settings are `entries` alone."""
     found = Run(source, "hf", "")
     flatten(read_json(path), source, found, read_text(path).splitlines())
+    run.entries += found.entries
     for name in ("image_aspect_ratio", "do_pad", "padding_side"):
         if name in found.settings:
             run.settings.setdefault(name, found.settings[name])
@@ -174,10 +181,9 @@ def read_folder(folder: Path, source: str) -> Run:
     for name in (*PROCESSOR, "tokenizer_config.json", "config.json"):
         if (folder / name).exists():
             read_image_settings(folder / name, f"{source}/{name}", run)
-    if not run.settings:
+    if not run.entries:
         raise UserError(
-            f"{source}: no adapter_config.json, and no image_aspect_ratio or do_pad "
-            f"in a config; {GIVE}"
+            f"{source}: no adapter_config.json, and no config of a model or processor; {GIVE}"
         )
     return run
 

@@ -76,6 +76,17 @@ def gate_forgotten(run: Run) -> Findings:
         )
 
 
+def rank_large(run: Run) -> Findings:
+    """An update has at most the layer's width as its rank, 4,096 in a 7B and 5,120 in a 13B, and
+    from half of that on LoRA has more numbers than the layer. LLaVA takes 128."""
+    r = run.number("r")
+    if r and r > 2048 and run.trains == "lora":
+        at = run["r"]
+        name = at.text.split()[0]
+        fix = f"{name} 128" if name.startswith("-") else f"{name} = 128"
+        yield Finding("error" if r > 5120 else "warning", at, at.text, fix)
+
+
 def alpha_unset(run: Run) -> Findings:
     """alpha / r scales what LoRA adds; LLaVA's is 256 / 128 = 2. A larger r with the same alpha
     turns the adapter down."""
@@ -212,6 +223,7 @@ def projector_quantized(run: Run) -> Findings:
 RULES = (
     lora_in_tower,
     gate_forgotten,
+    rank_large,
     alpha_unset,
     alpha_large,
     lora_switched_off,

@@ -1,4 +1,5 @@
-"""Rules on what stops at once: names, types and values of train.py's settings, and of adapters.
+"""Rules on what stops at once: names, types and values of train.py's settings, of adapters, and of
+the numbers in anybody's.
 
 What is possible is said by train.py's own dataclass and by its checks, so nothing is listed twice.
 """
@@ -7,8 +8,9 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+from llava_min.checks import config
 from llava_min.checks.doctor.facts import DIALECTS, Finding, Findings, Run, Setting
-from llava_min.checks.ranges import not_none
+from llava_min.checks.ranges import MAX_FLOAT, check_number, not_none, range_of
 from llava_min.checks.settings import check_settings
 from llava_min.errors import UserError, shorten
 from llava_min.util.cli import convert, flag_of, flags, guess
@@ -123,6 +125,57 @@ def contradiction(run: Run) -> Findings:
         yield Finding("error", at, what, fix)
 
 
+SHARED = (
+    "lr",
+    "r",
+    "alpha",
+    "batch_size",
+    "grad_accum",
+    "max_length",
+)  # of train.py's range in all tools
+SHAPES = {
+    name: rule
+    for table in (config.VISION, config.TEXT, config.LLAVA, config.ORIGINAL)
+    for name, rule in table.items()
+    if isinstance(rule, config.Range) and rule.kind is not bool
+}
+
+
+def expected_number(run: Run, name: str, value: Any) -> str:
+    """What the setting `name` may be, if `value` is a number that it cannot be; else ""."""
+    fact = next((f for f in SHARED if name in DIALECTS[run.kind][f].names), None)
+    if fact and isinstance(value, str):  # a flag's
+        try:
+            value = float(value)
+        except ValueError:
+            return ""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return ""
+    if fact:
+        kind = not_none(kinds()[DIALECTS["train.py"][fact].names[0]])
+        try:
+            check_number(value, kind, name)
+        except UserError:
+            base, allowed = range_of(kind)
+            return allowed.expected(base, value)
+        return ""
+    rule = SHAPES.get(name) or config.Range(float, -MAX_FLOAT, MAX_FLOAT)
+    if (rule.kind is float or isinstance(value, int)) and rule.low <= value <= rule.high:
+        return ""
+    noun = "a number" if rule.kind is float else "an integer"
+    return f"{noun} from {rule.low:.13g} to {rule.high:.13g}"
+
+
+def impossible_number(run: Run) -> Findings:
+    """It cannot be meant: a program stops at it, or computes NaN."""
+    from_peft = ("r", "lora_alpha") if run.adapter == "peft" else ()  # adapter_broken's
+    for name, at in run.entries or run.settings.items() if not is_read(run) else ():
+        for value in at.value if isinstance(at.value, list) else [at.value]:
+            if name not in from_peft and (expected := expected_number(run, name, value)):
+                yield Finding("error", at, at.text, expected)
+                break
+
+
 def adapter_broken(run: Run) -> Findings:
     """No program loads it: peft needs r and target_modules, of these types (peft.LoraConfig)."""
     if run.adapter != "peft":
@@ -152,4 +205,11 @@ def adapter_unread(run: Run) -> Findings:
             yield Finding("warning", at, shorten(at.text, 200), f"{name} = {values}")
 
 
-RULES = (unknown_setting, bad_value, contradiction, adapter_broken, adapter_unread)
+RULES = (
+    unknown_setting,
+    bad_value,
+    contradiction,
+    impossible_number,
+    adapter_broken,
+    adapter_unread,
+)

@@ -8,6 +8,7 @@ import shlex
 from typing import Any
 
 from llava_min.checks.doctor.facts import Run
+from llava_min.util.cli import break_command
 
 TEMPLATES = {"v1": "vicuna_v1", "vicuna_v1": "vicuna_v1", "v0": "vicuna_v1", "plain": "plain"}
 ASPECTS = {"pad": "pad", "square": "crop"}
@@ -256,16 +257,7 @@ class Translation:
         return int(published // each) if each and published % each == 0 else 8
 
     def lines(self, width: int) -> list[str]:
-        """The command, broken between flags where a line would be longer than `width`."""
-        out = [self.launcher()]
-        for flag in self.flags:
-            text = " ".join(flag)
-            if len(out[-1]) + len(text) + 3 > width:
-                out[-1] += " \\"
-                out.append("    " + text)
-            else:
-                out[-1] += " " + text
-        return out
+        return break_command(self.launcher(), map(" ".join, self.flags), width)
 
 
 def unresolved(run: Run) -> list[str]:

@@ -22,7 +22,6 @@ from llava_min.tools.speed.worker import Worker, config_of
 from llava_min.util.files import check_free, write_json
 from llava_min.util.sizes import SIZES
 
-MAX_SHARD = 1 << 30  # bytes of random weights in memory at a time
 GIB, MIB = 1 << 30, 1 << 20
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -153,30 +152,26 @@ def need_memory(total: int, device: str, peer: bool) -> None:
 
 
 def write_random(model: Any, config: LlavaConfig, folder: Path, dtype: Any) -> None:
-    """A llava-hf folder for `model` on meta, a shard at a time: normal matrices, zero biases, unit
+    """A llava-hf folder for `model` on meta, tensor by tensor: normal matrices, zero biases, unit
     norms.
     """
     import torch
 
+    from llava_min.export.stream import Row, write_shards
     from llava_min.names import to_layout
-    from llava_min.tensors import save_tensors
 
-    generator = torch.Generator().manual_seed(0)
-    files, shard, left = {}, {}, len(list(model.parameters()))
-    for name, p in model.named_parameters():
-        new = torch.empty(p.shape, dtype=dtype)
-        if p.dim() == 1 and name.endswith((".bias", ".weight")):
-            new.fill_(name.endswith(".weight"))
-        else:
-            new.normal_(std=0.02, generator=generator)
-        shard[to_layout(name, "hf")] = new
-        left -= 1
-        if not left or sum(x.nbytes for x in shard.values()) > MAX_SHARD:
-            file = f"model-{len(set(files.values())) + 1:05}.safetensors"
-            save_tensors(shard, folder / file)
-            files |= dict.fromkeys(shard, file)
-            shard = {}
-    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    seeds = {name: i for i, name in enumerate(shapes)}  # tensors are made in threads, in any order
+
+    def draw(name: str, dtype: torch.dtype) -> torch.Tensor:
+        new = torch.empty(shapes[name], dtype=dtype)
+        if new.dim() == 1 and name.endswith((".bias", ".weight")):
+            return new.fill_(name.endswith(".weight"))
+        generator = torch.Generator().manual_seed(seeds[name])
+        return new.normal_(std=0.02, generator=generator)
+
+    rows = [Row(name, to_layout(name, "hf"), shape, dtype) for name, shape in shapes.items()]
+    write_shards(folder, rows, draw)
     write_json(
         folder / "config.json", replace(config, dtype=str(dtype).removeprefix("torch.")).to_hf()
     )

@@ -123,19 +123,16 @@ def hindrance(method: str, args: Any, model: Any) -> str | None:
     """Why this checkpoint cannot be quantized so, or None."""
     from torch import nn
 
-    from llava_min.quant.methods import CALIBRATED, empty_layer
+    from llava_min.export.quantized import misfit
+    from llava_min.quant.methods import CALIBRATED
 
     if method not in get_args(Method):
         return "the verb quantize does not make it"
     if method in CALIBRATED and args.calibration_data is None:
         return f"it is calibrated on records; give {label('calibration_data')}"
     layers = [m for m in model.language_model.layers.modules() if isinstance(m, nn.Linear)]
-    try:
-        for shape in {(m.in_features, m.out_features) for m in layers}:
-            empty_layer(method, *shape, group_size=group_size(method, args), device="meta")
-    except UserError as e:
-        return str(e)
-    return None
+    found = misfit(layers, method, group_size(method, args))
+    return found and found[1]
 
 
 def group_size(method: str, args: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""A checkpoint without its weights: its config and its processor, for verbs that answer before a
+"""A checkpoint without its weights: its config and its processor, for what answers before a
 download.
 """
 
@@ -8,7 +8,7 @@ from llava_min.checks.load import check_llava
 from llava_min.config import LlavaConfig
 from llava_min.data.from_folder import read_processor
 from llava_min.data.processor import Processor
-from llava_min.errors import UserError, escape_controls, shorten
+from llava_min.errors import UserError, escape_controls, info, shorten
 from llava_min.export.load_gguf import gguf_config
 from llava_min.hub import HUB_ID, SMALL_FILES, find_folder
 from llava_min.load import TINY, open_checkpoint, read_config
@@ -34,10 +34,30 @@ def small_files(source: str) -> Path:
 
 
 def config_of(source: str) -> LlavaConfig:
-    """The shapes of a model: of a size by name (7b), or what the config.json of `source` says."""
-    if source in SIZES:
+    """The shapes of a model: a folder, llama.cpp's files, a size by name (7b), tiny, or a hub id,
+    whose small files are downloaded. Raises UserError.
+    """
+    if source in SIZES and not Path(source).is_dir():
         return SIZES[source]
     return gguf_config(source) or read_config(small_files(source))[0]
+
+
+def named_config(name: str) -> LlavaConfig:
+    """`config_of` what is here; of what is not, the shapes of the size that its name contains, and
+    nothing is downloaded. Raises UserError when it contains none.
+    """
+    if name == "tiny" or name in SIZES or Path(name).exists():
+        return config_of(name)
+    sizes = ["tiny", *sorted(SIZES, key=len, reverse=True)]
+    size = next((s for s in sizes if s in name.lower()), None)
+    if size is None:
+        raise UserError(
+            f"{shorten(name, 400)}: no such folder, and its name tells no size; give a folder with "
+            f"a config.json, or one of {', '.join(SIZES)}",
+            "model",
+        )
+    info(f"{name}: not here; planned by the shapes of size {size}, which its name contains")
+    return SIZES.get(size) or config_of(size)
 
 
 def processor_of(
