@@ -19,7 +19,7 @@ from llava_min.cache import ChatCache, KVCache, round_up
 from llava_min.checks.inputs import check_batch, check_length
 from llava_min.checks.options import check_cache, check_compile
 from llava_min.errors import UserError
-from llava_min.fast import cuda_graph
+from llava_min.fast import cuda_graph, fused
 from llava_min.llama import Block, rotary
 from llava_min.llava import Llava
 from llava_min.options import Options
@@ -75,6 +75,7 @@ def read_prompt(
     rows, tokens = ids.shape
     check_length(model.config, tokens + o.max_new_tokens)
     check_compile(compile, o.forks)
+    fused.arrange(model, compile and rows == 1, model.dtype)
     # forks have room for their answers in their own suffix
     slots = tokens if o.forks > 1 else tokens + o.max_new_tokens
     if chat is None:
@@ -106,14 +107,15 @@ def step(model: Llava, ids: Tensor, cache: KVCache) -> Tensor:
 
 
 @functools.cache
-def compiled_step() -> Callable[[Llava, Tensor, KVCache], Tensor]:
+def compiled_step(device: str) -> Callable[[Llava, Tensor, KVCache], Tensor]:
     """`step` with each block as one fused program, the same for all blocks: compiling takes
-    seconds, not a minute.
+    seconds, not a minute. device: its type, `cpu` or `cuda`.
     """
     # one program per batch size and capacity, never per token; beyond torch's own limit, 8, it
     # stops compiling
     torch._dynamo.config.recompile_limit = 64
-    block = torch.compile(Block.forward, fullgraph=True, dynamic=False)
+    options = fused.OPTIONS if device == "cpu" else None
+    block = torch.compile(Block.forward, fullgraph=True, dynamic=False, options=options)
 
     def step(model: Llava, ids: Tensor, cache: KVCache) -> Tensor:
         positions, mask = cache.place_tokens(1)
@@ -172,7 +174,7 @@ def decode(
     cache, logits = read_prompt(model, ids, valid, pixels, o, cache, compile)
     next_logits = step
     if compile and o.max_new_tokens > 1:
-        next_logits = compiled_step()
+        next_logits = compiled_step(model.device.type)
         if cuda_graph.handles(model.device):
             next_logits = cuda_graph.capture(next_logits, model, cache, len(logits))
     check, decoded = StopCheck(model), []

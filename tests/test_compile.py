@@ -12,6 +12,7 @@ from llava_min.cache import KVCache, round_up
 from llava_min.config import LlavaConfig, TextConfig
 from llava_min.decoding import compiled_step, prefill, step
 from llava_min.fast.cpu_linear import prepack_linears
+from llava_min.fast.fused import arrange
 from llava_min.fast.int_matmul import speed_up
 from llava_min.llava import Llava
 from llava_min.quant.methods import quantize_layers
@@ -37,7 +38,7 @@ def model_of(method: str | None, dtype: torch.dtype) -> Llava:
 
 @pytest.mark.parametrize(
     "method, dtype",
-    [(None, "float32"), *((m, "bfloat16") for m in (None, "int8", "int4", "nf4", "w8a8"))],
+    [(None, "float32"), *((m, "bfloat16") for m in (None, "int8", "int4", "hqq2", "nf4", "w8a8"))],
 )
 @torch.inference_mode()
 def test_a_compiled_step_is_the_plain_one(method, dtype):
@@ -47,13 +48,19 @@ def test_a_compiled_step_is_the_plain_one(method, dtype):
     torch._dynamo.reset()
     compiled_step.cache_clear()
     before, logits = counters["stats"]["unique_graphs"], {}
-    for static, run in ((False, step), (True, compiled_step())):
+    kinds = []
+    for static, run in ((False, step), (True, compiled_step("cpu"))):
+        arrange(model, static, dtype)
         cache = KVCache(model.config.text, 1, round_up(30), dtype, CPU, static_shapes=static)
         prefill(model, ids, None, None, cache)
         for new in range(3):
             cache.advance(1)
             logits.setdefault(static, []).append(run(model, torch.tensor([new]), cache))
+        kinds.append([type(m) for m in model.modules()])
     compiled_step.cache_clear()
+    assert (kinds[0] != kinds[1]) == (method in ("int8", "int4", "hqq2"))  # read as stored
+    arrange(model, False, dtype)
+    assert kinds[0] == [type(m) for m in model.modules()]
     want, got = (torch.cat(logits[static]) for static in (False, True))
     most = 1e-5 if dtype == torch.float32 else 0.03
     assert (got - want).norm() <= most * want.norm()

@@ -250,35 +250,40 @@ def replace_each(model: nn.Module, new: Callable[[QuantLinear], QuantLinear]) ->
     """Put new(layer) in the place of each quantized layer, one after the other: once it is swapped,
     nothing holds the old one, and its memory is given back."""
     for path in [path for path, _ in quant_layers(model)]:
-        swap(model, path, new(model.get_submodule(path)))
-        return_freed_memory()
+        old = model.get_submodule(path)
+        layer = new(old)
+        if layer is not old:
+            del old
+            swap(model, path, layer)
+            return_freed_memory()
+
+
+def fast(layer: QuantLinear, dtype: torch.dtype) -> QuantLinear:
+    """`layer`, or one in its place, with the fast products for inputs in `dtype`."""
+    if not handles(layer):
+        return layer
+    if dtype == torch.bfloat16 and has_int4_kernel(layer):
+        return Int4Linear(layer)
+    if int8_matmul.handles(layer, dtype):
+        return PackedInt8Linear(layer)
+    layer.__class__ = BY_ROWS[type(layer)]  # only the product is another
+    return layer
+
+
+def plain(layer: QuantLinear) -> QuantLinear:
+    """Undo `fast`."""
+    if isinstance(layer, IN_KERNELS_ORDER):
+        return layer.portable()
+    if isinstance(layer, ByRows):
+        layer.__class__ = next(kind for kind in type(layer).__mro__ if kind in BY_ROWS)
+    return layer
 
 
 def speed_up(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give each quantized layer, whole on its device, the fast products for inputs in `dtype`; one
-    layer at most is there twice."""
-
-    def fast(layer: QuantLinear) -> QuantLinear:
-        if not handles(layer):
-            return layer
-        if dtype == torch.bfloat16 and has_int4_kernel(layer):
-            return Int4Linear(layer)
-        if int8_matmul.handles(layer, dtype):
-            return PackedInt8Linear(layer)
-        layer.__class__ = BY_ROWS[type(layer)]  # only the product is another
-        return layer
-
-    replace_each(model, fast)
+    """Make each quantized layer, whole on its device, `fast`; one layer at most is there twice."""
+    replace_each(model, lambda layer: fast(layer, dtype))
 
 
 def portable(model: nn.Module) -> None:
     """Undo `speed_up`, to save or to move the model to another device."""
-
-    def plain(layer: QuantLinear) -> QuantLinear:
-        if isinstance(layer, IN_KERNELS_ORDER):
-            return layer.portable()
-        if isinstance(layer, ByRows):
-            layer.__class__ = type(layer).__mro__[2]
-        return layer
-
     replace_each(model, plain)
