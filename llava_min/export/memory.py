@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
 PAGE = 4096  # bytes; where a file's pages are read past the cache, they go to whole ones
 
 

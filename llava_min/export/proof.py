@@ -20,6 +20,7 @@ from llava_min.errors import UserError, label
 from llava_min.export.stored import Stored
 from llava_min.export.stream import Read, Sums, checksum, reader_threads
 from llava_min.export.tensors import Tensors, Update
+from llava_min.fast.cpu_linear import keep_freed_memory
 from llava_min.llava import Llava
 from llava_min.load import on_meta, plan_model, read_config
 from llava_min.tensors import TensorInfo
@@ -49,32 +50,37 @@ class Streamed:
         ]
         paths = {module: path for path, module in model.named_modules()}
         self.paths = [paths[part] for part in self.parts]
-        self.ahead: tuple[int, Future] | None = None
+        self.ahead: tuple[int, dict[str, Future]] | None = None
         # these say on which device and in which dtype their models are, and stay
         for path in ("vision_tower.pre_layrnorm", "language_model.norm"):
-            put(model.get_submodule(path), self.load(path))
+            put(model.get_submodule(path), self.came(self.ask(path)))
         for i, part in enumerate(self.parts):
             meta = dict(part.named_parameters())
             part.register_forward_pre_hook(lambda part, _, i=i: put(part, self.take(i)))
             part.register_forward_hook(lambda part, _, out, meta=meta: put(part, meta))
 
-    def load(self, path: str) -> dict[str, nn.Parameter]:
+    def ask(self, path: str) -> dict[str, Future]:
+        """For the weights of a part."""
         part = self.model.get_submodule(path)
         if path == "lm_head" and self.model.config.tie_word_embeddings:
             path = EMBEDDING
         return {
-            name: nn.Parameter(self.read(f"{path}.{name}", self.dtype), requires_grad=False)
+            name: self.pool.submit(self.read, f"{path}.{name}", self.dtype)
             for name, _ in part.named_parameters()
+        }
+
+    def came(self, asked: dict[str, Future]) -> dict[str, nn.Parameter]:
+        return {
+            name: nn.Parameter(coming.result(), requires_grad=False)
+            for name, coming in asked.items()
         }
 
     def take(self, i: int) -> dict[str, nn.Parameter]:
         """The weights of part `i`; those of the next are read from here on."""
-        at, coming = self.ahead or (i, self.pool.submit(self.load, self.paths[i]))
-        found = coming.result()
-        if at != i:
-            found = self.pool.submit(self.load, self.paths[i]).result()
+        at, coming = self.ahead or (i, self.ask(self.paths[i]))
+        found = self.came(coming if at == i else self.ask(self.paths[i]))
         more = i + 1 < len(self.paths)
-        self.ahead = (i + 1, self.pool.submit(self.load, self.paths[i + 1])) if more else None
+        self.ahead = (i + 1, self.ask(self.paths[i + 1])) if more else None
         return found
 
 
@@ -137,7 +143,7 @@ def outputs(model: Llava, read: Read, dtype: torch.dtype, rows: int) -> list[Ten
     g = torch.Generator().manual_seed(0)
     pixels = torch.randn(1, 3, *[config.vision.image_size] * 2, generator=g)
     ids = torch.randint(0, min(rows, config.image_token_id), (1, 24), generator=g)
-    with reader_threads() as pool:
+    with reader_threads(2) as pool:
         Streamed(model, read, dtype, pool)
         if small:
             image = torch.full((1, config.tokens_per_image), config.image_token_id)
@@ -195,6 +201,7 @@ def running(model: Tensors, dtype: torch.dtype, rows: int) -> Iterator[Future]:
             between.close()
 
     between.open()
+    keep_freed_memory()  # products in bf16 make a copy of each weight
     with ThreadPoolExecutor(1) as pool:
         expected = pool.submit(run)
         try:

@@ -14,6 +14,7 @@ from llava_min.adapter import lora_paths, read_adapter
 from llava_min.checks.load import check_llava
 from llava_min.data.processor import Processor
 from llava_min.errors import UserError, escape_controls, info, label
+from llava_min.export import disk
 from llava_min.export.handover import Handover
 from llava_min.export.stored import Dequantized, Stored
 from llava_min.export.stream import Read
@@ -89,6 +90,9 @@ def open_model(
     revision, as `load` has them. Raises UserError as `load` does, and for weights that are not one
     for each adapter.
     """
+    for path in (path for a in adapters for path in Path(a).glob("adapter_model.*")):
+        if path.is_file():
+            disk.read_ahead(path)
     first = next((a for a in adapters if Path(a).is_dir()), None)
     checkpoint = open_checkpoint(source, adapter=first, **settings)
     check_llava(checkpoint.config, source)
