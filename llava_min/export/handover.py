@@ -44,9 +44,16 @@ class Handover:
     def open(self) -> None:
         self.left, self.is_open, self.failed = {}, True, False
 
-    def close(self, failed: bool = False) -> None:
+    def end(self, failed: bool = False) -> None:
+        """Nothing more is given."""
         with self.changed:
             self.is_open, self.failed = False, failed
+            self.changed.notify_all()
+
+    def close(self) -> None:
+        """Nothing more is taken."""
+        with self.changed:
+            self.is_open = False
             self.left.clear()
             self.changed.notify_all()
 

@@ -33,6 +33,10 @@ EMBEDDING = "language_model.embed_tokens"
 Expected = tuple[list[Tensor], dict[str, Tensor]]
 
 
+def is_small(model: Llava) -> bool:
+    return sum(p.numel() for p in model.parameters()) <= SMALL
+
+
 class Streamed:
     """Gives each part of a `model` on meta its weights while it runs, by hooks."""
 
@@ -40,14 +44,10 @@ class Streamed:
         self.model, self.dtype, self.pool = model, dtype, pool
         self.read = read
         tower, text = model.vision_tower, model.language_model
-        self.parts = [
-            tower.embeddings,
-            *tower.layers[: tower.layers_used],
-            model.multi_modal_projector,
-            text.embed_tokens,
-            *text.layers,
-            model.lm_head,
-        ]
+        image = [tower.embeddings, *tower.layers[: tower.layers_used], model.multi_modal_projector]
+        # as they run, see `outputs`
+        first = [text.embed_tokens, *image] if is_small(model) else [*image, text.embed_tokens]
+        self.parts = [*first, *text.layers, model.lm_head]
         paths = {module: path for path, module in model.named_modules()}
         self.paths = [paths[part] for part in self.parts]
         self.ahead: tuple[int, dict[str, Future]] | None = None
@@ -177,10 +177,6 @@ class Checked:
             self(name, self.dtype)
 
 
-def is_small(model: Llava) -> bool:
-    return sum(p.numel() for p in model.parameters()) <= SMALL
-
-
 def run_dtype(model: Llava, dtype: torch.dtype) -> torch.dtype:
     """In which a model written in `dtype` runs."""
     return dtype if dtype == torch.bfloat16 and not is_small(model) else torch.float32
@@ -207,9 +203,9 @@ def running(model: Tensors, dtype: torch.dtype, rows: int) -> Iterator[Future]:
         try:
             yield expected
         except BaseException:
-            between.close(failed=True)
+            between.end(failed=True)
             raise
-        between.close()
+        between.end()
 
 
 def prove(
