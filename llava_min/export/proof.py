@@ -20,7 +20,6 @@ from llava_min.errors import UserError, label
 from llava_min.export.stored import Stored
 from llava_min.export.stream import Read, Sums, checksum, reader_threads
 from llava_min.export.tensors import Tensors, Update
-from llava_min.fast.cpu_linear import keep_freed_memory
 from llava_min.llava import Llava
 from llava_min.load import on_meta, plan_model, read_config
 from llava_min.tensors import TensorInfo
@@ -197,7 +196,6 @@ def running(model: Tensors, dtype: torch.dtype, rows: int) -> Iterator[Future]:
             between.close()
 
     between.open()
-    keep_freed_memory()  # products in bf16 make a copy of each weight
     with ThreadPoolExecutor(1) as pool:
         expected = pool.submit(run)
         try:

@@ -75,17 +75,24 @@ def shards(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 @contextmanager
-def reader_threads(count: int = 1) -> Iterator[ThreadPoolExecutor]:
-    """Threads that read ahead, in each of which torch has one thread: two that wait for one another
-    at the end of every piece are slower than the disk. Within, this thread has one, too.
+def one_thread() -> Iterator[None]:
+    """Within, torch has one thread here: two that wait for one another at the end of every piece
+    are slower than the disk.
     """
     n = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
+        yield
     finally:
         torch.set_num_threads(n)
+
+
+@contextmanager
+def reader_threads(count: int = 1) -> Iterator[ThreadPoolExecutor]:
+    """Threads that read ahead, torch with one thread in each, and in this one."""
+    threads = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    with one_thread(), threads as pool:
+        yield pool
 
 
 def ahead(make: Callable[[Item], Tensor], items: Iterable[Item]) -> Iterator[tuple[Item, Tensor]]:

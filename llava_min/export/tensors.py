@@ -17,7 +17,7 @@ from llava_min.errors import UserError, escape_controls, info, label
 from llava_min.export import disk
 from llava_min.export.handover import Handover
 from llava_min.export.stored import Dequantized, Stored
-from llava_min.export.stream import Read
+from llava_min.export.stream import Read, one_thread
 from llava_min.llava import Llava
 from llava_min.load import Checkpoint, on_meta, open_checkpoint
 from llava_min.lora import LoRAConfig, row_norms
@@ -110,7 +110,8 @@ def open_model(
             raise UserError(
                 f"{len(weights)} for {len(adapters)} adapters; give one for each", "weights"
             )
-        opened = [open_adapter(model, Path(a), source) for a in adapters]
+        with one_thread():
+            opened = [open_adapter(model, Path(a), source) for a in adapters]
         read, again = Merge(read, opened, weights), Unmerged(again, opened, weights)
         updates = again.updates
     dtype = stored_dtype(checkpoint)
