@@ -94,7 +94,7 @@ def test_a_file_cut_short(tmp_path):
 # ---- one reading for two
 
 
-@pytest.mark.parametrize("room", [1 << 30, 0])
+@pytest.mark.parametrize("room", [handover.ROOM, 0])
 @pytest.mark.parametrize("to", ["small", "large"])
 def test_the_source_is_read_once(tmp_path, source, monkeypatch, room, to):
     """Each tensor leaves the disk once for writer and proof; without room for what one is ahead it

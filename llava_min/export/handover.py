@@ -13,7 +13,7 @@ from torch import Tensor
 from llava_min.tensors import TensorInfo
 
 SMALLEST = 1 << 20  # bytes; smaller tensors are read by both, in whatever order they like
-ROOM = 1 << 30  # bytes that the writer may be ahead
+ROOM = 1 << 29  # bytes that the writer may be ahead
 
 
 PassOn = Callable[[str, TensorInfo, Callable[[], Tensor]], Tensor]
