@@ -204,3 +204,13 @@ def test_a_wrong_byte_of_a_copied_tensor(tmp_path, source, size, monkeypatch):
 
     monkeypatch.setattr(disk.Writer, "write", wrong)
     fails(source, folder, tmp_path / "out", "fp32", "fc1.weight: reads back otherwise")
+
+
+def test_a_layer_of_zeros_is_no_fault():
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 3, bias=False)}).requires_grad_(False)
+    model["a"].weight.zero_()
+    proof.compare_layers(model, {"a": torch.zeros(2, 3)}, 0.01)
+    model["a"](torch.ones(2, 4))
+    model["a"].weight[0, 0] = 1e-9
+    with pytest.raises(UserError, match="a: merged, its outputs differ"):
+        model["a"](torch.ones(2, 4))
