@@ -23,15 +23,11 @@ from llava_min.data.recognise import find_template
 from llava_min.data.tokenizer import Tokenizer
 from llava_min.errors import UserError, label, shorten
 from llava_min.export import gguf_names
+from llava_min.export.handover import Handover
 from llava_min.export.read_gguf import open_gguf, write_tokenizer
+from llava_min.export.stored import Stored
 from llava_min.export.stream import Read
-from llava_min.export.tensors import (
-    PROJECTOR,
-    Stored,
-    Tensors,
-    read_projector,
-    written_dtype,
-)
+from llava_min.export.tensors import PROJECTOR, Tensors, read_projector, written_dtype
 from llava_min.hub import find_folder
 from llava_min.llava import Llava
 from llava_min.load import on_meta
@@ -87,7 +83,9 @@ def build(
         config.tokens_per_image,
         config.text.eos_token_ids,
     )
-    return Tensors(model, processor, joined(Stored(entries, model), whole), decoder.dtype)
+    between = Handover()
+    read, again = (joined(Stored(entries, model, x), whole) for x in (between.give, between.take))
+    return Tensors(model, processor, read, again, between, decoder.dtype)
 
 
 def joined(read: Read, projector: dict[str, Tensor]) -> Read:

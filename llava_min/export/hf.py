@@ -11,7 +11,7 @@ import torch
 from llava_min.data.processor import Processor
 from llava_min.errors import UserError
 from llava_min.export.jinja import JINJA
-from llava_min.export.proof import prove
+from llava_min.export.proof import prove, running
 from llava_min.export.stream import Row, Sums, write_shards
 from llava_min.export.tensors import Merge, Tensors
 from llava_min.load import open_checkpoint, write_settings
@@ -26,14 +26,16 @@ def write_hf(model: Tensors, folder: Path, dtype: torch.dtype) -> float:
     """
     rows = [Row(name, to_layout(name, "hf"), model.shape(name), dtype) for name in model.names]
     sums: Sums = {}
-    write_shards(folder, rows, model.read, sums)
+    vocabulary = model.model.config.text.vocab_size
+    with running(model, dtype, vocabulary) as expected:
+        write_shards(folder, rows, model.read, sums)
     if isinstance(model.read, Merge):
         model.read.check_changed()
     write_settings(model.model.config, model.processor, folder, dtype)
     jinja = JINJA[model.processor.template_name]
     (folder / "chat_template.jinja").write_text(jinja, encoding="utf-8")
     check_processor(model.processor, open_checkpoint(str(folder)).processor, folder)
-    return prove(model, folder, dtype, model.model.config.text.vocab_size, sums)
+    return prove(model, folder, dtype, vocabulary, sums, expected.result())
 
 
 PROBES = (

@@ -12,9 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+PAGE = 4096  # bytes; where a file's pages are read past the cache, they go to whole ones
+
 
 class Memory:
-    """Gives memory to tensors; it comes back when the last that shares it is gone."""
+    """Gives memory to tensors, from the start of a page on; it comes back when the last that shares
+    it is gone.
+    """
 
     def __init__(self):
         self.free: dict[int, list[Tensor]] = defaultdict(list)  # by their bytes
@@ -25,7 +29,8 @@ class Memory:
         try:
             room = self.free[size].pop()
         except IndexError:
-            room = torch.empty(size, dtype=torch.uint8)
+            room = torch.empty(size + PAGE, dtype=torch.uint8)
+            room = room[-room.data_ptr() % PAGE :][:size]
         # a tensor made from an array keeps it for as long as any view of it or a parameter is there
         array = room.numpy()
         weakref.finalize(array, self.free[size].append, room).atexit = False

@@ -16,7 +16,7 @@ from llava_min.data.chat import ORIGINAL_KEY, TEMPLATE_KEY
 from llava_min.data.tokenizer import Tokenizer
 from llava_min.data.tokenizer.tokenizer_json import content_of
 from llava_min.errors import UserError, info, shorten, warn
-from llava_min.export.proof import prove
+from llava_min.export.proof import prove, running
 from llava_min.export.stream import Row, Sums, write_file, write_shards
 from llava_min.export.tensors import Merge, Tensors
 from llava_min.names import to_layout
@@ -58,9 +58,10 @@ def write_original(model: Tensors, folder: Path, dtype: torch.dtype) -> float:
     row = lambda name, layout: Row(name, to_layout(name, layout), shape(name), dtype)
     (folder / CLIP).mkdir()
     sums: Sums = {}
-    write_shards(folder, [row(name, "original") for name in rest], read, sums)
     clip = [row(name, "original_clip") for name in tower]
-    write_file(folder / CLIP / "model.safetensors", clip, read, sums)
+    with running(model, dtype, rows) as expected:  # the tower first, as it runs
+        write_file(folder / CLIP / "model.safetensors", clip, read, sums)
+        write_shards(folder, [row(name, "original") for name in rest], read, sums)
     if isinstance(model.read, Merge):
         model.read.check_changed()
     write_json(folder / "config.json", to_original(model, dtype))
@@ -72,7 +73,7 @@ def write_original(model: Tensors, folder: Path, dtype: torch.dtype) -> float:
     # LLaVA's code does not look here; `load` asks as the source was asked
     asked = {TEMPLATE_KEY: model.processor.template_name, ORIGINAL_KEY: model.processor.original}
     write_json(folder / "processor_config.json", asked)
-    return prove(model, folder, dtype, rows, sums)
+    return prove(model, folder, dtype, rows, sums, expected.result())
 
 
 def check_layout(config: LlavaConfig, tokenizer: Tokenizer) -> None:

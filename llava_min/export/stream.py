@@ -14,16 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llava_min.checks.weights import check_part
+from llava_min.export import disk
+from llava_min.export.memory import PAGE
 from llava_min.fast.cpu_linear import unpacked
 from llava_min.names import to_layout
 from llava_min.util.files import write_json, writing
 
 SHARD_BYTES = 5 << 30
-PAGE = 4096  # bytes that are summed as words of eight
 CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"}
 CODES |= {torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32"}
 CODES |= {torch.int64: "I64", torch.float64: "F64", torch.float8_e4m3fn: "F8_E4M3"}
@@ -73,17 +75,24 @@ def shards(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 @contextmanager
-def reader_threads(count: int = 1) -> Iterator[ThreadPoolExecutor]:
-    """Threads that read ahead, in each of which torch has one thread: two that wait for one another
-    at the end of every piece are slower than the disk. Within, this thread has one, too.
+def one_thread() -> Iterator[None]:
+    """Within, torch has one thread here: two that wait for one another at the end of every piece
+    are slower than the disk.
     """
     n = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
+        yield
     finally:
         torch.set_num_threads(n)
+
+
+@contextmanager
+def reader_threads(count: int = 1) -> Iterator[ThreadPoolExecutor]:
+    """Threads that read ahead, torch with one thread in each, and in this one."""
+    threads = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    with one_thread(), threads as pool:
+        yield pool
 
 
 def ahead(make: Callable[[Item], Tensor], items: Iterable[Item]) -> Iterator[tuple[Item, Tensor]]:
@@ -111,11 +120,12 @@ def write_file(path: Path, rows: list[Row], read: Read, sums: Sums | None = None
         header[row.written], at = place, end
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)  # so that the tensors are aligned
-    with writing(path), open(path, "wb") as f:
-        f.write(len(head).to_bytes(8, "little") + head)
+    head = len(head).to_bytes(8, "little") + head
+    with writing(path), disk.writer(path) as f:
+        f.write(np.frombuffer(head, np.uint8))
         for row, x in ahead(lambda row: read(row.name, row.dtype), rows):
             assert x.shape == row.shape and x.dtype == row.dtype, row.name
-            f.write(memoryview(x.contiguous().view(-1).view(torch.uint8).numpy()))
+            f.write(x.contiguous().view(-1).view(torch.uint8).numpy())
             if sums is not None:
                 sums[row.name] = checksum(x)
 

@@ -4,9 +4,6 @@ Nothing is held but the tensor at hand, so a model of any size is merged or writ
 its largest tensor. Adapters are merged as their tensors' layers pass by.
 """
 
-import copy
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,26 +14,36 @@ from llava_min.adapter import lora_paths, read_adapter
 from llava_min.checks.load import check_llava
 from llava_min.data.processor import Processor
 from llava_min.errors import UserError, escape_controls, info, label
-from llava_min.export.memory import Memory
-from llava_min.export.stream import Read
+from llava_min.export import disk
+from llava_min.export.handover import Handover
+from llava_min.export.stored import Dequantized, Stored
+from llava_min.export.stream import Read, one_thread
 from llava_min.llava import Llava
 from llava_min.load import Checkpoint, on_meta, open_checkpoint
 from llava_min.lora import LoRAConfig, row_norms
 from llava_min.names import to_ours
 from llava_min.tensors import TensorInfo, list_tensors
-from llava_min.weights import DTYPES, NAMES, Reader, layers_that_load, mean_row, row_ranges
+from llava_min.weights import DTYPES, NAMES, Reader
 
 PROJECTOR = "multi_modal_projector."
+Update = tuple[Tensor, Tensor, float]  # A (r, in), B (out, r), s: s B A is added to a weight
 
 
 @dataclass
 class Tensors:
-    """A model on meta, the processor that goes with it, and how its tensors are read."""
+    """A model on meta, the processor that goes with it, and how its tensors are read.
+
+    `read` gives what is to be written, `again` the same to the proof: what came from the disk for
+    one, the other gets, too. Where LoRA's update is not in what `again` gives, it is in `updates`.
+    """
 
     model: Llava
     processor: Processor
     read: Read
+    again: Read
+    handover: Handover  # from `read` to `again`
     dtype: torch.dtype  # that the weights are stored in
+    updates: dict[str, list[Update]] = field(default_factory=dict)  # path of a layer ->
 
     @property
     def names(self) -> list[str]:
@@ -55,72 +62,6 @@ class Tensors:
             setattr(out.get_submodule(path), leaf, nn.Parameter(x, requires_grad=False))
         out.tie_weights()
         return out.eval()
-
-
-class Stored:
-    """Reads tensors from their files; vocabulary rows that a file lacks are the others' mean."""
-
-    def __init__(self, entries: dict[str, TensorInfo], model: nn.Module):
-        self.entries, self.model, self.memory = entries, model, Memory()
-        self.local = threading.local()
-
-    @property
-    def reader(self) -> Reader:
-        """This thread's own: it has one file open, and buffers."""
-        if not hasattr(self.local, "reader"):
-            self.local.reader = Reader()
-        return self.local.reader
-
-    def __call__(self, name: str, dtype: torch.dtype) -> Tensor:
-        x = self.memory.empty(self.model.get_parameter(name).shape, dtype)
-        self.fill(x, name, 0)
-        return x
-
-    def fill(self, out: Tensor, name: str, first: int) -> None:
-        """Read rows into `out`, in its dtype: from `first` on, as many as it has."""
-        entry = self.entries[name]
-        stored = max(0, min(len(out), entry.shape[0] - first))
-        self.reader.fill(out[:stored], entry, first)
-        if stored < len(out):
-            out[stored:] = mean_row(self.reader, entry)
-
-    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """Runs of rows in fp32, each with the number of its first; the next takes its memory."""
-        p, piece = self.model.get_parameter(name), None
-        for first, end in row_ranges(p, 0, len(p)):
-            piece = torch.empty(end - first, *p.shape[1:]) if piece is None else piece
-            self.fill(piece[: end - first], name, first)
-            yield first, piece[: end - first]
-
-
-class Dequantized(Stored):
-    """Reads the weights of a checkpoint's quantized layers as those that they stand for, one after
-    the other, and everything else as `Stored` does.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, model: nn.Module):
-        super().__init__(checkpoint.entries, model)
-        self.parts, self.layers = checkpoint.parts, layers_that_load(checkpoint.model)
-
-    def __call__(self, name: str, dtype: torch.dtype) -> Tensor:
-        if name not in self.layers:
-            return super().__call__(name, dtype)
-        path, layer = self.layers[name]
-        layer = copy.copy(layer)  # on meta; what it is given is forgotten with the copy
-        layer._parameters = dict(layer._parameters)
-        if path in self.parts.layers:
-            self.parts.fill_layer(layer, path, self.reader, torch.device("cpu"))
-        else:
-            layer.load(super().__call__(name, self.entries[name].torch_dtype))
-        return layer.dequantize(dtype)
-
-    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        if name not in self.layers:
-            yield from super().pieces(name)
-            return
-        x = self(name, torch.float32)
-        for first, end in row_ranges(x, 0, len(x)):
-            yield first, x[first:end]
 
 
 def written_dtype(info: TensorInfo) -> torch.dtype:
@@ -149,6 +90,9 @@ def open_model(
     revision, as `load` has them. Raises UserError as `load` does, and for weights that are not one
     for each adapter.
     """
+    for path in (path for a in adapters for path in Path(a).glob("adapter_model.*")):
+        if path.is_file():
+            disk.read_ahead(path)
     first = next((a for a in adapters if Path(a).is_dir()), None)
     checkpoint = open_checkpoint(source, adapter=first, **settings)
     check_llava(checkpoint.config, source)
@@ -157,16 +101,21 @@ def open_model(
     if (stored := checkpoint.config.quantization) is not None:
         info(f"{source}: weights in {stored.method} become those that they stand for")
     model = on_meta(replace(checkpoint.config, quantization=None))
-    read = Dequantized(checkpoint, model)
+    between = Handover()
+    read, again = (Dequantized(checkpoint, model, x) for x in (between.give, between.take))
+    updates = {}
     if adapters:
         weights = [1.0] * len(adapters) if weights is None else weights
         if len(weights) != len(adapters):
             raise UserError(
                 f"{len(weights)} for {len(adapters)} adapters; give one for each", "weights"
             )
-        opened = [open_adapter(model, Path(a), source) for a in adapters]
-        read = Merge(read, opened, weights)
-    return Tensors(model, checkpoint.processor, read, stored_dtype(checkpoint))
+        with one_thread():
+            opened = [open_adapter(model, Path(a), source) for a in adapters]
+        read, again = Merge(read, opened, weights), Unmerged(again, opened, weights)
+        updates = again.updates
+    dtype = stored_dtype(checkpoint)
+    return Tensors(model, checkpoint.processor, read, again, between, dtype, updates)
 
 
 # ---- adapters
@@ -186,6 +135,14 @@ class Adapter:
         """The base's tensors that it changes."""
         whole = {name for name in self.tensors if ".lora_" not in name}
         return whole | {f"{path}.weight" for path in lora_paths(self.tensors)}
+
+    def update(self, name: str) -> Update | None:
+        """What it adds to the tensor of that name, if that is all that it does to it."""
+        path = name.removesuffix(".weight")
+        if f"{path}.lora_A.weight" not in self.tensors or self.config.dora:
+            return None
+        a, b = (self.tensors[f"{path}.lora_{x}.weight"] for x in "AB")
+        return a, b, self.config.rank_and_scaling(path)[1]
 
     def apply(self, name: str, w: Tensor, first: int) -> Tensor:
         """Rows of the tensor of that name, from `first` on, as the adapter makes them from the
@@ -227,6 +184,25 @@ class Merge:
                 f"{idle[0].path}: changes no weight of this model (its update is zero, or too "
                 f"small for the dtype); give a trained adapter, or {label('dtype')} fp32"
             )
+
+
+class Unmerged(Merge):
+    """The base's tensors without what adapters add to them as products of low rank, which are
+    `updates`; where adapters do more (DoRA, whole tensors), merged.
+    """
+
+    def __init__(self, base: Stored, adapters: list[Adapter], weights: list[float]):
+        super().__init__(base, adapters, weights)
+        self.updates: dict[str, list[Update]] = {}
+        for name in {name for a in adapters for name in a.targets}:
+            mine = [(a.update(name), x) for a, x in zip(adapters, weights) if name in a.targets]
+            if all(update for update, _ in mine):
+                path = name.removesuffix(".weight")
+                self.updates[path] = [(a, b, s * x) for (a, b, s), x in mine]
+
+    def __call__(self, name: str, dtype: torch.dtype) -> Tensor:
+        apart = name.removesuffix(".weight") in self.updates
+        return self.base(name, dtype) if apart else super().__call__(name, dtype)
 
 
 def merged(
