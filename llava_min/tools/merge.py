@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from llava_min.errors import UserError, escape_controls, info, label, shorten
 from llava_min.util.cli import PathArg, flags, parse
+from llava_min.util.files import check_apart
 
 
 @dataclass
@@ -46,9 +47,7 @@ def check(config: MergeConfig) -> tuple[str, list[str], Path]:
     if config.weights and 0 in config.weights:
         raise UserError("0 leaves an adapter out; leave it out of the command", "weights")
     source, *adapters, out = config.folders
-    for place in (source, *adapters):
-        if Path(place).exists() and Path(out).resolve() == Path(place).resolve():
-            raise UserError(f"{out}: is to be read; give another folder to write")
+    check_apart(Path(out), source, *adapters)
     if config.image_folder and not config.data:
         raise UserError("is of no use alone; give the rows to compare on, too", "image_folder")
     one_model = len(adapters) == 1 and config.weights in (None, (1.0,))
