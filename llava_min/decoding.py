@@ -9,8 +9,7 @@ Shapes: B batch (prompts), A answers or beams of a prompt, R = B * A rows, T tok
 V vocabulary, M max_new_tokens, N images, S pixels a side.
 """
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -106,27 +105,15 @@ def step(model: Llava, ids: Tensor, cache: KVCache) -> Tensor:
     return model.lm_head(x[:, -1]).float()
 
 
-@functools.cache
-def compiled_step(device: str) -> Callable[[Llava, Tensor, KVCache], Tensor]:
-    """`step` with each block as one fused program, the same for all blocks: compiling takes
-    seconds, not a minute. device: its type, `cpu` or `cuda`.
-    """
-    # one program per batch size and capacity, never per token; beyond torch's own limit, 8, it
-    # stops compiling
-    torch._dynamo.config.recompile_limit = 64
-    options = fused.OPTIONS if device == "cpu" else None
-    block = torch.compile(Block.forward, fullgraph=True, dynamic=False, options=options)
-
-    def step(model: Llava, ids: Tensor, cache: KVCache) -> Tensor:
-        positions, mask = cache.place_tokens(1)
-        text = model.language_model
-        x = text.embed_tokens(ids[:, None])
-        cos, sin = rotary(positions, text.config, x.dtype)
-        for layer, store in zip(text.layers, cache.layers()):
-            x = block(layer, x, cos, sin, mask, store)
-        return model.lm_head(text.norm(x)[:, -1]).float()
-
-    return step
+def compiled_step(model: Llava, ids: Tensor, cache: KVCache) -> Tensor:
+    """`step`, each block as one fused program, the same for all: compiling takes seconds."""
+    positions, mask = cache.place_tokens(1)
+    text, block = model.language_model, fused.compiled(Block.forward, model.device.type)
+    x = text.embed_tokens(ids[:, None])
+    cos, sin = rotary(positions, text.config, x.dtype)
+    for layer, store in zip(text.layers, cache.layers()):
+        x = block(layer, x, cos, sin, mask, store)
+    return model.lm_head(text.norm(x)[:, -1]).float()
 
 
 class StopCheck:
@@ -174,7 +161,7 @@ def decode(
     cache, logits = read_prompt(model, ids, valid, pixels, o, cache, compile)
     next_logits = step
     if compile and o.max_new_tokens > 1:
-        next_logits = compiled_step(model.device.type)
+        next_logits = compiled_step
         if cuda_graph.handles(model.device):
             next_logits = cuda_graph.capture(next_logits, model, cache, len(logits))
     check, decoded = StopCheck(model), []

@@ -12,7 +12,7 @@ from llava_min.cache import KVCache, round_up
 from llava_min.config import LlavaConfig, TextConfig
 from llava_min.decoding import compiled_step, prefill, step
 from llava_min.fast.cpu_linear import prepack_linears
-from llava_min.fast.fused import arrange
+from llava_min.fast.fused import arrange, compiled
 from llava_min.fast.int_matmul import speed_up
 from llava_min.llava import Llava
 from llava_min.quant.methods import quantize_layers
@@ -46,10 +46,10 @@ def test_a_compiled_step_is_the_plain_one(method, dtype):
     model = model_of(method, dtype)
     ids = torch.randint(0, 96, (1, 20), generator=torch.Generator().manual_seed(1))
     torch._dynamo.reset()
-    compiled_step.cache_clear()
+    compiled.cache_clear()
     before, logits = counters["stats"]["unique_graphs"], {}
     kinds = []
-    for static, run in ((False, step), (True, compiled_step("cpu"))):
+    for static, run in ((False, step), (True, compiled_step)):
         arrange(model, static, dtype)
         cache = KVCache(model.config.text, 1, round_up(30), dtype, CPU, static_shapes=static)
         prefill(model, ids, None, None, cache)
@@ -57,7 +57,7 @@ def test_a_compiled_step_is_the_plain_one(method, dtype):
             cache.advance(1)
             logits.setdefault(static, []).append(run(model, torch.tensor([new]), cache))
         kinds.append([type(m) for m in model.modules()])
-    compiled_step.cache_clear()
+    compiled.cache_clear()
     assert (kinds[0] != kinds[1]) == (method in ("int8", "int4", "hqq2"))  # read as stored
     arrange(model, False, dtype)
     assert kinds[0] == [type(m) for m in model.modules()]

@@ -3,7 +3,6 @@ pictures read once.
 """
 
 import dataclasses
-import importlib
 import itertools
 import math
 
@@ -15,6 +14,7 @@ from llava_min.cache import KVCache, round_up
 from llava_min.config import LlavaConfig
 from llava_min.decoding import decode
 from llava_min.errors import UserError, warn_once
+from llava_min.fast.fused import compiled
 from llava_min.generate import generate, new_cache, stream
 from llava_min.llava import Llava
 from llava_min.options import Options
@@ -23,7 +23,6 @@ from llava_min.sampling import LogitsProcessor
 transformers = pytest.importorskip(
     "transformers", reason="the oracle of these tests; pip install -e '.[test]'"
 )
-G = importlib.import_module("llava_min.decoding")
 # several end tokens, so that answers of random models do end
 IMAGE, EOS, PATCHES = 99, [2, 5, 7, 11, 30, 31], 4
 
@@ -418,7 +417,7 @@ def test_compile_is_one_graph_without_recompiling(model, monkeypatch):
 
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kw: real(f, backend="eager", **kw))
-    G.compiled_step.cache_clear()
+    compiled.cache_clear()
     torch._dynamo.reset()
     g = torch.Generator().manual_seed(13)
     before, at = counters["stats"]["unique_graphs"], None
@@ -439,7 +438,7 @@ def test_compile_is_one_graph_without_recompiling(model, monkeypatch):
         assert said == generate(model, one(talk), max_new_tokens=8, eos_token_id=[])[0]
         talk += said
     assert counters["stats"]["unique_graphs"] == at + 1
-    G.compiled_step.cache_clear()
+    compiled.cache_clear()
     with pytest.raises(UserError, match="compile"):
         generate(model, batch, compile=True, num_beams=2)
 

@@ -13,6 +13,7 @@ Shapes, as in quant/: N out_features, K in_features, G groups a row, b bits, n c
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,15 @@ OPTIONS = {
     "realize_reads_threshold": 1 << 20,
     "cpp.enable_floating_point_contract_flag": "fast",
 }
+
+
+@cache
+def compiled(function: Callable, device: str) -> Callable:
+    """`function` as one program for each batch size and capacity of the cache, never per token.
+    device: its type, `cpu` or `cuda`."""
+    torch._dynamo.config.recompile_limit = 64  # beyond torch's own, 8, it stops compiling
+    options = OPTIONS if device == "cpu" else None
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
 def in_memory(x: Tensor) -> Tensor:
