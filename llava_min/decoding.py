@@ -73,7 +73,7 @@ def read_prompt(
     """The cache with the prompt in it, forked as the options want, and logits (R, V)."""
     rows, tokens = ids.shape
     check_length(model.config, tokens + o.max_new_tokens)
-    check_compile(compile, o.forks)
+    check_compile(compile, o.forks, model.device.type)
     fused.arrange(model, compile and rows == 1, model.dtype)
     # forks have room for their answers in their own suffix
     slots = tokens if o.forks > 1 else tokens + o.max_new_tokens

@@ -11,13 +11,15 @@ from torch._dynamo.utils import counters
 from llava_min.cache import KVCache, round_up
 from llava_min.config import LlavaConfig, TextConfig
 from llava_min.decoding import compiled_step, prefill, step
+from llava_min.errors import UserError
 from llava_min.fast.cpu_linear import prepack_linears
 from llava_min.fast.fused import arrange, compiled
 from llava_min.fast.int_matmul import speed_up
+from llava_min.generate import generate
 from llava_min.llava import Llava
 from llava_min.quant.methods import quantize_layers
 
-pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants g++ here")
+with_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants g++ here")
 CPU = torch.device("cpu")
 
 
@@ -36,6 +38,8 @@ def model_of(method: str | None, dtype: torch.dtype) -> Llava:
     return model
 
 
+@with_compiler
+@pytest.mark.filterwarnings("error::UserWarning")  # none of the compiler's reach a user
 @pytest.mark.parametrize(
     "method, dtype",
     [(None, "float32"), *((m, "bfloat16") for m in (None, "int8", "int4", "hqq2", "nf4", "w8a8"))],
@@ -65,3 +69,13 @@ def test_a_compiled_step_is_the_plain_one(method, dtype):
     most = 1e-5 if dtype == torch.float32 else 0.03
     assert (got - want).norm() <= most * want.norm()
     assert counters["stats"]["unique_graphs"] == before + 1
+
+
+def test_a_machine_without_a_compiler_is_told_so(monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    with pytest.raises(UserError, match="^compile: wants a C.. compiler on a CPU and found none"):
+        generate(
+            model_of(None, torch.float32), {"input_ids": torch.ones(1, 4).long()}, compile=True
+        )

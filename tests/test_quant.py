@@ -378,3 +378,11 @@ def test_a_layer_that_could_not_be_loaded_keeps_what_it_had():
     with pytest.raises(UserError):
         layer.load(torch.full((96, 256), float("nan")))
     assert torch.equal(layer.dequantize(), before)
+
+
+@pytest.mark.parametrize("method", ["int8", "w8a8"])
+def test_int8_refuses_what_fp16_cannot_hold(method):
+    w = torch.ones(96, 256)
+    w[3, 5] = 1e5
+    with pytest.raises(UserError, match="beyond 65504"):
+        empty_layer(method, 256, 96).load(w)

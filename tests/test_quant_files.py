@@ -212,6 +212,8 @@ def test_tensors_that_do_not_fit_are_one_line():
         ),
         ("nf4", bitsandbytes, {**nf4, "weight": nf4["weight"][:5]}, "uint8 (5, 1)"),
         ("int8", bitsandbytes, {**int8, "weight_format": torch.tensor(1)}, "weight_format"),
+        ("int8", bitsandbytes, {**int8, "weight_format": torch.zeros(2)}, "weight_format"),
+        ("nf4", bitsandbytes, {**nf4, key: bytes_([91] * 100_000)}, "quant_state"),
         ("int8", bitsandbytes, without(int8, "SCB"), "SCB of a quantized layer is missing"),
         (
             "int4",

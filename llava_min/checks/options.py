@@ -111,7 +111,18 @@ def check_cache(cache: Any, kind: type, config: Any, prompts: int) -> None:
         )
 
 
-def check_compile(compile: bool, forks: int) -> None:
+def check_compile(compile: bool, forks: int, device: str) -> None:
+    """device: its type. Raises UserError where a step cannot be compiled."""
+    if compile and device == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except RuntimeError:
+            raise UserError(
+                "wants a C++ compiler on a CPU and found none; install g++, or leave it out",
+                "compile",
+            ) from None
     if compile and forks > 1:
         raise UserError(
             "works for one answer per prompt; leave it out with num_beams or num_return_sequences "

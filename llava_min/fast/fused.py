@@ -12,6 +12,7 @@ compiler each operation would write its result to memory; int_matmul.py has what
 Shapes, as in quant/: N out_features, K in_features, G groups a row, b bits, n codes a word.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 
@@ -45,6 +46,8 @@ def compiled(function: Callable, device: str) -> Callable:
     """`function` as one program for each batch size and capacity of the cache, never per token.
     device: its type, `cpu` or `cuda`."""
     torch._dynamo.config.recompile_limit = 64  # beyond torch's own, 8, it stops compiling
+    # of codebooks, which are made anew where they are traced
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
     options = OPTIONS if device == "cpu" else None
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 

@@ -62,7 +62,7 @@ def state_of(tensors: dict[str, Tensor]) -> dict:
         if name.startswith(STATE):
             try:
                 return dict(json.loads(bytes(x.tolist())))
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 break
     raise UserError(
         "a 4-bit layer has no readable quant_state; save the checkpoint again with bitsandbytes"
@@ -77,7 +77,7 @@ def fill(layer: CodebookLinear | Int8Linear, tensors: dict[str, Tensor]) -> None
     """
     if isinstance(layer, CodebookLinear):
         return fill_four_bits(layer, tensors)
-    if tensors.get("weight_format", torch.tensor(0)).item() != 0:
+    if tensors.get("weight_format", torch.tensor(0)).flatten().tolist() != [0]:
         raise UserError(
             "an int8 layer's weight_format is not 0; save the checkpoint again with bitsandbytes"
         )

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llava_min.errors import UserError
 from llava_min.quant.linear import QuantLinear
 
 PIECE = 1 << 20  # weights quantized at one time
@@ -53,7 +54,13 @@ class Int8Linear(QuantLinear):
             size = w.abs().amax(1)
             codes.append((w * (127 / size.clamp(min=1e-30)).unsqueeze(1)).round_().to(torch.int8))
             sizes.append(size)
-        return {"weight_packed": torch.cat(codes), "SCB": torch.cat(sizes)}
+        largest = torch.cat(sizes)
+        if not largest.isfinite().all():
+            raise UserError(
+                "a weight is beyond 65504, the most that fp16, and so int8, has a number for; "
+                "quantize with another method, such as hqq8"
+            )
+        return {"weight_packed": torch.cat(codes), "SCB": largest}
 
     def scale(self) -> Tensor:
         """(N,) fp32; 1 / 127 is multiplied with, as in bitsandbytes."""
