@@ -128,8 +128,8 @@ def check_method_fits(layers: list[nn.Linear], method: str, is_llava: bool) -> N
         )
     sizes = [size for size in (128, 64, 32, 16, 8) if not misfit(layers, method, size)]
     smaller = (
-        f", or make a checkpoint in groups of {sizes[0]} by `python -m llava_min quantize MODEL OUT "
-        f"--method {method} --group-size {sizes[0]}`"
+        f", or make a checkpoint in groups of {sizes[0]} by `python -m llava_min quantize MODEL "
+        f"OUT --method {method} --group-size {sizes[0]}`"
         if sizes and is_llava
         else ""
     )
