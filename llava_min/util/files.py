@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_min.errors import UserError, aside_ending, escape_controls, label, shorten
+from llava_min.util.script import tidy_when_terminated
 
 LFS = b"version https://git-lfs"
 
@@ -128,13 +129,13 @@ def new_folder(target: Path, durable: bool = True, overwrite: bool | None = None
     durable: False leaves syncing to the system, enough for thousands of small files that are
     quickly made again. overwrite: the folder of a model may be there, and gives way at the end.
     Raises UserError when `target` exists, or the disk is full or not writable; then nothing is left
-    behind.
+    behind, nor is it when SIGTERM or SIGHUP ends the process.
     """
-    aside = target.with_name(target.name + aside_ending())
-    old = target.with_name(f"{target.name}.old-{os.getpid()}")
-    try:
-        with writing(target):
-            check_free(target, overwrite)
+    with tidy_when_terminated(), writing(target):
+        check_free(target, overwrite)
+        aside = target.with_name(target.name + aside_ending())
+        old = target.with_name(f"{target.name}.old-{os.getpid()}")
+        try:
             target.parent.mkdir(parents=True, exist_ok=True)
             aside.mkdir()
             yield aside
@@ -146,11 +147,11 @@ def new_folder(target: Path, durable: bool = True, overwrite: bool | None = None
             sync(target.parent)
             if old.exists():
                 shutil.rmtree(old)
-    finally:
-        if aside.exists():
-            shutil.rmtree(aside)
-        if old.exists() and not target.exists():
-            os.rename(old, target)
+        finally:
+            if aside.exists():
+                shutil.rmtree(aside)
+            if old.exists() and not target.exists():
+                os.rename(old, target)
 
 
 def sync(path: Path) -> None:
