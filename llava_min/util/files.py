@@ -92,12 +92,25 @@ def check_free(target: Path, overwrite: bool | None = None) -> None:
         raise UserError(f"{target}: exists already{never}; give another path {fix}")
 
 
+def check_new_folder(target: Path, overwrite: bool | None = None) -> None:
+    """`target` may be written, and a new folder be renamed to it, or UserError."""
+    check_free(target, overwrite)
+    if target.is_symlink():
+        raise UserError(f"{target}: a link, which is not replaced; give the folder it leads to")
+    if target.is_dir() and os.path.samefile(target, "."):
+        raise UserError(
+            f"{target}: the folder you are in, which a new one would replace; give a new folder's "
+            "path"
+        )
+
+
 def check_apart(target: Path, *sources: str | None) -> None:
     """`target`, a folder to write, is none of the folders that are read, nor in one, nor around
     one. What is not on disk, as a hub id, is passed over.
     """
-    out = target.resolve()
-    for source in (Path(s).resolve() for s in sources if s and Path(s).exists()):
+    real = lambda path: Path(os.path.realpath(path))  # resolve() fails for a link to itself
+    out = real(target)
+    for source in (real(s) for s in sources if s and Path(s).exists()):
         if out == source:
             what = "is to be read"
         elif source in out.parents:
@@ -132,7 +145,7 @@ def new_folder(target: Path, durable: bool = True, overwrite: bool | None = None
     behind, nor is it when SIGTERM or SIGHUP ends the process.
     """
     with tidy_when_terminated(), writing(target):
-        check_free(target, overwrite)
+        check_new_folder(target, overwrite)
         aside = target.with_name(target.name + aside_ending())
         old = target.with_name(f"{target.name}.old-{os.getpid()}")
         try:
