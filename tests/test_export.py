@@ -243,6 +243,26 @@ def test_what_is_read_is_not_written_into(tmp_path, source):
     export.main([str(link), str(outer / "beside"), "--to", "hf"])  # and that is allowed
 
 
+def test_only_files_of_a_model_are_overwritten(tmp_path, source):
+    out = tmp_path / "out"
+    args = [str(source), str(out), "--to", "hf"]
+    export.main(args)
+    args.append("--overwrite")
+    cached, tower = ".cache/huggingface/x.lock", "clip/model.safetensors"
+    for name in ("README.md", "pytorch_model.bin", "old.gguf", cached, tower):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).touch()
+    for name in ("thesis.doc", "notes.txt", "clip/cat.jpg", "runs.json/", "clip/x/"):
+        path = out / name
+        path.mkdir() if name.endswith("/") else path.touch()
+        said = f"out: holds {name.rstrip('/')}, which is no file of a model"
+        with pytest.raises(UserError, match=said):
+            export.main(args)
+        path.rmdir() if path.is_dir() else path.unlink()
+    export.main(args)
+    assert (out / "config.json").is_file() and not (out / "clip").exists()
+
+
 def test_where_no_folder_can_be_put_is_said_before_the_work(tmp_path, source, monkeypatch):
     empty, link, loop = (tmp_path / name for name in ("empty", "link", "loop"))
     empty.mkdir()

@@ -12,6 +12,10 @@ from llava_min.errors import UserError, aside_ending, escape_controls, label, sh
 from llava_min.util.script import tidy_when_terminated
 
 LFS = b"version https://git-lfs"
+# what --overwrite may delete: the files that we write, and those of a download from the hub
+MODEL_ENDINGS = {".safetensors", ".gguf", ".bin", ".json", ".jinja", ".model"}
+MODEL_FILES = {"merges.txt", "vocab.txt", "README.md", "LICENSE", "LICENSE.txt", ".gitattributes"}
+MODEL_FOLDERS = {"clip", ".cache"}  # the tower of the original layout; the hub's own notes
 
 
 def check_file(path: Path) -> None:
@@ -81,7 +85,7 @@ def check_free(target: Path, overwrite: bool | None = None) -> None:
         if overwrite:
             holds_model = (target / "config.json").is_file() or any(target.glob("*.gguf"))
             if holds_model and target.is_dir() and not target.is_symlink():
-                return
+                return check_only_model(target)
             link = "a link, " if target.is_symlink() else ""
             raise UserError(
                 f"{target}: {link}not a folder with a model; only one is overwritten, remove it"
@@ -90,6 +94,21 @@ def check_free(target: Path, overwrite: bool | None = None) -> None:
         if overwrite is not None:
             never, fix = "", f"or {label('overwrite')}"
         raise UserError(f"{target}: exists already{never}; give another path {fix}")
+
+
+def check_only_model(folder: Path) -> None:
+    """`folder` holds nothing but files of models, or UserError: it is about to be deleted."""
+    kept = [path for path in folder.iterdir() if path.name not in MODEL_FOLDERS]
+    if (folder / "clip").is_dir():
+        kept += (folder / "clip").iterdir()
+    for path in sorted(kept):
+        known = path.name in MODEL_FILES or path.suffix in MODEL_ENDINGS
+        if path.is_dir() or not known:
+            name = shorten(path.relative_to(folder), 400)
+            raise UserError(
+                f"{folder}: holds {name}, which is no file of a model; only a model is overwritten,"
+                " move it away"
+            )
 
 
 def check_new_folder(target: Path, overwrite: bool | None = None) -> None:
