@@ -1,6 +1,7 @@
 """export to hf and original: read back, logits and texts are the source's."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,6 +241,56 @@ def test_what_is_read_is_not_written_into(tmp_path, source):
                 main(argv)
     assert sorted(p for p in tmp_path.rglob("*")) == before
     export.main([str(link), str(outer / "beside"), "--to", "hf"])  # and that is allowed
+
+
+def test_only_files_of_a_model_are_overwritten(tmp_path, source):
+    out = tmp_path / "out"
+    args = [str(source), str(out), "--to", "hf"]
+    export.main(args)
+    args.append("--overwrite")
+    cached, tower = ".cache/huggingface/x.lock", "clip/model.safetensors"
+    for name in ("README.md", "pytorch_model.bin", "old.gguf", cached, tower):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).touch()
+    for name in ("thesis.doc", "notes.txt", "clip/cat.jpg", "runs.json/", "clip/x/"):
+        path = out / name
+        path.mkdir() if name.endswith("/") else path.touch()
+        said = f"out: holds {name.rstrip('/')}, which is no file of a model"
+        with pytest.raises(UserError, match=said):
+            export.main(args)
+        path.rmdir() if path.is_dir() else path.unlink()
+    export.main(args)
+    assert (out / "config.json").is_file() and not (out / "clip").exists()
+
+
+def test_where_no_folder_can_be_put_is_said_before_the_work(tmp_path, source, monkeypatch):
+    empty, link, loop = (tmp_path / name for name in ("empty", "link", "loop"))
+    empty.mkdir()
+    link.symlink_to(empty)
+    loop.symlink_to("loop")
+    monkeypatch.chdir(empty)
+    before = sorted(tmp_path.rglob("*"))
+    for out, said in (
+        ("", "^FOLDER: is empty; give a value"),
+        (".", r"^\.: the folder you are in, .*give a new folder's path$"),
+        (str(empty), "/empty: the folder you are in"),
+        (str(link), "/link: a link, .*give the folder it leads to$"),
+        (str(loop), "/loop: exists already; give another path or --overwrite$"),
+    ):
+        with pytest.raises(UserError, match=said):
+            export.main([str(source), out, "--to", "hf"])
+        with pytest.raises(UserError, match=said.replace("FOLDER", "OUT")):
+            build.main([out, "--text", str(source)])
+    for out in (".", str(link), str(loop)):
+        with pytest.raises(UserError, match="a link|the folder you are in"):
+            export.main([str(source), out, "--to", "hf", "--overwrite"])
+    for out in (".", str(link)):
+        with pytest.raises(UserError, match="a link|the folder you are in"):
+            quantize.main([str(source), out])
+        with pytest.raises(UserError, match="a link|the folder you are in"):
+            with new_folder(Path(out)):
+                raise AssertionError("the work has begun")
+    assert sorted(tmp_path.rglob("*")) == before and link.is_symlink()
 
 
 def test_a_wrong_tensor_is_found(tmp_path, source):

@@ -397,6 +397,36 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
     assert [p.name for p in (tmp_path / "a").rglob("*")] == ["b", "x"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_terminated_write_leaves_nothing(tmp_path, number):
+    page = tmp_path / "page.py"
+    page.write_text(
+        "import os, signal, sys, time\nfrom pathlib import Path\n"
+        "from llava_min.util.files import new_folder\n"
+        f"signal.signal({int(number)}, signal.SIG_DFL)\n"  # nohup ignores SIGHUP
+        "with new_folder(Path(sys.argv[1]), overwrite=True) as aside:\n"
+        "    (aside / 'x').write_text('half')\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "    time.sleep(60)\n"
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    assert subprocess.run([sys.executable, page, out], timeout=60).returncode == 128 + number
+    assert sorted(tmp_path.rglob("*")) == [out, out / "config.json", page]
+
+
+def test_signals_that_another_catches_stay_his(tmp_path):
+    got = []
+    before = signal.signal(signal.SIGTERM, lambda *_: got.append(1))
+    try:
+        with new_folder(tmp_path / "out"):
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert got == [1] and (tmp_path / "out").is_dir()
+
+
 @pytest.fixture
 def events(monkeypatch):
     """What is synced and renamed, in its order."""

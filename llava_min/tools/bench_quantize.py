@@ -35,7 +35,6 @@ from llava_min.tools.speed.setup import (
     need_memory,
     prepare,
     scratch,
-    tidy_when_terminated,
 )
 from llava_min.tools.speed.source import (
     Source,
@@ -49,6 +48,7 @@ from llava_min.tools.speed.table import machine
 from llava_min.tools.speed.worker import Ended, Worker, prompt
 from llava_min.util.cli import PathArg, flag_of, flags, parse
 from llava_min.util.files import write_json
+from llava_min.util.script import tidy_when_terminated
 
 FLAGS = {full: flag for flag, full in DTYPES.items()}  # bfloat16 -> bf16
 

@@ -48,10 +48,10 @@ def check(config: BuildConfig) -> Path:
 def run(config: BuildConfig, out: Path) -> None:
     from llava_min.export.build import build
     from llava_min.export.hf import write_hf
-    from llava_min.util.files import check_free, new_folder
+    from llava_min.util.files import check_new_folder, new_folder
     from llava_min.weights import DTYPES
 
-    check_free(out, config.overwrite)
+    check_new_folder(out, config.overwrite)
     model = build(
         config.vision,
         config.text,

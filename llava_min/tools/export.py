@@ -52,10 +52,10 @@ def main(argv: list[str]) -> None:
 
 def run(config: ExportConfig, source: str, out: Path) -> None:
     from llava_min.export.tensors import open_model
-    from llava_min.util.files import check_free, new_folder
+    from llava_min.util.files import check_new_folder, new_folder
     from llava_min.weights import DTYPES
 
-    check_free(out, config.overwrite)
+    check_new_folder(out, config.overwrite)
     model = open_model(
         source,
         config.adapter.split(",") if config.adapter else [],

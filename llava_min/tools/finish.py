@@ -126,15 +126,16 @@ def finish(config: FinishConfig) -> None:
             "FOLDER: give two, a run or one of its checkpoints, and the folder to write"
         )
 
+    import os
     import shutil
 
-    from llava_min.util.files import check_free, new_folder
+    from llava_min.util.files import check_new_folder, new_folder
 
     source, out = map(Path, config.folders)
-    check_free(out)
+    check_new_folder(out)
     folder = find_checkpoint(source)
     kept = folder.parent if folder.parent.name == "checkpoints" else folder
-    if kept in out.resolve().parents:
+    if kept in Path(os.path.realpath(out)).parents:
         raise UserError(
             f"{out}: lies among the checkpoints of a run, where it would damage them; "
             "give another path"

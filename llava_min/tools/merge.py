@@ -63,10 +63,10 @@ def check(config: MergeConfig) -> tuple[str, list[str], Path]:
 def run(config: MergeConfig, source: str, adapters: list[str], out: Path) -> None:
     from llava_min.export.hf import write_hf
     from llava_min.export.tensors import open_model
-    from llava_min.util.files import check_free, new_folder
+    from llava_min.util.files import check_new_folder, new_folder
     from llava_min.weights import DTYPES
 
-    check_free(out, config.overwrite)
+    check_new_folder(out, config.overwrite)
     names = ("image_aspect_ratio", "template", "revision")
     settings = {name: getattr(config, name) for name in names}
     weights = config.weights and list(config.weights)

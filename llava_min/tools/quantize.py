@@ -72,12 +72,12 @@ def write(config: Config, source: str, target: str) -> None:
     from llava_min.checks.load import check_llava
     from llava_min.load import open_checkpoint, write_model
     from llava_min.parallel.ranks import pick_device
-    from llava_min.util.files import check_apart, check_free, new_folder
+    from llava_min.util.files import check_apart, check_new_folder, new_folder
     from llava_min.weights import read_dtype
 
     out = Path(target)
     check_apart(out, source)
-    check_free(out)  # before minutes of work, and again once it is done
+    check_new_folder(out)  # before minutes of work, and again once it is done
     checkpoint = open_checkpoint(
         source, image_aspect_ratio=config.image_aspect_ratio, template=config.template
     )

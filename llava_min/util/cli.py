@@ -203,8 +203,8 @@ def parse(
     parser = Parser(description=description)
     parser.register("action", "once", Once)
     if positional:
-        name = positional.upper().rstrip("S")
-        parser.add_argument(positional, nargs="*", metavar=name, help=help_of.get(positional))
+        metavar = positional.upper().rstrip("S")
+        parser.add_argument(positional, nargs="*", metavar=metavar, help=help_of.get(positional))
     # a class's own flags before those it inherits
     own = inspect.get_annotations(config)
     for f in sorted(dataclasses.fields(config), key=lambda f: f.name not in own):
@@ -218,6 +218,9 @@ def parse(
     given = {name: value for name, value in typed.items() if value is not None and value != []}
     if end < len(argv):
         given[positional] = given.get(positional, []) + argv[end + 1 :]
+
+    if positional and not all(text.strip() for text in given.get(positional, [])):
+        raise UserError(f"{metavar}: is empty; give a value, or leave it out")
 
     if recipes is not None and (name := given.get("recipe", getattr(config, "recipe", None))):
         recipe = read_recipe(name, recipes, kinds)

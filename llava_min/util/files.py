@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from llava_min.errors import UserError, aside_ending, escape_controls, label, shorten
+from llava_min.util.script import tidy_when_terminated
 
 LFS = b"version https://git-lfs"
+# what --overwrite may delete: the files that we write, and those of a download from the hub
+MODEL_ENDINGS = {".safetensors", ".gguf", ".bin", ".json", ".jinja", ".model"}
+MODEL_FILES = {"merges.txt", "vocab.txt", "README.md", "LICENSE", "LICENSE.txt", ".gitattributes"}
+MODEL_FOLDERS = {"clip", ".cache"}  # the tower of the original layout; the hub's own notes
 
 
 def check_file(path: Path) -> None:
@@ -80,7 +85,7 @@ def check_free(target: Path, overwrite: bool | None = None) -> None:
         if overwrite:
             holds_model = (target / "config.json").is_file() or any(target.glob("*.gguf"))
             if holds_model and target.is_dir() and not target.is_symlink():
-                return
+                return check_only_model(target)
             link = "a link, " if target.is_symlink() else ""
             raise UserError(
                 f"{target}: {link}not a folder with a model; only one is overwritten, remove it"
@@ -91,12 +96,40 @@ def check_free(target: Path, overwrite: bool | None = None) -> None:
         raise UserError(f"{target}: exists already{never}; give another path {fix}")
 
 
+def check_only_model(folder: Path) -> None:
+    """`folder` holds nothing but files of models, or UserError: it is about to be deleted."""
+    kept = [path for path in folder.iterdir() if path.name not in MODEL_FOLDERS]
+    if (folder / "clip").is_dir():
+        kept += (folder / "clip").iterdir()
+    for path in sorted(kept):
+        known = path.name in MODEL_FILES or path.suffix in MODEL_ENDINGS
+        if path.is_dir() or not known:
+            name = shorten(path.relative_to(folder), 400)
+            raise UserError(
+                f"{folder}: holds {name}, which is no file of a model; only a model is overwritten,"
+                " move it away"
+            )
+
+
+def check_new_folder(target: Path, overwrite: bool | None = None) -> None:
+    """`target` may be written, and a new folder be renamed to it, or UserError."""
+    check_free(target, overwrite)
+    if target.is_symlink():
+        raise UserError(f"{target}: a link, which is not replaced; give the folder it leads to")
+    if target.is_dir() and os.path.samefile(target, "."):
+        raise UserError(
+            f"{target}: the folder you are in, which a new one would replace; give a new folder's "
+            "path"
+        )
+
+
 def check_apart(target: Path, *sources: str | None) -> None:
     """`target`, a folder to write, is none of the folders that are read, nor in one, nor around
     one. What is not on disk, as a hub id, is passed over.
     """
-    out = target.resolve()
-    for source in (Path(s).resolve() for s in sources if s and Path(s).exists()):
+    real = lambda path: Path(os.path.realpath(path))  # resolve() fails for a link to itself
+    out = real(target)
+    for source in (real(s) for s in sources if s and Path(s).exists()):
         if out == source:
             what = "is to be read"
         elif source in out.parents:
@@ -128,13 +161,13 @@ def new_folder(target: Path, durable: bool = True, overwrite: bool | None = None
     durable: False leaves syncing to the system, enough for thousands of small files that are
     quickly made again. overwrite: the folder of a model may be there, and gives way at the end.
     Raises UserError when `target` exists, or the disk is full or not writable; then nothing is left
-    behind.
+    behind, nor is it when SIGTERM or SIGHUP ends the process.
     """
-    aside = target.with_name(target.name + aside_ending())
-    old = target.with_name(f"{target.name}.old-{os.getpid()}")
-    try:
-        with writing(target):
-            check_free(target, overwrite)
+    with tidy_when_terminated(), writing(target):
+        check_new_folder(target, overwrite)
+        aside = target.with_name(target.name + aside_ending())
+        old = target.with_name(f"{target.name}.old-{os.getpid()}")
+        try:
             target.parent.mkdir(parents=True, exist_ok=True)
             aside.mkdir()
             yield aside
@@ -146,11 +179,11 @@ def new_folder(target: Path, durable: bool = True, overwrite: bool | None = None
             sync(target.parent)
             if old.exists():
                 shutil.rmtree(old)
-    finally:
-        if aside.exists():
-            shutil.rmtree(aside)
-        if old.exists() and not target.exists():
-            os.rename(old, target)
+        finally:
+            if aside.exists():
+                shutil.rmtree(aside)
+            if old.exists() and not target.exists():
+                os.rename(old, target)
 
 
 def sync(path: Path) -> None:

@@ -1,11 +1,14 @@
-"""How a script runs and ends: exit codes, closed streams, ranks."""
+"""How a script runs and ends: exit codes, signals, closed streams, ranks."""
 
 import atexit
 import errno
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from llava_min.errors import UserError, info, shorten
 
@@ -32,6 +35,24 @@ def open_streams() -> None:
     if sys.stderr is sys.__stderr__:
         raw, encoding = BestEffortStream(2, "w", closefd=False), sys.stderr.encoding
         sys.stderr = io.TextIOWrapper(raw, encoding, "backslashreplace", write_through=True)
+
+
+@contextmanager
+def tidy_when_terminated() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP leave by SystemExit, so that processes are ended and what is
+    half-written removed. A handler that is there, as that of a training run, stays.
+    """
+    ours = []
+    if threading.current_thread() is threading.main_thread():  # no other may set a handler
+        every = (signal.SIGTERM, signal.SIGHUP)
+        ours = [number for number in every if signal.getsignal(number) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def exit_code_of(error: OSError) -> int:

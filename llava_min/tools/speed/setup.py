@@ -8,8 +8,6 @@ import contextlib
 import importlib.util
 import os
 import shutil
-import signal
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +18,7 @@ from llava_min.config import LlavaConfig
 from llava_min.errors import UserError, escape_controls, guess, info, shorten, warn
 from llava_min.tools.speed.worker import Worker, config_of
 from llava_min.util.files import check_free, write_json
+from llava_min.util.script import tidy_when_terminated
 from llava_min.util.sizes import SIZES
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -109,16 +108,6 @@ def running(
             workers.append(Worker(program, {**spec, "folder": str(folder)}))
             stack.callback(workers[-1].close)
         yield workers
-
-
-@contextlib.contextmanager
-def tidy_when_terminated() -> Iterator[None]:
-    """Within, SIGTERM leaves by SystemExit, so that processes are ended and gigabytes removed."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
