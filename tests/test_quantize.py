@@ -147,7 +147,9 @@ def test_the_way_out_of_such_a_group_works(tmp_path):
     turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
     data.write_text(json.dumps([{"id": "1", "conversations": turns}]))
     for more in (["--method=int4"], ["--method=awq4", f"--data={data}"]):
-        with pytest.raises(UserError, match="^--method: .* by `.*quantize MODEL OUT --method .*4 --group-size 16`"):
+        with pytest.raises(
+            UserError, match="^--method: .* by `.*quantize MODEL OUT --method .*4 --group-size 16`"
+        ):
             quantize(["tiny", str(tmp_path / "q"), *more])
     quantize(["tiny", str(tmp_path / "q"), "--method", "int4", "--group-size", "16"])
     for model in (loaded(tmp_path / "q"), loaded("tiny", quantize="fp4")):
