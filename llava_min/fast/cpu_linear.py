@@ -14,12 +14,14 @@ import ctypes
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 MIN_ROWS_TO_UPCAST = 48  # rows from which upcasting the weight pays
+HAS_AMX = torch.cpu._is_amx_tile_supported()  # asked here: a compiler cannot look into it
 CHUNK = 1 << 22  # elements of a weight that are upcast at one time
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -33,15 +35,10 @@ def handles(weight: Tensor) -> bool:
     return whole and on_cpu and not weight.requires_grad
 
 
-@torch.compiler.assume_constant_result  # a compiler cannot look into it
-def has_amx() -> bool:
-    return torch.cpu._is_amx_tile_supported()
-
-
 def bf16_is_slow(x: Tensor) -> bool:
     """Whether a large product of `x` is faster in fp32: bf16 on a CPU without AMX."""
     on_cpu = x.dtype == torch.bfloat16 and x.device.type == "cpu"
-    return on_cpu and not has_amx()
+    return on_cpu and not HAS_AMX
 
 
 def unpacked(weight: Tensor) -> Tensor:
@@ -86,13 +83,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-# the compiler would take oneDNN's order for plain memory, so to it the product is a black box
-opaque_product = torch.library.custom_op("llava_min::prepacked_linear", product, mutates_args=())
-
-
-@opaque_product.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+@cache
+def hide_product() -> None:
+    """Make `product` a black box to the compiler, which would take oneDNN's order for plain memory.
+    Not on import: this brings sympy, 70 MB."""
+    hidden = torch.library.custom_op("llava_min::prepacked_linear", product, mutates_args=())
+    hidden.register_fake(lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))
 
 
 class PrepackedLinear(nn.Module):
@@ -116,7 +112,7 @@ class PrepackedLinear(nn.Module):
         if not self.packed or torch.is_grad_enabled() and x.requires_grad:
             return F.linear(x, unpacked(self.weight), self.bias)
         if torch.compiler.is_compiling():
-            return opaque_product(x, self.weight, self.bias)
+            return torch.ops.llava_min.prepacked_linear(x, self.weight, self.bias)
         return product(x, self.weight, self.bias)
 
 

@@ -19,6 +19,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from llava_min.fast.cpu_linear import hide_product
+from llava_min.fast.int8_matmul import hide_some_rows
 from llava_min.fast.int_matmul import (
     IN_KERNELS_ORDER,
     FastInt8Linear,
@@ -48,6 +50,7 @@ def compiled(function: Callable, device: str) -> Callable:
     torch._dynamo.config.recompile_limit = 64  # beyond torch's own, 8, it stops compiling
     # of codebooks, which are made anew where they are traced
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+    hide_product(), hide_some_rows()
     options = OPTIONS if device == "cpu" else None
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 

@@ -83,14 +83,13 @@ def some_rows(x: Tensor, weight: Tensor, scale: Tensor, round_input: bool) -> Te
     return y.mul_(size).to(x.dtype)
 
 
-# A black box to the compiler: it knows oneDNN's product with a constant weight alone, and fused
-# into what comes before, x is not yet rounded to its dtype: it can be larger than its own maximum.
-opaque_some_rows = torch.library.custom_op("llava_min::int8_rows", some_rows, mutates_args=())
-
-
-@opaque_some_rows.register_fake
-def _(x: Tensor, weight: Tensor, scale: Tensor, round_input: bool) -> Tensor:
-    return x.new_empty(len(x), len(scale))
+@cache
+def hide_some_rows() -> None:
+    """Make `some_rows` a black box to the compiler: it knows oneDNN's product with a constant
+    weight alone, and fused into what comes before, x is not yet rounded to its dtype: it can be
+    larger than its own maximum."""
+    hidden = torch.library.custom_op("llava_min::int8_rows", some_rows, mutates_args=())
+    hidden.register_fake(lambda x, weight, scale, _: x.new_empty(len(x), len(scale)))
 
 
 class PackedInt8Linear(QuantLinear):
@@ -121,7 +120,7 @@ class PackedInt8Linear(QuantLinear):
             return super().product(x)
         flat, known = x.flatten(0, -2), (self.weight_kernel, self.scale, self.round_input)
         if torch.compiler.is_compiling():
-            y = opaque_some_rows(flat, *known)
+            y = torch.ops.llava_min.int8_rows(flat, *known)
         elif len(flat) <= ROWS:
             y = some_rows(flat, *known)
         else:
