@@ -221,8 +221,9 @@ def test_fifty_kills(home, tmp_path):
                 signal.setitimer(signal.ITIMER_REAL, moment)  # SIGALRM ends the process where it is
             train.main(command(out))
 
-        code = child(work)
-        assert code in (-signal.SIGKILL, -signal.SIGALRM) or code == 0 and kind == "time"
+        code = child(work, tmp_path / "killed")
+        expected = code in (-signal.SIGKILL, -signal.SIGALRM) or code == 0 and kind == "time"
+        assert expected, (code, kind, moment, (tmp_path / "killed").read_text())
         in_a_save += any((out / "checkpoints").glob(".tmp-*")) or kind == "call"
         if code:
             assert (
